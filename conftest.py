@@ -1,0 +1,6 @@
+"""Every test and doctest sees eight emulated CPU devices; set before anything imports JAX."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
