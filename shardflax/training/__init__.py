@@ -1,0 +1,1 @@
+"""Train state, losses, steps and metrics."""

@@ -1,0 +1,91 @@
+"""The state of a training run with one optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import jax
+import optax
+
+from shardflax import struct
+from shardflax.core.boxes import rebox, unbox
+
+__all__ = ["OVERWRITE_WITH_GRADIENT", "TrainState"]
+
+OVERWRITE_WITH_GRADIENT = "_overwrite_with_gradient"
+
+
+class TrainState(struct.PyTreeNode):
+    """Parameters, optimizer state and step count, updated together by `apply_gradients`.
+
+    `step` counts the updates; `apply_fn` (usually `model.apply`) and `tx` (an optax gradient
+    transformation) are static.  `params` may hold boxes; the optimizer never sees them, so
+    `opt_state` is always plain.  Subclass it to add fields.
+
+    A collection named `"_overwrite_with_gradient"` beside `"params"` is not optimized: its
+    "gradient" is its next value (quantisation scales are kept so).
+
+    >>> import jax.numpy as jnp
+    >>> state = TrainState.create(apply_fn=None, params={"w": jnp.ones(2)}, tx=optax.sgd(0.5))
+    >>> state = state.apply_gradients(grads={"w": jnp.ones(2)})
+    >>> state.step, state.params["w"].tolist()
+    (1, [0.5, 0.5])
+    """
+
+    step: int | jax.Array
+    apply_fn: Callable[..., Any] = struct.field(pytree_node=False)
+    params: Any = struct.field(pytree_node=True)
+    tx: optax.GradientTransformation = struct.field(pytree_node=False)
+    opt_state: Any = struct.field(pytree_node=True)
+
+    def apply_gradients(self, *, grads: Any, **kwargs: Any) -> Self:
+        """The state after one update, with `step` one higher.
+
+        `grads` has the structure of `params`, boxed or not.  `kwargs` replace further fields.
+
+        >>> import jax.numpy as jnp
+        >>> state = TrainState.create(apply_fn=None, params=jnp.ones(()), tx=optax.sgd(0.5))
+        >>> float(state.apply_gradients(grads=jnp.ones(())).params)
+        0.5
+        """
+        values, updates = unbox(self.params), unbox(grads)
+        split = _is_split(values)
+        trained = values["params"] if split else values
+        updates, opt_state = self.tx.update(
+            updates["params"] if split else updates, self.opt_state, trained
+        )
+        new = optax.apply_updates(trained, updates)
+        if split:
+            new = {"params": new, OVERWRITE_WITH_GRADIENT: unbox(grads)[OVERWRITE_WITH_GRADIENT]}
+        return self.replace(
+            step=self.step + 1, params=rebox(self.params, new), opt_state=opt_state, **kwargs
+        )
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        apply_fn: Callable[..., Any],
+        params: Any,
+        tx: optax.GradientTransformation,
+        **kwargs: Any,
+    ) -> Self:
+        """A state at step 0, with the optimizer state of the (unboxed) parameters.
+
+        `params` is kept as given, boxes included, so that its logical names can still be read.
+
+        >>> import jax.numpy as jnp
+        >>> TrainState.create(apply_fn=None, params=jnp.ones(2), tx=optax.sgd(0.1)).step
+        0
+        """
+        values = unbox(params)
+        trained = values["params"] if _is_split(values) else values
+        return cls(
+            step=0, apply_fn=apply_fn, params=params, tx=tx, opt_state=tx.init(trained), **kwargs
+        )
+
+
+def _is_split(params: Any) -> bool:
+    """True if a part of the parameters is overwritten rather than optimized."""
+    return isinstance(params, dict) and OVERWRITE_WITH_GRADIENT in params

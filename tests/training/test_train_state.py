@@ -1,0 +1,122 @@
+"""TrainState against flax.training.train_state, and what ours adds: boxes."""
+
+import dataclasses
+from typing import Any
+
+import flax.training.train_state as oracle
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from shardflax.core.boxes import AxisMetadata, is_box, unbox
+from shardflax.training import train_state as ours
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Named(AxisMetadata):
+    """A box with names, made here so that the test needs no partitioning."""
+
+    value: Any
+    names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+
+    def unbox(self) -> Any:
+        return self.value
+
+    def replace_boxed(self, val: Any) -> "Named":
+        return Named(val, self.names)
+
+    def add_axis(self, index: int, params: Any) -> "Named":
+        return self
+
+    def remove_axis(self, index: int, params: Any) -> "Named":
+        return self
+
+
+def params_of() -> dict[str, Any]:
+    """Two leaves of different rank."""
+    return {"kernel": jnp.linspace(-1, 1, 12).reshape(4, 3), "bias": jnp.ones(3)}
+
+
+def assert_same(a: Any, b: Any) -> None:
+    """Equal values, leaf by leaf, by path."""
+    left, right = (jax.tree_util.tree_leaves_with_path(t) for t in (a, b))
+    assert [p for p, _ in left] == [p for p, _ in right]
+    for (path, x), (_, y) in zip(left, right, strict=True):
+        np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [optax.sgd(0.1, momentum=0.9), optax.adamw(1e-2), optax.adafactor(1e-2)],
+    ids=["sgd", "adamw", "adafactor"],
+)
+def test_same_updates_as_linen(tx: Any) -> None:
+    states = [m.TrainState.create(apply_fn=None, params=params_of(), tx=tx) for m in (oracle, ours)]
+    assert [s.step for s in states] == [0, 0]
+    for scale in (1.0, -0.5):
+        grads = jax.tree.map(lambda p, s=scale: s * jnp.cos(p), params_of())
+        states = [s.apply_gradients(grads=grads) for s in states]
+        assert_same(*states)
+    assert [f.name for f in dataclasses.fields(states[0])] == [
+        f.name for f in dataclasses.fields(states[1])
+    ]
+
+
+def test_values_to_overwrite_like_linen() -> None:
+    key = ours.OVERWRITE_WITH_GRADIENT
+    params = {"params": params_of(), key: {"scale": jnp.ones(2)}}
+    grads = {"params": params_of(), key: {"scale": jnp.full(2, 9.0)}}
+    states = [
+        m.TrainState.create(apply_fn=None, params=params, tx=optax.adam(0.1)).apply_gradients(
+            grads=grads
+        )
+        for m in (oracle, ours)
+    ]
+    assert_same(*states)
+    assert states[1].params[key]["scale"].tolist() == [9.0, 9.0]
+
+
+@pytest.mark.parametrize("module", [oracle, ours], ids=["flax", "shardflax"])
+def test_subclasses_hold_more(module: Any) -> None:
+    class State(module.TrainState):
+        stats: Any
+
+    state = State.create(apply_fn=len, params=params_of(), tx=optax.sgd(0.1), stats=jnp.zeros(2))
+    state = state.apply_gradients(grads=params_of(), stats=jnp.ones(2))
+    assert type(state) is State and state.stats.tolist() == [1.0, 1.0] and state.apply_fn is len
+
+
+def test_boxes_stay_on_the_parameters_and_off_the_optimizer() -> None:
+    plain = params_of()
+    boxed = {
+        "kernel": Named(plain["kernel"], ("embed", "mlp")),
+        "bias": Named(plain["bias"], ("mlp",)),
+    }
+    state = ours.TrainState.create(apply_fn=None, params=boxed, tx=optax.adamw(1e-2))
+    assert not any(is_box(x) for x in jax.tree.leaves(state.opt_state, is_leaf=is_box))
+    want = ours.TrainState.create(apply_fn=None, params=plain, tx=optax.adamw(1e-2))
+    want = want.apply_gradients(grads=plain)
+    for grads in (plain, boxed):
+        got = state.apply_gradients(grads=grads)
+        assert got.params["kernel"].names == ("embed", "mlp")
+        assert_same(unbox(got.params), want.params)
+        assert_same(got.opt_state, want.opt_state)
+
+
+def test_under_jit_with_donation_it_is_traced_once() -> None:
+    traces = []
+
+    def update(state: Any, grads: Any) -> Any:
+        traces.append(1)
+        return state.apply_gradients(grads=grads)
+
+    step = jax.jit(update, donate_argnums=0)
+    state = jax.jit(
+        lambda: ours.TrainState.create(apply_fn=None, params=params_of(), tx=optax.adamw(1e-2))
+    )()
+    for _ in range(3):
+        state = step(state, params_of())
+    assert int(state.step) == 3 and len(traces) == 1
