@@ -1,0 +1,233 @@
+"""Keeps watch over the processes of a run: their output, their deaths, and our signals.
+
+One thread, one `select`: output arrives through pipes, signals (also "a child has died") through
+the interpreter's wakeup descriptor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from typing import IO
+
+from launch.console import Console, Stream
+
+__all__ = ["Supervisor", "cause", "exit_status"]
+
+_LOST_GRACE = 3.0  # seconds for the others to stop by themselves once one has failed
+_DRAIN = 2.0  # seconds for output to arrive that outlives all processes
+_FORWARDED = {
+    signal.SIGINT: signal.SIGINT,
+    signal.SIGTERM: signal.SIGTERM,
+    signal.SIGHUP: signal.SIGTERM,
+}
+
+
+def cause(code: int) -> str:
+    """How a process ended, in words, from `Popen.returncode`.
+
+    >>> cause(3), cause(-9)
+    ('exited with status 3', 'was killed by SIGKILL')
+    """
+    if code >= 0:
+        return f"exited with status {code}"
+    try:
+        return f"was killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was killed by signal {-code}"
+
+
+def exit_status(code: int) -> int:
+    """What a shell would report for `Popen.returncode`.
+
+    >>> exit_status(3), exit_status(-9)
+    (3, 137)
+    """
+    return code if code >= 0 else 128 - code
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[socket.socket]:
+    """A socket from which the numbers of the signals that arrive can be read."""
+    receiver, sender = socket.socketpair()
+    receiver.setblocking(False)
+    sender.setblocking(False)
+    old_handlers = {s: signal.getsignal(s) for s in (*_FORWARDED, signal.SIGCHLD)}
+    for number, old in old_handlers.items():
+        if old is not signal.SIG_IGN or number == signal.SIGCHLD:  # nohup stays in force
+            signal.signal(number, lambda *_: None)
+    old_fd = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    try:
+        yield receiver
+    finally:
+        signal.set_wakeup_fd(old_fd)
+        for number, old in old_handlers.items():
+            signal.signal(number, old)
+        receiver.close()
+        sender.close()
+
+
+class Supervisor:
+    """Starts processes, shows their output, and stops all of them when one fails.
+
+    The first failure decides: the others get SIGTERM, and SIGKILL three seconds later.  SIGINT and
+    SIGTERM are forwarded, and the processes have `grace` seconds to stop; a second signal ends it
+    at once.  Each process leads a process group of its own, whose remains are killed with it.
+
+    >>> import io, subprocess, sys
+    >>> log = io.StringIO()
+    >>> start = lambda i: subprocess.Popen(
+    ...     [sys.executable, "-c", f"print('hello from {i}')"],
+    ...     process_group=0,
+    ...     stdout=subprocess.PIPE,
+    ...     stderr=subprocess.PIPE,
+    ... )
+    >>> Supervisor(Console(1, log, log), grace=1.0).run(1, start)
+    0
+    >>> print(log.getvalue(), end="")
+    [0] hello from 0
+    """
+
+    def __init__(self, console: Console, grace: float) -> None:
+        self._console = console
+        self._grace = grace
+        self._running: dict[int, subprocess.Popen[bytes]] = {}
+        self._selector = selectors.DefaultSelector()
+        self._deadline: float | None = None  # when SIGKILL follows
+        self._signalled = False
+        self._status = 0
+
+    def run(self, count: int, start: Callable[[int], subprocess.Popen[bytes]]) -> int:
+        """The exit status of the first process that failed; 0 if none did.
+
+        `start(i)` starts process i with its output in pipes and in a process group of its own.
+        """
+        with _signals() as arrived, self._selector:
+            self._selector.register(arrived, selectors.EVENT_READ)
+            try:
+                for index in range(count):
+                    self._running[index] = start(index)
+                    self._watch(index)
+                while self._running:
+                    self._step(arrived)
+                self._drain()
+            finally:
+                self._kill_all()
+        for index in range(count):
+            self._console.close(index)
+        return self._status
+
+    def _watch(self, index: int) -> None:
+        process = self._running[index]
+        streams: list[tuple[Stream, IO[bytes] | None]]
+        streams = [("out", process.stdout), ("err", process.stderr)]
+        for name, pipe in streams:
+            assert pipe is not None, "start it with its output in pipes"
+            os.set_blocking(pipe.fileno(), False)
+            self._selector.register(pipe, selectors.EVENT_READ, (index, name))
+
+    def _step(self, arrived: socket.socket) -> None:
+        """Waits for something to happen, and answers it."""
+        wait = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+        for key, _ in self._selector.select(wait):
+            if key.fileobj is arrived:
+                self._answer(arrived.recv(4096))
+            else:
+                self._read(key)
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            self._deadline = None
+            names = ", ".join(str(i) for i in self._running)
+            self._console.notice(f"process {names} did not stop in time; killing it")
+            self._kill_all()
+            self._reap()
+
+    def _read(self, key: selectors.SelectorKey) -> None:
+        index, stream = key.data
+        data = os.read(key.fd, 1 << 16)
+        if data:
+            self._console.feed(index, data, stream)
+        else:
+            self._selector.unregister(key.fileobj)
+            if not isinstance(key.fileobj, int):
+                key.fileobj.close()  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _answer(self, numbers: bytes) -> None:
+        self._reap()
+        for number in numbers:
+            if number in _FORWARDED:
+                self._forward(signal.Signals(number))
+
+    def _forward(self, number: signal.Signals) -> None:
+        if not self._running:
+            return
+        if self._signalled:
+            self._console.notice(f"{number.name} again; killing all processes")
+            self._kill_all()
+            return
+        self._console.notice(f"{number.name}; waiting up to {self._grace:g} s for the processes")
+        self._send(_FORWARDED[number], self._grace)
+
+    def _send(self, number: signal.Signals, grace: float) -> None:
+        """Asks the processes (not their groups, whose work they may still need) to stop."""
+        self._signalled = True
+        self._deadline = time.monotonic() + grace
+        for process in self._running.values():
+            process.send_signal(number)
+
+    def _reap(self) -> None:
+        """Takes notice of the processes that have ended."""
+        ended = [(i, p.poll()) for i, p in self._running.items()]
+        # Of several found dead at once, one that aborted most likely did so because of another:
+        # that is how JAX answers the loss of a peer.
+        gone = [(i, code) for i, code in ended if code is not None]
+        for index, code in sorted(gone, key=lambda x: (x[1] == -signal.SIGABRT, x[0])):
+            self._bury(index, code)
+
+    def _bury(self, index: int, code: int) -> None:
+        process = self._running.pop(index)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)  # what it left behind
+        self._read_rest(index)
+        if not self._running:
+            self._deadline = None
+        if code == 0:
+            return
+        self._console.notice(f"process {index} {cause(code)}")
+        if self._status == 0:
+            self._status = exit_status(code)
+            if self._running:
+                self._stop_others()
+
+    def _stop_others(self) -> None:
+        if not self._signalled:
+            names = ", ".join(str(i) for i in self._running)
+            self._console.notice(f"stopping process {names}")
+            self._send(signal.SIGTERM, _LOST_GRACE)
+            self._signalled = False  # a signal from outside is still the first one
+
+    def _read_rest(self, index: int) -> None:
+        """Shows the last words of a process before its death is announced."""
+        for key in [k for k in self._selector.get_map().values() if k.data and k.data[0] == index]:
+            with contextlib.suppress(BlockingIOError):
+                while key.fd in self._selector.get_map():
+                    self._read(key)
+
+    def _drain(self) -> None:
+        """Reads what is still on its way once no process runs."""
+        end = time.monotonic() + _DRAIN
+        while len(self._selector.get_map()) > 1 and time.monotonic() < end:
+            for key, _ in self._selector.select(end - time.monotonic()):
+                if key.data:
+                    self._read(key)
+
+    def _kill_all(self) -> None:
+        for process in self._running.values():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
