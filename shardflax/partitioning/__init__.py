@@ -1,0 +1,111 @@
+"""Layouts: logical names -> rules -> mesh axes, resolved and checked on abstract shapes.
+
+*axis* is a mesh axis, *dim* a dimension of an array, *name* the logical name of a dim.
+"""
+
+from shardflax.partitioning.batch import batch_axes, batch_sharding
+from shardflax.partitioning.boxes import PARTITION_NAME, LogicallyPartitioned, Partitioned
+from shardflax.partitioning.constraints import constrain, with_logical_constraint
+from shardflax.partitioning.defaults import DefaultNames, default_names
+from shardflax.partitioning.errors import (
+    AxisConflictError,
+    IndivisibleDimError,
+    InvalidRuleError,
+    LayoutError,
+    MeshSpecError,
+    NamesRankError,
+    NoRulesWarning,
+    PartitioningUnspecifiedError,
+    PartitionNameMismatchError,
+    Problem,
+    RepeatedNameError,
+    UnknownAxisError,
+    UnknownNameError,
+    UnknownPresetError,
+)
+from shardflax.partitioning.init import abstract_layout, init_sharded
+from shardflax.partitioning.layout import Layout
+from shardflax.partitioning.leaf import Leaf
+from shardflax.partitioning.linen_rules import RulesFallback
+from shardflax.partitioning.mesh import make_mesh
+from shardflax.partitioning.named import (
+    LogicalInit,
+    MeshInit,
+    NamedInit,
+    named,
+    with_logical_partitioning,
+    with_partitioning,
+)
+from shardflax.partitioning.presets import DEFAULT_RULES, PRESETS, preset
+from shardflax.partitioning.resolve import DimRecord, Resolution, resolve
+from shardflax.partitioning.rules import AxisRules, LogicalRules
+from shardflax.partitioning.scope import (
+    get_logical_axis_rules,
+    logical_axis_rules,
+    set_logical_axis_rules,
+    use,
+)
+from shardflax.partitioning.specs import (
+    get_partition_spec,
+    get_sharding,
+    logical_to_mesh,
+    logical_to_mesh_axes,
+    logical_to_mesh_sharding,
+)
+from shardflax.partitioning.vocabulary import KNOWN_AXES
+
+__all__ = [
+    "DEFAULT_RULES",
+    "KNOWN_AXES",
+    "PARTITION_NAME",
+    "PRESETS",
+    "AxisConflictError",
+    "AxisRules",
+    "DefaultNames",
+    "DimRecord",
+    "IndivisibleDimError",
+    "InvalidRuleError",
+    "Layout",
+    "LayoutError",
+    "Leaf",
+    "LogicalInit",
+    "LogicalRules",
+    "LogicallyPartitioned",
+    "MeshInit",
+    "MeshSpecError",
+    "NamedInit",
+    "NamesRankError",
+    "NoRulesWarning",
+    "PartitionNameMismatchError",
+    "Partitioned",
+    "PartitioningUnspecifiedError",
+    "Problem",
+    "RepeatedNameError",
+    "Resolution",
+    "RulesFallback",
+    "UnknownAxisError",
+    "UnknownNameError",
+    "UnknownPresetError",
+    "abstract_layout",
+    "batch_axes",
+    "batch_sharding",
+    "constrain",
+    "default_names",
+    "get_logical_axis_rules",
+    "get_partition_spec",
+    "get_sharding",
+    "init_sharded",
+    "logical_axis_rules",
+    "logical_to_mesh",
+    "logical_to_mesh_axes",
+    "logical_to_mesh_sharding",
+    "make_mesh",
+    "named",
+    "preset",
+    "resolve",
+    "set_logical_axis_rules",
+    "use",
+    "with_logical_constraint",
+    "with_logical_partitioning",
+    "with_partitioning",
+]

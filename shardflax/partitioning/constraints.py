@@ -1,0 +1,286 @@
+"""Constraints by logical names: the one place where names are lowered onto arrays.
+
+On auto axes a constraint is `with_sharding_constraint`, on explicit axes `reshard`, on manual
+axes (inside `jax.shard_map`) nothing; a mesh may mix them.  It follows the mesh that is given or
+in scope, never the default backend.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import warnings
+from typing import Any, cast
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from shardflax.partitioning.defaults import DefaultNames, in_force
+from shardflax.partitioning.errors import (
+    NamesRankError,
+    NoRulesWarning,
+    Problem,
+    raise_problems,
+)
+from shardflax.partitioning.linen_rules import RulesFallback, linen_axes, undecided_error
+from shardflax.partitioning.resolve import resolve
+from shardflax.partitioning.rules import AxisRules, LogicalRules
+from shardflax.partitioning.scope import (
+    AnyMesh,
+    free_axes,
+    init_trace,
+    mesh_in_scope,
+    rules_in_scope,
+)
+from shardflax.partitioning.spec_check import check_spec, make_spec, spec_axes
+
+__all__ = ["constrain", "constrain_box", "constrain_spec", "lower", "with_logical_constraint"]
+
+_HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_warned: set[tuple[str, int]] = set()
+
+
+def with_logical_constraint(
+    x: Any,
+    logical_axis_resources: Any,
+    rules: LogicalRules | None = None,
+    mesh: AnyMesh | None = None,
+    fallback: RulesFallback = RulesFallback.AXIS_IS_UNSHARDED,
+) -> Any:
+    """Constrains the layout of `x`, an array or a tree of them, by logical names.
+
+    `logical_axis_resources` is one tuple of names for every array of `x`, or a tree of such
+    tuples; None constrains nothing.  `rules` and `mesh` default to those in scope.  Plain pairs
+    follow Linen's contract (`fallback` says what an unknown name does); `AxisRules` are strict.
+    With no rules at all the call does nothing, and warns once (`NoRulesWarning`).
+
+    Raises a `LayoutError` for names of the wrong rank, also where no mesh is in scope; with a
+    mesh, for an axis that it lacks or that does not divide its dim.
+
+    >>> import jax.numpy as jnp
+    >>> from shardflax.partitioning import make_mesh
+    >>> mesh = make_mesh("data=4,model=2")
+    >>> y = with_logical_constraint(
+    ...     jnp.ones((8, 6)), ("batch", "mlp"), [("batch", "data"), ("mlp", "model")], mesh
+    ... )
+    >>> y.sharding.spec
+    P('data', 'model')
+    """
+    if logical_axis_resources is None:
+        return x
+    if rules is None:
+        rules = rules_in_scope()
+    if rules is None:
+        _warn_no_rules(logical_axis_resources)
+
+    def one(names: Any, part: Any) -> Any:
+        if names is None:
+            return part
+        return jax.tree.map(lambda leaf: _constrain(leaf, names, rules, mesh, fallback), part)
+
+    return jax.tree.map(one, logical_axis_resources, x, is_leaf=_is_names)
+
+
+def constrain(x: jax.Array, names: tuple[Any, ...] | None) -> jax.Array:
+    """What a layer does with its output: constrains it to `names` under the rules in scope.
+
+    `names` are explicit (always in force), `default_names` (in force only under strict
+    `AxisRules`, and only if their number fits the rank of `x`), or None (nothing happens).
+
+    Raises like `with_logical_constraint`.
+
+    >>> import jax.numpy as jnp
+    >>> from shardflax.partitioning import default_names, make_mesh, preset, use
+    >>> with use(make_mesh("fsdp=4,tensor=2"), preset("fsdp_tp")):
+    ...     y = constrain(jnp.ones((4, 6)), default_names("batch", ..., "act_mlp"))
+    >>> y.sharding.spec
+    P('fsdp', 'tensor')
+    """
+    if names is None:
+        return x
+    rules = rules_in_scope()
+    if isinstance(names, DefaultNames):
+        expanded = in_force(names, np.ndim(x), rules)
+        if expanded is None:
+            return x
+        names = expanded
+    elif rules is None:
+        _warn_no_rules(names)
+    return _constrain(x, names, rules, None, RulesFallback.AXIS_IS_UNSHARDED)
+
+
+def _is_names(x: Any) -> bool:
+    """True for one tuple of names, or None, in a tree of them."""
+    if x is None or isinstance(x, PartitionSpec):
+        return True
+    return isinstance(x, tuple) and all(_is_name(name) for name in cast(tuple[Any, ...], x))
+
+
+def _is_name(x: Any) -> bool:
+    if x is None or isinstance(x, str) or x is PartitionSpec.UNCONSTRAINED:
+        return True
+    return isinstance(x, tuple) and all(isinstance(n, str) for n in cast(tuple[Any, ...], x))
+
+
+def _constrain(
+    x: Any,
+    names: tuple[Any, ...],
+    rules: LogicalRules | None,
+    mesh: AnyMesh | None,
+    fallback: RulesFallback,
+) -> Any:
+    """Constrains one array: resolve, check, lower."""
+    if not _is_array(x):
+        return x
+    names, shape = tuple(names), tuple(np.shape(x))
+    if isinstance(rules, AxisRules):
+        return _constrain_strict(x, names, rules, mesh)
+    if len(names) > len(shape):
+        text = f"{len(names)} names {names!r} for an array of rank {len(shape)}, shape {shape}."
+        raise_problems([Problem(NamesRankError, text)])
+    if not rules:
+        return x
+    axes, undecided = linen_axes(names, rules)
+    if undecided and fallback is RulesFallback.RAISE_ERROR:
+        raise undecided_error(names, undecided, rules)
+    if undecided and fallback is RulesFallback.NO_CONSTRAINT:
+        return x
+    return constrain_spec(x, PartitionSpec(*axes), mesh, f"names {names!r}")
+
+
+def _constrain_strict(
+    x: Any, names: tuple[Any, ...], rules: AxisRules, mesh: AnyMesh | None
+) -> Any:
+    """Constrains one array under strict rules.
+
+    While an init is traced its activations are dead code (and often of batch size 1): their names
+    and rank are checked and recorded, nothing is constrained.
+    """
+    trace, shape = init_trace(), tuple(np.shape(x))
+    if trace is not None:
+        trace.names.update(name for name in names if isinstance(name, str))
+        found = resolve(names, rules, shape).problems
+        where = f"constraint at {_caller()[0]}" if found else ""
+        trace.problems.extend(Problem(p.error, p.text, p.dim, where) for p in found)
+        return x
+    target = mesh_in_scope(mesh)
+    found = resolve(names, rules, shape, None if target is None else free_axes(target))
+    raise_problems(found.problems)
+    return x if target is None else lower(x, found.spec, target)
+
+
+def constrain_spec(x: Any, spec: PartitionSpec, mesh: AnyMesh | None, what: str) -> Any:
+    """Constrains one array to a spec of mesh axes; nothing without a mesh or on a non-array.
+
+    Raises `UnknownAxisError`, `NamesRankError` or `IndivisibleDimError`; `what` says whose spec
+    it is.
+
+    >>> constrain_spec(1.0, PartitionSpec(), None, "a scalar")
+    1.0
+    """
+    target = mesh_in_scope(mesh) if _is_array(x) else None
+    if target is None:
+        return x
+    problems = check_spec(tuple(np.shape(x)), spec, dict(free_axes(target)), what)
+    if problems and init_trace() is not None:
+        return x  # the layout finds them too, and knows the path
+    raise_problems(problems)
+    return lower(x, spec, target)
+
+
+def constrain_box(
+    x: Any, names: tuple[Any, ...], rules: LogicalRules | None, mesh: AnyMesh | None
+) -> Any:
+    """Constrains the value of a box; without rules it is returned as it is, with no warning.
+
+    >>> constrain_box(1.0, (), None, None)
+    1.0
+    """
+    rules = rules_in_scope() if rules is None else rules
+    if init_trace() is None or not isinstance(rules, AxisRules) or not _is_array(x):
+        return _constrain(x, names, rules, mesh, RulesFallback.AXIS_IS_UNSHARDED)
+    target = mesh_in_scope(mesh)
+    if target is None:
+        return x
+    found = resolve(names, rules, tuple(np.shape(x)), free_axes(target))
+    return x if found.problems else lower(x, found.spec, target)
+
+
+def lower(x: Any, spec: PartitionSpec, mesh: AnyMesh) -> Any:
+    """Puts `spec` on `x`, each axis of the mesh in the way of its type; checks nothing.
+
+    >>> from shardflax.partitioning import make_mesh
+    >>> x = np.ones((8, 2), "float32")
+    >>> lower(x, PartitionSpec("data"), make_mesh("data=8")).sharding.spec
+    P('data',)
+    """
+    if mesh.size == 1:
+        return x
+    kinds = mesh.axis_types or (AxisType.Auto,) * len(mesh.axis_names)
+    types = dict(zip(mesh.axis_names, kinds, strict=True))
+    if AxisType.Explicit in kinds:
+        explicit = _pad(_only(spec, types, AxisType.Explicit), np.ndim(x))
+        x = jax.sharding.reshard(x, NamedSharding(mesh, _settle(explicit, x)))
+    if AxisType.Auto in kinds:
+        auto = _only(spec, types, AxisType.Auto)
+        x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, auto))
+    return x
+
+
+def _only(spec: PartitionSpec, types: dict[Any, AxisType], kind: AxisType) -> PartitionSpec:
+    """`spec` with the axes of one type alone."""
+
+    def kept(entry: Any) -> Any:
+        if entry is PartitionSpec.UNCONSTRAINED:
+            return entry
+        return tuple(axis for axis in spec_axes(entry) if types[axis] == kind)
+
+    return make_spec(kept(entry) for entry in spec)
+
+
+def _settle(spec: PartitionSpec, x: Any) -> PartitionSpec:
+    """`spec` with each unconstrained dim as `x` has it: `reshard` wants every dim said."""
+    if PartitionSpec.UNCONSTRAINED not in tuple(spec):
+        return spec
+    now = _pad(jax.typeof(x).sharding.spec, len(spec))
+    return PartitionSpec(
+        *(
+            old if new is PartitionSpec.UNCONSTRAINED else new
+            for new, old in zip(spec, now, strict=True)
+        )
+    )
+
+
+def _pad(spec: PartitionSpec, rank: int) -> PartitionSpec:
+    return PartitionSpec(*spec, *[None] * (rank - len(spec)))
+
+
+def _is_array(x: Any) -> bool:
+    """True for what JAX can constrain: not for a shape, nor for a box's stand-in value."""
+    return isinstance(x, (jax.Array, np.ndarray, np.generic, float, int, complex))
+
+
+def _caller() -> tuple[str, tuple[str, int]]:
+    """The first line outside of this package on the stack: as text, and as a key."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_filename.startswith(_HERE):
+        frame = frame.f_back
+    if frame is None:
+        return "an unknown line", ("", 0)
+    key = (frame.f_code.co_filename, frame.f_lineno)
+    return f"{key[0]}:{key[1]}", key
+
+
+def _warn_no_rules(names: Any) -> None:
+    """Says, once for each line of code, that a constraint does nothing."""
+    text, key = _caller()
+    if key not in _warned:
+        _warned.add(key)
+        warnings.warn(
+            f"the constraint {names!r} at {text} does nothing: no rules are in scope. Enter "
+            f"`partitioning.use(mesh, rules)`; `logical_axis_rules(())` says that none are "
+            f"wanted.",
+            NoRulesWarning,
+            stacklevel=3,
+        )

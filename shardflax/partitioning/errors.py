@@ -1,0 +1,128 @@
+"""What can be wrong with a layout: one class per cause.
+
+Every class is a `LayoutError`, which is a `ValueError` as well: Linen raises that for the causes
+it notices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from shardflax.core.errors import FlaxError
+
+__all__ = [
+    "AxisConflictError",
+    "IndivisibleDimError",
+    "InvalidRuleError",
+    "LayoutError",
+    "MeshSpecError",
+    "NamesRankError",
+    "NoRulesWarning",
+    "PartitionNameMismatchError",
+    "PartitioningUnspecifiedError",
+    "Problem",
+    "RepeatedNameError",
+    "UnknownAxisError",
+    "UnknownNameError",
+    "UnknownPresetError",
+    "raise_problems",
+]
+
+
+class LayoutError(FlaxError, ValueError):
+    """A layout that cannot be; `problems` lists all causes that were found at once.
+
+    >>> issubclass(UnknownNameError, LayoutError)
+    True
+    """
+
+    def __init__(self, message: str, problems: Sequence[Problem] = ()) -> None:
+        super().__init__(message)
+        self.problems = tuple(problems)
+
+
+class UnknownNameError(LayoutError):
+    """A logical name that no rule knows."""
+
+
+class UnknownAxisError(LayoutError):
+    """A mesh axis that the mesh lacks, or that no rule can mean."""
+
+
+class NamesRankError(LayoutError):
+    """Names whose number differs from the rank of their array."""
+
+
+class RepeatedNameError(LayoutError):
+    """One name on two dims of an array."""
+
+
+class AxisConflictError(LayoutError):
+    """Two dims of an array that claim one axis, neither of them yielding."""
+
+
+class IndivisibleDimError(LayoutError):
+    """A dim whose size the axes of its rule do not divide."""
+
+
+class InvalidRuleError(LayoutError):
+    """A rule that says nothing sensible, whatever the mesh."""
+
+
+class UnknownPresetError(LayoutError):
+    """A preset that does not exist."""
+
+
+class MeshSpecError(LayoutError):
+    """A mesh spec that cannot be read, or does not fit the devices."""
+
+
+class PartitioningUnspecifiedError(FlaxError):
+    """A transform adds or takes a dim of a boxed variable, and nothing says the dim's name."""
+
+    def __init__(self, box: Any) -> None:
+        super().__init__(
+            f"a transform (vmap, scan) adds or takes a dim of a variable with the names "
+            f'{tuple(box.names)!r}, and "partition_name" is not in its metadata_params. '
+            f"Write metadata_params={{'partition_name': 'layers'}} (a name that the rules "
+            f"know), or None for a replicated dim."
+        )
+        self.box = box
+
+
+class PartitionNameMismatchError(LayoutError):
+    """A transform takes the dim of one name away, and finds another name there."""
+
+
+class NoRulesWarning(UserWarning):
+    """A constraint by logical names that does nothing, for no rules are in scope."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with one array: the error class, the dim (or None), and the words."""
+
+    error: type[LayoutError]
+    text: str
+    dim: int | None = None
+    where: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.text}" if self.where else self.text
+
+
+def raise_problems(problems: Sequence[Problem]) -> None:
+    """Raises all `problems` as one error: of their class if they share one, else `LayoutError`.
+
+    >>> raise_problems([])
+    """
+    if not problems:
+        return
+    classes = {p.error for p in problems}
+    error = classes.pop() if len(classes) == 1 else LayoutError
+    lines = [str(p) for p in problems]
+    if len(lines) > 1:
+        lines = [f"{len(lines)} problems in this layout.", *(f"- {line}" for line in lines)]
+    raise error("\n".join(lines), problems)
