@@ -58,5 +58,6 @@ def run(command: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     die_with_parent(int(os.environ.pop(LAUNCHER)))
+    sys.stdout.reconfigure(line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]
     with leaving_on_failure():
         run(sys.argv[1:])

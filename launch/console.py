@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal, TextIO
 
 __all__ = ["Console", "Lines", "clip"]
@@ -41,6 +41,11 @@ def clip(text: str, width: int) -> str:
             kept += part[:left]
             left -= len(part[:left])
     return kept
+
+
+def _no_noise() -> Callable[[str], bool]:
+    """Drops nothing."""
+    return lambda line: False
 
 
 class Lines:
@@ -81,7 +86,7 @@ class Lines:
 class Console:
     r"""Puts the output of `count` processes on `out` and `err`, line by line, with a prefix.
 
-    Lines in which `noise` is found are dropped.
+    `noise()` gives a filter for each stream: lines for which that is true are dropped.
 
     >>> import io
     >>> log = io.StringIO()
@@ -99,13 +104,13 @@ class Console:
         out: TextIO | None = None,
         err: TextIO | None = None,
         columns: int | None = None,
-        noise: re.Pattern[str] | None = None,
+        noise: Callable[[], Callable[[str], bool]] | None = None,
     ) -> None:
         self._files: dict[Stream, TextIO] = {"out": out or sys.stdout, "err": err or sys.stderr}
         self._lines: defaultdict[tuple[int, Stream], Lines] = defaultdict(Lines)
         self._digits = len(str(count - 1))
         self._columns = columns
-        self._noise = noise
+        self._noise = defaultdict[tuple[int, Stream], Callable[[str], bool]](noise or _no_noise)
         self._shown = ""
         self.tty = self._files["out"].isatty()
 
@@ -121,7 +126,7 @@ class Console:
     def feed(self, index: int, data: bytes, stream: Stream = "out") -> None:
         """Takes bytes that process `index` wrote; prints the lines they complete."""
         for line in self._lines[index, stream].feed(data):
-            if not (self._noise and self._noise.search(line)):
+            if not self._noise[index, stream](line):
                 self._print(f"{self.prefix(index)}{line}", stream)
         self._draw()
 

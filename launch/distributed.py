@@ -19,6 +19,8 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
 from typing import Literal
 
 __all__ = [
@@ -175,6 +177,18 @@ def _status(error: BaseException) -> int:
 def _report(error: BaseException) -> None:
     """What Python would print."""
     if not isinstance(error, SystemExit):
-        traceback.print_exception(error)
+        traceback.print_exception(error.with_traceback(_own_frames(error.__traceback__)))
     elif not isinstance(error.code, int):
         print(error.code, file=sys.stderr)
+
+
+def _own_frames(frames: TracebackType | None) -> TracebackType | None:
+    """The traceback from the program's first frame on, without the launcher's."""
+    here = str(Path(__file__).parent)
+    inner = frames
+    while inner is not None:
+        name = inner.tb_frame.f_code.co_filename
+        if not name.startswith("<frozen") and str(Path(name).parent) != here:
+            return inner
+        inner = inner.tb_next
+    return frames

@@ -21,6 +21,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
+from launch.chatter import GlooChatter
 from launch.child import LAUNCHER
 from launch.console import Console
 from launch.distributed import Cluster
@@ -34,8 +35,6 @@ _PATIENCE = {
     "xla_cpu_collective_call_warn_stuck_timeout_seconds": "120",
     "xla_cpu_collective_call_terminate_timeout_seconds": "600",
 }
-# Gloo greets every peer of every group of devices, on stdout.
-_NOISE = re.compile(r"^\[Gloo\] Rank \d+ is connected to \d+ peer ranks")
 
 
 def free_port() -> int:
@@ -75,7 +74,6 @@ def child_environ(
         "JAX_PLATFORMS": "cpu",
         "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
         "XLA_FLAGS": _xla_flags(xla_flags, devices),
-        "PYTHONUNBUFFERED": "1",
         "SHARDFLAX_PROGRESS": "lines" if columns is None else "bar",
         **({} if columns is None else {"COLUMNS": str(columns)}),
         LAUNCHER: str(os.getpid()),
@@ -141,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0
     """
     options, command = _parse(sys.argv[1:] if argv is None else argv)
-    console = Console(options.processes, noise=_NOISE)
+    console = Console(options.processes, noise=GlooChatter)
     start = partial(_start, command, options.processes, options.devices, free_port(), console)
     try:
         return Supervisor(console, options.grace).run(options.processes, start)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import IO
 
 from launch.console import Console, Stream
+from launch.guard import Guard
 
 __all__ = ["Supervisor", "cause", "exit_status"]
 
@@ -108,11 +109,12 @@ class Supervisor:
 
         `start(i)` starts process i with its output in pipes and in a process group of its own.
         """
-        with _signals() as arrived, self._selector:
+        with _signals() as arrived, self._selector, Guard() as self._guard:
             self._selector.register(arrived, selectors.EVENT_READ)
             try:
                 for index in range(count):
                     self._running[index] = start(index)
+                    self._guard.add(self._running[index].pid)
                     self._watch(index)
                 while self._running:
                     self._step(arrived)
@@ -135,11 +137,11 @@ class Supervisor:
     def _step(self, arrived: socket.socket) -> None:
         """Waits for something to happen, and answers it."""
         wait = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
-        for key, _ in self._selector.select(wait):
-            if key.fileobj is arrived:
-                self._answer(arrived.recv(4096))
-            else:
-                self._read(key)
+        ready = [key for key, _ in self._selector.select(wait)]
+        for key in (k for k in ready if k.fileobj is not arrived):
+            self._read(key)
+        if any(k.fileobj is arrived for k in ready):  # last: it may close what is ready
+            self._answer(arrived.recv(4096))
         if self._deadline is not None and time.monotonic() >= self._deadline:
             self._deadline = None
             names = ", ".join(str(i) for i in self._running)
@@ -193,6 +195,7 @@ class Supervisor:
         process = self._running.pop(index)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)  # what it left behind
+        self._guard.remove(process.pid)
         self._read_rest(index)
         if not self._running:
             self._deadline = None

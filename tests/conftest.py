@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import jax
 import pytest
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -20,3 +27,46 @@ def checking_leaks() -> Iterator[None]:
     """A tracer that outlives its trace is an error (opt in: slows tracing down)."""
     with jax.checking_leaks():
         yield
+
+
+@pytest.fixture
+def start_local() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts `launch.local`: `start_local(processes, devices, script, *args)`.
+
+    Output comes in pipes.  What is still running when the test ends is killed.
+    """
+    started: list[subprocess.Popen[str]] = []
+
+    def start(processes: int, devices: int, *command: str | Path, **kw: object):
+        argv = ["-m", "launch.local", f"--processes={processes}", f"--devices={devices}", "--"]
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **kw}
+        launcher = subprocess.Popen(
+            [sys.executable, *argv, *map(str, command)],
+            cwd=ROOT,
+            text=True,
+            start_new_session=True,
+            **options,  # pyright: ignore[reportArgumentType, reportCallIssue]
+        )
+        started.append(launcher)
+        return launcher
+
+    yield start
+    for launcher in started:
+        if launcher.poll() is None:
+            os.killpg(launcher.pid, signal.SIGKILL)
+        launcher.communicate()
+
+
+@pytest.fixture
+def run_local(start_local: Callable[..., subprocess.Popen[str]]):
+    """Runs `launch.local` to its end: `run_local(processes, devices, script, *args)`.
+
+    Gives a `subprocess.CompletedProcess` with the output as text; `timeout` in seconds.
+    """
+
+    def run(*args: object, timeout: float = 120.0, **kw: object) -> subprocess.CompletedProcess:
+        launcher = start_local(*args, **kw)
+        out, err = launcher.communicate(timeout=timeout)
+        return subprocess.CompletedProcess(launcher.args, launcher.returncode, out, err)
+
+    return run

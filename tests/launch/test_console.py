@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import random
 import re
 
 import pytest
 
+from launch.chatter import GlooChatter
 from launch.console import Console, Lines, clip
 
 
@@ -155,9 +157,31 @@ def test_a_line_without_end_is_not_held_back_forever() -> None:
 
 def test_noise_is_dropped() -> None:
     log = io.StringIO()
-    console = Console(1, out=log, err=log, noise=re.compile("^chatter"))
-    console.feed(0, b"chatter 1\nword\n")
-    assert log.getvalue() == "[0] word\n"
+    console = Console(2, out=log, err=log, noise=GlooChatter)
+    console.feed(0, b"[Gloo] Rank 0 is connected to 1 peer ranks. ")
+    console.feed(1, b"7\n")
+    console.feed(0, b"Expected number of connected peer ranks is : 1\nword\n")
+    assert log.getvalue() == "[1] 7\n[0] word\n"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_greetings_of_many_threads_are_dropped(seed: int) -> None:
+    rng = random.Random(seed)
+    pieces = (
+        "{} is connected to |7| peer ranks. |Expected number of connected peer ranks is : |7|\n"
+    )
+    threads = [["[Gloo] Rank ", *pieces.format(i).split("|")] for i in range(8)]
+    mixed = ""
+    while left := [t for t in threads if t]:
+        mixed += rng.choice(left).pop(0)
+    chatter = GlooChatter()
+    assert [line for line in mixed.splitlines() if not chatter(line)] == []
+
+
+def test_only_greetings_are_dropped() -> None:
+    chatter = GlooChatter()
+    lines = ["7", "", "rank 3 peer ranks. ", "[Gloo] Rank 0 is broken", "Loss 7"]
+    assert [line for line in lines if not chatter(line)] == lines
 
 
 def test_clip_keeps_escapes_and_counts_columns() -> None:

@@ -1,0 +1,233 @@
+"""Real processes: they compute together, die together, and leave nothing behind."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.multiprocess
+
+SUM = """
+import jax, numpy as np
+from launch.distributed import initialize_from_env
+initialize_from_env()
+n = jax.device_count()
+mesh = jax.make_mesh((n,), ("data",))
+rows = jax.sharding.NamedSharding(mesh, jax.P("data"))
+x = jax.make_array_from_callback((n,), rows, lambda i: np.arange(n, dtype=np.float32)[i])
+def total(x):
+    return jax.lax.psum(x, "data")
+y = jax.jit(jax.shard_map(total, mesh=mesh, in_specs=jax.P("data"), out_specs=jax.P("data")))(x)
+mine = {float(s.data[0]) for s in y.addressable_shards}
+print("process", jax.process_index(), "of", jax.process_count(), jax.local_device_count(), mine)
+"""
+
+# Process `who` fails in the way `how`; the others wait in a collective that never ends.
+FAIL = """
+import os, signal, sys
+import jax, jax.numpy as jnp
+from jax.experimental import multihost_utils
+from launch.distributed import initialize_from_env
+how, who = sys.argv[1], int(sys.argv[2])
+initialize_from_env()
+multihost_utils.sync_global_devices("up")
+if jax.process_index() == who:
+    if how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "exit":
+        sys.exit(7)
+    raise ValueError("broken on purpose")
+multihost_utils.sync_global_devices("never")
+"""
+
+# No JAX: starts at once.  Each process says its pid and the pid of a process it started itself.
+LINGER = """
+import os, signal, subprocess, sys, time
+own = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+def stop(number, frame):
+    print("got", signal.Signals(number).name, flush=True)
+    sys.exit(0 if sys.argv[1] == "polite" else 5)
+if sys.argv[1] == "stubborn":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+elif sys.argv[1] != "plain":
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+print("pids", os.getpid(), own.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def script(folder: Path, text: str) -> Path:
+    path = folder / "program.py"
+    path.write_text(text)
+    return path
+
+
+def alive(pid: int) -> bool:
+    """True while the process runs (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until_gone(pids: list[int], seconds: float = 5.0) -> list[int]:
+    end = time.monotonic() + seconds
+    while any(alive(p) for p in pids) and time.monotonic() < end:
+        time.sleep(0.02)
+    return [p for p in pids if alive(p)]
+
+
+def pids_of(launcher: subprocess.Popen[str], processes: int) -> list[int]:
+    """Reads the launcher's output until each process has said its pids."""
+    assert launcher.stdout is not None
+    found: list[int] = []
+    while len(found) < 2 * processes:
+        words = launcher.stdout.readline().split()
+        assert words[1] == "pids", words
+        found += map(int, words[2:])
+    return found
+
+
+@pytest.mark.parametrize(("processes", "devices"), [(1, 8), (2, 4), (4, 2)])
+def test_all_devices_sum_up(run_local, tmp_path: Path, processes: int, devices: int) -> None:
+    done = run_local(processes, devices, script(tmp_path, SUM))
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == [
+        f"[{i}] process {i} of {processes} {devices} {{28.0}}" for i in range(processes)
+    ]
+
+
+@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize(
+    ("how", "status", "words"),
+    [
+        ("kill", 137, "was killed by SIGKILL"),
+        ("exit", 7, "exited with status 7"),
+        ("raise", 1, "exited with status 1"),
+    ],
+)
+def test_one_that_fails_stops_all(
+    run_local, tmp_path: Path, how: str, status: int, words: str, who: int
+) -> None:
+    start = time.monotonic()
+    done = run_local(2, 1, script(tmp_path, FAIL), how, str(who), timeout=60)
+    assert done.returncode == status, done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("launch: ")]
+    assert said[:2] == [f"launch: process {who} {words}", f"launch: stopping process {1 - who}"]
+    assert time.monotonic() - start < 30  # most of it is the start
+    if how == "raise":
+        assert f"[{who}] ValueError: broken on purpose" in done.stderr
+        assert "runpy" not in done.stderr.partition("ValueError")[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("manner", "status"), [("polite", 0), ("failing", 5)])
+def test_signals_are_forwarded(
+    start_local, tmp_path: Path, number: signal.Signals, manner: str, status: int
+) -> None:
+    launcher = start_local(2, 1, script(tmp_path, LINGER), manner)
+    pids = pids_of(launcher, 2)
+    launcher.send_signal(number)
+    out, _ = launcher.communicate(timeout=20)
+    assert sorted(out.splitlines()) == [f"[0] got {number.name}", f"[1] got {number.name}"]
+    assert launcher.returncode == status
+    assert wait_until_gone(pids) == []
+
+
+def test_a_default_program_dies_of_sigterm(start_local, tmp_path: Path) -> None:
+    launcher = start_local(2, 1, script(tmp_path, LINGER), "plain")
+    pids = pids_of(launcher, 2)
+    launcher.send_signal(signal.SIGTERM)
+    _, err = launcher.communicate(timeout=20)
+    assert launcher.returncode == 143
+    assert "process 0 was killed by SIGTERM" in err
+    assert wait_until_gone(pids) == []
+
+
+def test_a_second_signal_kills_the_stubborn(start_local, tmp_path: Path) -> None:
+    launcher = start_local(2, 1, script(tmp_path, LINGER), "stubborn")
+    pids = pids_of(launcher, 2)
+    launcher.send_signal(signal.SIGINT)
+    assert "SIGINT; waiting up to 30 s" in launcher.stderr.readline()
+    assert all(alive(p) for p in pids)
+    launcher.send_signal(signal.SIGINT)
+    launcher.communicate(timeout=20)
+    assert launcher.returncode == 137
+    assert wait_until_gone(pids) == []
+
+
+def test_a_dead_peer_ends_the_stubborn_too(start_local, tmp_path: Path) -> None:
+    launcher = start_local(2, 1, script(tmp_path, LINGER), "stubborn")
+    pids = pids_of(launcher, 2)
+    start = time.monotonic()
+    os.kill(pids[0], signal.SIGKILL)
+    _, err = launcher.communicate(timeout=20)
+    assert launcher.returncode == 137
+    assert time.monotonic() - start < 10
+    assert "did not stop in time; killing it" in err
+    assert wait_until_gone(pids) == []
+
+
+def test_nobody_outlives_a_killed_launcher(start_local, tmp_path: Path) -> None:
+    launcher = start_local(2, 1, script(tmp_path, LINGER), "stubborn")
+    pids = pids_of(launcher, 2)
+    launcher.kill()
+    launcher.wait()
+    try:
+        assert wait_until_gone(pids) == []
+    finally:
+        for pid in pids:
+            if alive(pid):
+                os.kill(pid, signal.SIGKILL)
+
+
+def test_remains_of_a_finished_process_are_killed(run_local, tmp_path: Path) -> None:
+    sleeper = "[sys.executable, '-c', 'import time; time.sleep(600)']"
+    program = f"import subprocess, sys\nprint(subprocess.Popen({sleeper}).pid)"
+    done = run_local(1, 1, script(tmp_path, program), timeout=20)
+    assert done.returncode == 0
+    pid = int(done.stdout.split()[-1])
+    assert wait_until_gone([pid]) == []
+
+
+def test_modules_run_as_main_with_their_arguments(run_local) -> None:
+    done = run_local(1, 1, "-m", "timeit", "-n", "1", "-r", "1", "import sys; print(sys.argv[1:])")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("[0] ['-n', '1', '-r', '1', ")
+
+
+def test_a_bar_on_a_terminal_and_none_in_a_log(start_local, tmp_path: Path) -> None:
+    program = (
+        "import os, sys\n"
+        "from launch.distributed import progress_mode\n"
+        "print(progress_mode(), os.environ.get('COLUMNS'))\n"
+        "if progress_mode() == 'bar':\n"
+        "    sys.stdout.write('\\rhalf\\rwhole\\n')\n"
+    )
+    path = script(tmp_path, program)
+    launcher = start_local(2, 1, path, env=_terminal())
+    out, _ = launcher.communicate(timeout=20)
+    assert sorted(out.splitlines()) == ["[0] lines 70", "[1] lines 70"]
+
+    ours, theirs = pty.openpty()
+    launcher = start_local(2, 1, path, stdout=theirs, stderr=theirs, env=_terminal())
+    launcher.wait(timeout=20)
+    os.close(theirs)
+    shown = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert "[0] bar 65" in shown  # 70, the prefix, and one left free so that nothing wraps
+    assert "[1] lines 70" in shown
+    assert "[0] whole" in re.sub(r"\x1b\[K", "", shown)
+
+
+def _terminal() -> dict[str, str]:
+    return {**os.environ, "COLUMNS": "70"}
