@@ -34,6 +34,7 @@ from shardflax.partitioning.scope import (
     rules_in_scope,
 )
 from shardflax.partitioning.spec_check import check_spec, make_spec, spec_axes
+from shardflax.partitioning.untyped import jx
 
 __all__ = ["constrain", "constrain_box", "constrain_spec", "lower", "with_logical_constraint"]
 
@@ -77,9 +78,13 @@ def with_logical_constraint(
     def one(names: Any, part: Any) -> Any:
         if names is None:
             return part
-        return jax.tree.map(lambda leaf: _constrain(leaf, names, rules, mesh, fallback), part)
 
-    return jax.tree.map(one, logical_axis_resources, x, is_leaf=_is_names)
+        def each(leaf: Any) -> Any:
+            return _constrain(leaf, names, rules, mesh, fallback)
+
+        return jx.tree.map(each, part)
+
+    return jx.tree.map(one, logical_axis_resources, x, is_leaf=_is_names)
 
 
 def constrain(x: jax.Array, names: tuple[Any, ...] | None) -> jax.Array:
@@ -221,10 +226,10 @@ def lower(x: Any, spec: PartitionSpec, mesh: AnyMesh) -> Any:
     types = dict(zip(mesh.axis_names, kinds, strict=True))
     if AxisType.Explicit in kinds:
         explicit = _pad(_only(spec, types, AxisType.Explicit), np.ndim(x))
-        x = jax.sharding.reshard(x, NamedSharding(mesh, _settle(explicit, x)))
+        x = jx.sharding.reshard(x, NamedSharding(mesh, _settle(explicit, x)))
     if AxisType.Auto in kinds:
         auto = _only(spec, types, AxisType.Auto)
-        x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, auto))
+        x = jx.lax.with_sharding_constraint(x, NamedSharding(mesh, auto))
     return x
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from shardflax.core.boxes import is_box
@@ -13,6 +12,7 @@ from shardflax.partitioning.errors import raise_problems
 from shardflax.partitioning.layout import Layout
 from shardflax.partitioning.rules import LogicalRules
 from shardflax.partitioning.scope import InitTrace, init_tracing, use
+from shardflax.partitioning.untyped import jx
 
 __all__ = ["abstract_layout", "init_sharded"]
 
@@ -29,6 +29,7 @@ def init_sharded(
 
     Raises a `LayoutError` that lists everything wrong, by path, before anything is allocated.
 
+    >>> import jax
     >>> from shardflax.partitioning import make_mesh, named, preset
     >>> kernel = named(jax.nn.initializers.lecun_normal(), ("embed", "mlp"))
     >>> state, layout = init_sharded(
@@ -49,7 +50,7 @@ def init_sharded(
         return layout.place(unboxed(init_fn(*inputs)))
 
     with use(mesh, rules), init_tracing(InitTrace()):
-        state = jax.jit(placed, out_shardings=layout.shardings)(*args)
+        state = jx.jit(placed, out_shardings=layout.shardings)(*args)
     return state, layout
 
 
@@ -58,6 +59,7 @@ def abstract_layout(
 ) -> Layout:
     """The layout that `init_sharded` would use, problems included; allocates and raises nothing.
 
+    >>> import jax
     >>> from shardflax.partitioning import make_mesh, named, preset
     >>> kernel = named(jax.nn.initializers.lecun_normal(), ("emebd", "mlp"))
     >>> layout = abstract_layout(
@@ -70,7 +72,7 @@ def abstract_layout(
     ['kernel, shape (8, 16)']
     """
     with use(mesh, rules), init_tracing(InitTrace()) as trace:
-        boxed = jax.eval_shape(init_fn, *args)
+        boxed = jx.eval_shape(init_fn, *args)
     return Layout(boxed, mesh, rules, trace)
 
 
@@ -82,4 +84,4 @@ def unboxed(tree: Any) -> Any:
             x = x.value if hasattr(x, "value") else x.unbox()
         return x
 
-    return jax.tree.map(value, tree, is_leaf=is_box)
+    return jx.tree.map(value, tree, is_leaf=is_box)

@@ -22,6 +22,7 @@ from shardflax.partitioning.rules import AxisRules, LogicalRules
 from shardflax.partitioning.scope import AnyMesh, InitTrace
 from shardflax.partitioning.spec_check import spec_axes
 from shardflax.partitioning.table import layout_text
+from shardflax.partitioning.untyped import jx
 
 __all__ = ["Layout"]
 
@@ -60,8 +61,8 @@ class Layout:
         self.mesh = mesh
         self.rules = rules
         self._trace = trace or InitTrace()
-        flat = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_box)
-        self._treedef = jax.tree.structure(jax.tree.map(_nothing, state, is_leaf=is_box))
+        flat = jx.tree_util.tree_leaves_with_path(state, is_leaf=is_box)
+        self._treedef = jx.tree.structure(jx.tree.map(_nothing, state, is_leaf=is_box))
         entries = [(keys_of(path), leaf) for path, leaf in flat]
         self._root = _root(state, entries) if parameters is None else tuple(parameters)
         known = self._parameters(entries)
@@ -184,10 +185,13 @@ class Layout:
         """`state` (unboxed, inside a trace) laid out; where axes are auto, `jit` does that."""
         if AxisType.Explicit not in self.mesh.axis_types:
             return state
-        return jax.tree.map(lambda x, s: lower(x, s.spec, self.mesh), state, self.shardings)
+        values = jx.tree.leaves(state)
+        return self._tree(
+            lower(x, leaf.spec, self.mesh) for x, leaf in zip(values, self.leaves, strict=True)
+        )
 
     def _tree(self, values: Iterable[Any]) -> Any:
-        return jax.tree.unflatten(self._treedef, list(values))
+        return jx.tree.unflatten(self._treedef, list(values))
 
     def __str__(self) -> str:
         return layout_text(self)
@@ -206,7 +210,7 @@ def _value(leaf: Any) -> Any:
     """The array or shape inside the boxes around a leaf; a Python number as a shape."""
     while is_box(leaf):
         leaf = leaf.value if isinstance(leaf, Partitioned) else leaf.unbox()
-    return leaf if hasattr(leaf, "dtype") else jax.eval_shape(lambda: leaf)
+    return leaf if hasattr(leaf, "dtype") else jx.eval_shape(lambda: leaf)
 
 
 def _root(state: Any, entries: list[tuple[Path, Any]]) -> Path:

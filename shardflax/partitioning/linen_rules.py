@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from jax.sharding import PartitionSpec
 
@@ -50,7 +50,7 @@ def linen_axes(names: Sequence[Any], rules: LogicalRules) -> tuple[list[Any], li
         dim = names.index(name) if name in names else None
         if dim is None or dim in found or used & set(_flat(axes)):
             continue
-        found[dim] = (tuple(axes) or None) if isinstance(axes, (tuple, list)) else axes
+        found[dim] = _entry(axes)
         used |= set(_flat(axes))
     undecided = [dim for dim in range(len(names)) if dim not in found]
     return [found.get(dim) for dim in range(len(names))], undecided
@@ -65,8 +65,13 @@ def undecided_error(names: Sequence[Any], dims: Sequence[int], rules: LogicalRul
     )
 
 
+def _entry(axes: Any) -> Any:
+    """The axes of a rule as an entry of a spec; no axes are None."""
+    return tuple(cast(Sequence[Any], axes)) or None if isinstance(axes, (tuple, list)) else axes
+
+
 def _flat(axes: Any) -> list[Any]:
     """The axes inside an entry; neither None nor UNCONSTRAINED is an axis."""
     if isinstance(axes, (tuple, list)):
-        return [flat for axis in axes for flat in _flat(axis)]
+        return [flat for axis in cast(Sequence[Any], axes) for flat in _flat(axis)]
     return [] if axes is None or axes is PartitionSpec.UNCONSTRAINED else [axes]

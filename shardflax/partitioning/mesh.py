@@ -6,7 +6,6 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
@@ -14,6 +13,7 @@ from jax.sharding import AxisType, Mesh
 from shardflax.core.errors import did_you_mean
 from shardflax.partitioning.errors import MeshSpecError
 from shardflax.partitioning.mesh_spec import MeshSpec, parse_mesh_spec
+from shardflax.partitioning.untyped import jx
 
 __all__ = ["make_mesh"]
 
@@ -23,7 +23,7 @@ _INSIDE_A_SLICE = ("context", "tensor")
 
 def make_mesh(
     spec: str | Mapping[str, int],
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
     axis_types: str | Mapping[str, str] = "auto",
     *,
     other_axes: Collection[str] = (),
@@ -49,7 +49,7 @@ def make_mesh(
     >>> dict(make_mesh("tensor=2,fsdp=-1").shape)
     {'fsdp': 4, 'tensor': 2}
     """
-    devices = list(jax.devices() if devices is None else devices)
+    devices = list(jx.devices() if devices is None else devices)
     parsed = parse_mesh_spec(spec, other_axes)
     types = _axis_types(parsed, axis_types)
     for axis, size in zip(parsed.axes, parsed.dcn, strict=True):

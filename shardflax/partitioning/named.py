@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from jax.sharding import Mesh
@@ -128,7 +128,7 @@ def with_logical_partitioning(
     ('embed', 'mlp')
     """
     if rules is not None and not isinstance(rules, AxisRules):
-        rules = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in rules)
+        rules = tuple((name, _hashable(axes)) for name, axes in rules)
     return LogicalInit(fn, tuple(names), mesh, rules)
 
 
@@ -144,6 +144,11 @@ def with_partitioning(
     (None, 'data')
     """
     return MeshInit(fn, tuple(names), mesh)
+
+
+def _hashable(axes: Any) -> Any:
+    """The axes of a plain rule, so that the wrapper can be hashed."""
+    return tuple(cast(list[Any], axes)) if isinstance(axes, list) else axes
 
 
 def _frozen(names: Any) -> tuple[Any, ...] | None:

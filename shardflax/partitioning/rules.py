@@ -48,8 +48,7 @@ class AxisRules(Sequence[tuple[str, tuple[str, ...]]]):
         *,
         title: str = "rules",
     ) -> None:
-        pairs = rules.items() if isinstance(rules, Mapping) else rules
-        pairs = cast(Iterable[tuple[str, RuleAxes]], pairs)
+        pairs = cast(Any, rules).items() if isinstance(rules, Mapping) else rules
         entries = tuple((_name(name), _axes(name, axes)) for name, axes in pairs)
         table = dict(entries)
         if len(table) != len(entries):

@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 from shardflax.partitioning.errors import Problem, raise_problems
 from shardflax.partitioning.resolve import MeshAxes, check_mesh_axes
 from shardflax.partitioning.rules import AxisRules, LogicalRules
+from shardflax.partitioning.untyped import jx
 
 __all__ = [
     "AnyMesh",
@@ -152,16 +153,16 @@ def _legacy_mesh() -> Mesh | None:
     """
     probe = jax.ShapeDtypeStruct((), np.dtype("float32"))
     try:
-        jax.lax.with_sharding_constraint(probe, PartitionSpec())
+        jx.lax.with_sharding_constraint(probe, PartitionSpec())
     except RuntimeError:
         return None
     except TypeError:
         pass
 
     def constrained() -> Any:
-        return jax.lax.with_sharding_constraint(0.0, PartitionSpec())
+        return jx.lax.with_sharding_constraint(0.0, PartitionSpec())
 
-    return jax.make_jaxpr(constrained)().eqns[0].params["sharding"].mesh
+    return jx.make_jaxpr(constrained)().eqns[0].params["sharding"].mesh
 
 
 def free_axes(mesh: AnyMesh) -> MeshAxes:

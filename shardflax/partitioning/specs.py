@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from shardflax.core.boxes import is_box
@@ -15,6 +14,7 @@ from shardflax.partitioning.linen_rules import linen_axes
 from shardflax.partitioning.resolve import resolve
 from shardflax.partitioning.rules import AxisRules, LogicalRules
 from shardflax.partitioning.scope import free_axes, get_logical_axis_rules, mesh_in_scope
+from shardflax.partitioning.untyped import jx
 
 __all__ = [
     "get_partition_spec",
@@ -50,7 +50,7 @@ def logical_to_mesh_axes(
         found = resolve(tuple(array_dim_names), rules, None, axes)
         raise_problems(found.problems)
         return found.spec
-    return PartitionSpec(*linen_axes(array_dim_names, rules)[0])
+    return PartitionSpec(*linen_axes(tuple(array_dim_names), rules)[0])
 
 
 def logical_to_mesh(tree: Any, rules: LogicalRules | None = None) -> Any:
@@ -59,7 +59,11 @@ def logical_to_mesh(tree: Any, rules: LogicalRules | None = None) -> Any:
     >>> logical_to_mesh({"w": PartitionSpec("embed", "mlp")}, [("mlp", "model")])
     {'w': P(None, 'model')}
     """
-    return jax.tree.map(lambda spec: logical_to_mesh_axes(spec, rules), tree, is_leaf=_is_spec)
+
+    def one(spec: PartitionSpec) -> PartitionSpec | None:
+        return logical_to_mesh_axes(tuple(spec), rules)
+
+    return jx.tree.map(one, tree, is_leaf=_is_spec)
 
 
 def logical_to_mesh_sharding(tree: Any, mesh: Mesh, rules: LogicalRules | None = None) -> Any:
@@ -74,15 +78,16 @@ def logical_to_mesh_sharding(tree: Any, mesh: Mesh, rules: LogicalRules | None =
     P(None, 'model')
     """
 
-    def one(spec: PartitionSpec) -> NamedSharding:
-        if isinstance(rules := _rules(given), AxisRules):
-            found = resolve(tuple(spec), rules, None, free_axes(mesh))
-            raise_problems(found.problems)
-            return NamedSharding(mesh, found.spec)
-        return NamedSharding(mesh, logical_to_mesh_axes(spec, rules) or PartitionSpec())
+    known = get_logical_axis_rules() if rules is None else rules
 
-    given = rules
-    return jax.tree.map(one, tree, is_leaf=_is_spec)
+    def one(spec: PartitionSpec) -> NamedSharding:
+        if not isinstance(known, AxisRules):
+            return NamedSharding(mesh, PartitionSpec(*linen_axes(tuple(spec), known)[0]))
+        found = resolve(tuple(spec), known, None, free_axes(mesh))
+        raise_problems(found.problems)
+        return NamedSharding(mesh, found.spec)
+
+    return jx.tree.map(one, tree, is_leaf=_is_spec)
 
 
 def get_partition_spec(tree: Any) -> Any:
@@ -101,7 +106,7 @@ def get_partition_spec(tree: Any) -> Any:
             return x.get_partition_spec()
         return PartitionSpec() if hasattr(x, "shape") else None
 
-    return jax.tree.map(one, tree, is_leaf=is_box)
+    return jx.tree.map(one, tree, is_leaf=is_box)
 
 
 def get_sharding(tree: Any, mesh: Mesh) -> Any:
@@ -119,11 +124,7 @@ def get_sharding(tree: Any, mesh: Mesh) -> Any:
             return x.get_sharding(mesh)
         return NamedSharding(mesh, PartitionSpec()) if hasattr(x, "shape") else None
 
-    return jax.tree.map(one, tree, is_leaf=is_box)
-
-
-def _rules(rules: LogicalRules | None) -> LogicalRules:
-    return get_logical_axis_rules() if rules is None else rules
+    return jx.tree.map(one, tree, is_leaf=is_box)
 
 
 def _is_spec(x: Any) -> bool:
