@@ -1,15 +1,46 @@
 """Errors: one class per cause.
 
-Inner code raises short; the module boundary adds the module path.  Each message says where, what
-was expected, what was found, and what to write instead.
+Inner code raises short.  Each message says where, what was expected, what was found, and what to
+write instead.  The names are those of Linen's catalogue.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
-__all__ = ["FlaxError", "did_you_mean"]
+__all__ = [
+    "ApplyModuleInvalidMethodError",
+    "ApplyScopeInvalidVariablesStructureError",
+    "ApplyScopeInvalidVariablesTypeError",
+    "AssignSubModuleError",
+    "CallCompactUnboundModuleError",
+    "CallUnbindOnUnboundModuleError",
+    "FlaxError",
+    "ImmutableVariableError",
+    "IncorrectPostInitOverrideError",
+    "InvalidFilterError",
+    "InvalidInstanceModuleError",
+    "InvalidRngError",
+    "InvalidScopeError",
+    "JaxTransformError",
+    "LoopVariantBroadcastError",
+    "ModifyScopeVariableError",
+    "MultipleMethodsCompactError",
+    "NameInUseError",
+    "RematPolicyError",
+    "ReservedModuleAttributeError",
+    "ScopeCollectionNotFound",
+    "ScopeParamNotFoundError",
+    "ScopeParamShapeError",
+    "ScopeVariableNotFoundError",
+    "SetAttributeFrozenModuleError",
+    "SetAttributeInModuleSetupError",
+    "TransformAxisError",
+    "TransformTargetError",
+    "did_you_mean",
+]
 
 
 class FlaxError(Exception):
@@ -31,3 +62,278 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names) or 'none'}."
+
+
+def _shape(shape: Any) -> str:
+    return "x".join(map(str, shape)) if shape else "scalar"
+
+
+# --- filters and streams
+
+
+class InvalidFilterError(FlaxError):
+    """A collection or stream filter is none of bool, str, collection of str, `DenyList`.
+
+    >>> str(InvalidFilterError(3))
+    'a filter is a bool, a name, a collection of names or DenyList(...); got int: 3.'
+    """
+
+    def __init__(self, spec: Any) -> None:
+        super().__init__(
+            f"a filter is a bool, a name, a collection of names or DenyList(...); "
+            f"got {type(spec).__name__}: {spec!r}."
+        )
+
+
+class InvalidRngError(FlaxError):
+    """A key is needed from a stream that the run does not have, or a seed is no key."""
+
+
+# --- scopes and their variables
+
+
+class InvalidScopeError(FlaxError):
+    """A module or variable is used after its run, or the transform it was made in, has ended."""
+
+    def __init__(self, path: tuple[str, ...]) -> None:
+        super().__init__(
+            f"at /{'/'.join(path)}: this module belongs to an init, apply or transform that has "
+            f"ended. Use the module inside of it, or make one that stays with "
+            f"module.bind(variables)."
+        )
+
+
+class JaxTransformError(FlaxError):
+    """A module is used inside of a JAX transform that it was not made in."""
+
+    def __init__(self, path: tuple[str, ...]) -> None:
+        super().__init__(
+            f"below /{'/'.join(path)}: a module is used inside of a JAX transform (jax.jit, "
+            f"jax.vmap, jax.lax.scan, ...) that was entered after the module was bound, so its "
+            f"state would leak out of the trace. Use the lifted transform of the same name "
+            f"(nn.jit, nn.vmap, nn.scan, ...), or call module.init and module.apply inside of "
+            f"the JAX transform."
+        )
+
+
+class NameInUseError(FlaxError):
+    """A submodule or variable has a name that its module uses already."""
+
+    def __init__(self, kind: str, name: str, where: str) -> None:
+        super().__init__(
+            f"at {where}: the name {name!r} of this {kind} is in use in the same module. Give it "
+            f"another name, or share one submodule by calling it twice."
+        )
+
+
+class ScopeParamNotFoundError(FlaxError):
+    """A parameter is missing from the variables passed to `apply`."""
+
+    def __init__(self, name: str, where: str, found: Iterable[str]) -> None:
+        super().__init__(
+            f"at {where}: the variables have no parameter {name!r}; {did_you_mean(name, found)} "
+            f"The module declares it, so the variables are those of another model, or of this one "
+            f"with other options."
+        )
+
+
+class ScopeCollectionNotFound(FlaxError):
+    """A whole collection is missing from the variables passed to `apply`."""
+
+    def __init__(self, col: str, name: str, where: str) -> None:
+        super().__init__(
+            f"at {where}: the variable {name!r} is looked for in the collection {col!r}, and the "
+            f"variables have no such collection. Pass it to apply ({{{col!r}: ..., ...}}), or let "
+            f"apply make it with mutable=[{col!r}]."
+        )
+
+
+class ScopeVariableNotFoundError(FlaxError):
+    """A variable is missing from a collection that may not change."""
+
+    def __init__(self, name: str, col: str, where: str, found: Iterable[str]) -> None:
+        super().__init__(
+            f"at {where}: the collection {col!r} has no variable {name!r}; "
+            f"{did_you_mean(name, found)} Pass it to apply, or let apply make it with "
+            f"mutable=[{col!r}]."
+        )
+
+
+class ScopeParamShapeError(FlaxError):
+    """A parameter passed to `apply` has another shape than the module declares."""
+
+    def __init__(self, name: str, where: str, expected: list[Any], found: list[Any]) -> None:
+        want, got = (", ".join(map(_shape, shapes)) for shapes in (expected, found))
+        dims = ""
+        if len(expected) == len(found) == 1 and len(expected[0]) == len(found[0]):
+            pairs = enumerate(zip(expected[0], found[0], strict=True))
+            dims = ", ".join(f"dim {i}: {a} against {b}" for i, (a, b) in pairs if a != b)
+            dims = f" ({dims})"
+        super().__init__(
+            f"at {where}: the parameter {name!r} is declared as {want} and the variables hold "
+            f"{got}{dims}. Either the input or an option of the module differs from what the "
+            f"variables were made with."
+        )
+
+
+class ModifyScopeVariableError(FlaxError):
+    """A variable is written whose collection may not change in this run."""
+
+    def __init__(self, col: str, name: str, where: str) -> None:
+        super().__init__(
+            f"at {where}: cannot write the variable {name!r}: the collection {col!r} may not "
+            f"change here. Call apply with mutable=[{col!r}]; inside of a transform, list the "
+            f"collection among those that it carries out."
+        )
+
+
+class ImmutableVariableError(FlaxError):
+    """A variable is written through a module that is not bound to any run."""
+
+
+class ApplyScopeInvalidVariablesTypeError(FlaxError):
+    """The variables passed to `apply` are no dict of collections."""
+
+    def __init__(self, variables: Any) -> None:
+        super().__init__(
+            f"apply takes a dict of collections, {{'params': ...}}; got {type(variables).__name__}."
+        )
+
+
+class ApplyScopeInvalidVariablesStructureError(FlaxError):
+    """The variables passed to `apply` hold a collection `params` inside of `params`."""
+
+    def __init__(self, variables: Any) -> None:
+        super().__init__(
+            f"apply got {{'params': {{'params': ...}}}} (collections: {sorted(variables)}): the "
+            f"variables are wrapped once too often. Pass what init returned as it is."
+        )
+
+
+# --- modules
+
+
+class ApplyModuleInvalidMethodError(FlaxError):
+    """`method=` names or holds nothing that can be called on the module."""
+
+    def __init__(self, method: Any, module: Any) -> None:
+        super().__init__(
+            f"method={method!r} cannot be called on {type(module).__name__}. Pass the name of a "
+            f"method, a method of the class, or a function of the module."
+        )
+
+
+class AssignSubModuleError(FlaxError):
+    """A submodule is made in a method that is neither `setup` nor compact."""
+
+    def __init__(self, cls: str, where: str) -> None:
+        super().__init__(
+            f"at {where}: a submodule {cls} is made outside of setup and of a compact method. "
+            f"Decorate the method with @nn.compact, or make the submodule in setup."
+        )
+
+
+class CallCompactUnboundModuleError(FlaxError):
+    """A compact method is called on a module that is bound to no run."""
+
+    def __init__(self, cls: str) -> None:
+        super().__init__(
+            f"{cls} is bound to no variables, so its compact method cannot be called. Write "
+            f"module.init(key, x), module.apply(variables, x) or module.bind(variables)."
+        )
+
+
+class CallUnbindOnUnboundModuleError(FlaxError):
+    """`unbind` is called on a module that is bound to no run."""
+
+    def __init__(self, cls: str) -> None:
+        super().__init__(f"{cls} is not bound: only what module.bind(variables) gave has unbind().")
+
+
+class IncorrectPostInitOverrideError(FlaxError):
+    """A module overrides `__post_init__` and does not call that of its base class."""
+
+    def __init__(self, cls: str) -> None:
+        super().__init__(f"{cls}.__post_init__ must call super().__post_init__().")
+
+
+class InvalidInstanceModuleError(FlaxError):
+    """`init` or `apply` is called on a class where an instance is needed."""
+
+    def __init__(self, cls: str) -> None:
+        super().__init__(f"{cls} is a class: make an instance first, {cls}(...).init(key, x).")
+
+
+class MultipleMethodsCompactError(FlaxError):
+    """A class has more than one compact method."""
+
+    def __init__(self, cls: str, methods: list[str]) -> None:
+        super().__init__(
+            f"{cls} has the compact methods {', '.join(methods)}: only one method of a class may "
+            f"be compact, since both would number their submodules from 0. Make the shared "
+            f"submodules in setup."
+        )
+
+
+class ReservedModuleAttributeError(FlaxError):
+    """A module declares a field with a name that every module has."""
+
+    def __init__(self, cls: str, name: str) -> None:
+        super().__init__(
+            f"{cls} declares a field {name!r}; 'name' and 'parent' are fields of every module. "
+            f"Give it another name."
+        )
+
+
+class SetAttributeFrozenModuleError(FlaxError):
+    """An attribute of a module is set outside of `setup`."""
+
+    def __init__(self, cls: str, name: str) -> None:
+        super().__init__(
+            f"{cls}.{name} cannot be set: modules do not change outside of setup. Set it in setup, "
+            f"use module.clone({name}=...), or keep state in self.variable(...)."
+        )
+
+
+class SetAttributeInModuleSetupError(FlaxError):
+    """`setup` overwrites a field of the module."""
+
+    def __init__(self, cls: str, name: str) -> None:
+        super().__init__(
+            f"{cls}.setup sets {name!r}, a field of the module. Set it under another name."
+        )
+
+
+# --- transforms
+
+
+class TransformTargetError(FlaxError):
+    """The target of a lifted transform is neither a module class nor a function of a module."""
+
+    def __init__(self, target: Any) -> None:
+        super().__init__(
+            f"a lifted transform takes a Module class, or a function with a module as its first "
+            f"argument; got {target!r}. For an instance, lift a function that calls it."
+        )
+
+
+class TransformAxisError(FlaxError):
+    """The size of a mapped or scanned dim cannot be found out, or sizes differ."""
+
+
+class LoopVariantBroadcastError(FlaxError):
+    """A broadcast variable or output of `scan` depends on what the loop changes."""
+
+    def __init__(self, paths: list[str]) -> None:
+        super().__init__(
+            f"scan: these broadcast values depend on the carry or on a scanned input, so they "
+            f"differ from step to step: {', '.join(paths)}. Scan them (variable_axes, out_axes) "
+            f"or carry them (variable_carry)."
+        )
+
+
+class RematPolicyError(FlaxError):
+    """A rematerialisation policy has a name that does not exist."""
+
+    def __init__(self, policy: str, known: Iterable[str]) -> None:
+        super().__init__(f"remat has no policy {policy!r}; {did_you_mean(policy, known)}")

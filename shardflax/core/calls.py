@@ -1,0 +1,126 @@
+"""Calls: what happens around each call of a module's method.
+
+The module is put on a stack, so that submodules made meanwhile find their parent; names used by a
+compact method are given back at its end; and every call goes through one chain of interceptors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from shardflax.core.errors import CallCompactUnboundModuleError
+
+__all__ = ["InterceptorContext", "context", "current_module", "intercept_methods", "wrap_method"]
+
+
+class _Context(threading.local):
+    """The only thread-local state of the core."""
+
+    def __init__(self) -> None:
+        self.stack: list[Any] = []
+        self.interceptors: list[Callable[..., Any]] = []
+
+
+context = _Context()
+
+
+def current_module() -> Any:
+    """The module whose method is running, or `None`.
+
+    >>> print(current_module())
+    None
+    """
+    return context.stack[-1] if context.stack else None
+
+
+@dataclass(frozen=True)
+class InterceptorContext:
+    """What an interceptor is told of a call: the module, the method's name, the bound method.
+
+    >>> InterceptorContext(None, "__call__", print).method_name
+    '__call__'
+    """
+
+    module: Any
+    method_name: str
+    orig_method: Callable[..., Any]
+
+
+@contextlib.contextmanager
+def intercept_methods(interceptor: Callable[..., Any]) -> Iterator[None]:
+    """Within this context, method calls of modules go through `interceptor`.
+
+    `interceptor(next_fun, args, kwargs, context)` returns what the call returns;
+    `next_fun(*args, **kwargs)` goes on with the call, through interceptors set before this one.
+
+    >>> import jax, jax.numpy as jnp, shardflax.nn as nn
+    >>> def shout(next_fun, args, kwargs, context):
+    ...     print(type(context.module).__name__, context.method_name)
+    ...     return next_fun(*args, **kwargs)
+    >>> with intercept_methods(shout):
+    ...     variables = nn.Dense(2).init(jax.random.key(0), jnp.ones((1, 2)))
+    Dense __call__
+    """
+    context.interceptors.append(interceptor)
+    try:
+        yield
+    finally:
+        context.interceptors.pop()
+
+
+def _intercepted(fn: Callable[..., Any], module: Any, args: Any, kwargs: Any) -> Any:
+    name = fn.__name__
+    told = InterceptorContext(module, name, functools.partial(fn, module))
+
+    def chain(interceptors: list[Callable[..., Any]]) -> Callable[..., Any]:
+        if not interceptors:
+            return told.orig_method
+        *outer, last = interceptors
+        return lambda *a, **k: last(chain(outer), a, k, told)
+
+    return chain(list(context.interceptors))(*args, **kwargs)
+
+
+def wrap_method(fn: Callable[..., Any], function_target: bool = False) -> Callable[..., Any]:
+    """A method as modules have it; with `function_target`, a function that runs on a module."""
+    compact = getattr(fn, "compact", False)
+    name = getattr(fn, "__name__", "call")
+
+    @functools.wraps(fn)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        progress = self._progress
+        if not progress.ready:
+            self._prepare()
+        outermost = compact and not progress.compact
+        if outermost:
+            if self.scope is None:
+                raise CallCompactUnboundModuleError(type(self).__name__)
+            progress.compact = True
+        context.stack.append(self)
+        try:
+            if function_target:
+                return fn(self, *args, **kwargs)
+            with jax.named_scope(_profile_name(self, name)):
+                if context.interceptors:
+                    return _intercepted(fn, self, args, kwargs)
+                return fn(self, *args, **kwargs)
+        finally:
+            context.stack.pop()
+            if outermost:
+                progress.compact = False
+                self.scope.node.rewind()
+
+    method.wrapped = True  # pyright: ignore[reportFunctionMemberAccess]
+    return method
+
+
+def _profile_name(module: Any, method: str) -> str:
+    own = module.name or type(module).__name__
+    return own if method == "__call__" else f"{own}.{method}"

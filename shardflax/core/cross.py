@@ -1,0 +1,340 @@
+"""Crossing: how modules and variables go through a lift.
+
+A bound module is no pytree.  On the way in it becomes a leafless slot, plus a *recipe*: its class,
+its fields, where its scope lies relative to a root of the boundary, and how far it had got.
+Inside, a module is built anew from the recipe, on the scopes inside.  Classes, methods and
+functions as targets differ only in what is called on it then.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
+
+import jax
+
+from shardflax.core.errors import TransformTargetError
+from shardflax.core.lift import Boundary, Lift
+from shardflax.core.scope import Scope, Variable
+
+__all__ = ["Crossable", "Lifted", "lifted"]
+
+T = TypeVar("T")
+
+
+class Crossable:
+    """What a module must offer to cross: see `shardflax.core.module.Module`."""
+
+    scope: Scope | None
+
+    def _recipe(self) -> tuple[dict[str, Any], Any]:
+        """The fields to build it from, and a hashable note on how far it had got."""
+        raise AssertionError("overridden by Module")
+
+    @classmethod
+    def _rebuild(cls, fields: dict[str, Any], scope: Scope, progress: Any) -> Any:
+        """A module built from what `_recipe` gave, bound to `scope`."""
+        raise AssertionError("overridden by Module")
+
+    @classmethod
+    def _inner_call(cls, fn: Callable[..., Any], outer: Any) -> Callable[..., Any]:
+        """`fn`, to be called on the module inside; `outer` is what was called outside."""
+        raise AssertionError("overridden by Module")
+
+    def _before_crossing(self) -> None:
+        """Called before the module crosses."""
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class _Slot:
+    """Stands for a module or variable in a tree of arguments."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A scope, as a path below one of the roots of a boundary."""
+
+    root: int
+    path: tuple[str, ...]
+
+    def find(self, roots: list[Scope]) -> Scope:
+        return functools.reduce(Scope.push, self.path, roots[self.root])
+
+
+@dataclass(frozen=True, eq=False)
+class _ModuleRecipe:
+    cls: Any
+    fields: tuple[tuple[str, Any], ...]
+    progress: Any
+    place: _Place
+
+    def build(self, roots: list[Scope], fill: Callable[[Any], Any]) -> Any:
+        fields = {name: fill(value) for name, value in self.fields}
+        return self.cls._rebuild(fields, self.place.find(roots), self.progress)
+
+    # Fields may be unhashable: then they count in comparisons alone, arrays by identity.
+    def __hash__(self) -> int:
+        return hash((self.cls, self.place, len(self.fields)))
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, _ModuleRecipe)
+            and (self.cls, self.place, self.progress) == (other.cls, other.place, other.progress)
+            and len(self.fields) == len(other.fields)
+            and all(
+                a == b and _same(x, y)
+                for (a, x), (b, y) in zip(self.fields, other.fields, strict=True)
+            )
+        )
+
+
+def _same(x: Any, y: Any) -> bool:
+    if x is y:
+        return True
+    if type(x) is not type(y) or hasattr(x, "__array__"):
+        return False
+    try:
+        return bool(x == y)
+    except ValueError:  # a container of arrays
+        return False
+
+
+@dataclass(frozen=True)
+class _VariableRecipe:
+    collection: str
+    name: str
+    unbox: bool
+    place: _Place
+
+    def build(self, roots: list[Scope], fill: Callable[[Any], Any]) -> Variable:
+        return Variable(self.place.find(roots), self.collection, self.name, self.unbox)
+
+
+@dataclass(frozen=True)
+class _Constant:
+    """An unbound module: it crosses as it is."""
+
+    value: Any
+
+    def build(self, roots: list[Scope], fill: Callable[[Any], Any]) -> Any:
+        return self.value
+
+
+class _Unbinder:
+    """Collects the modules and variables of trees, and the scopes that they need."""
+
+    def __init__(self) -> None:
+        self.found: list[Any] = []
+        self.index: dict[int, int] = {}
+        self.recipes: list[Any] = []
+
+    def slots(self, tree: Any) -> Any:
+        """`tree` with slots for modules and variables."""
+        if not isinstance(tree, Crossable | Variable | tuple | list | dict):
+            return tree
+        return jax.tree.map(lambda x: self._slot(x) if _crosses(x) else x, tree, is_leaf=_crosses)
+
+    def _slot(self, x: Any) -> _Slot:
+        i = self.index.get(id(x))
+        if i is None:
+            i = self.index[id(x)] = len(self.found)
+            self.found.append(x)
+            self.recipes.append(None)
+            self.recipes[i] = self._recipe(x)
+        return _Slot(i)
+
+    def _recipe(self, x: Any) -> Any:
+        if isinstance(x, Variable):
+            return _VariableRecipe(x.collection, x.name, x._unbox, _Place(-1, ()))
+        if x.scope is None:
+            return _Constant(x)
+        x._before_crossing()
+        fields, progress = x._recipe()
+        values = tuple((name, self.slots(value)) for name, value in fields.items())
+        return _ModuleRecipe(type(x), values, progress, _Place(-1, ()))
+
+    def roots(self) -> list[Scope]:
+        """The scopes that all others lie at or below; afterwards every recipe has its place."""
+        scopes = [x.scope for x in self.found]
+        roots: list[Scope] = []
+        for scope in sorted((s for s in scopes if s is not None), key=lambda s: len(s.path)):
+            if _place(roots, scope) is None:
+                roots.append(scope)
+        for i, scope in enumerate(scopes):
+            if scope is not None:
+                self.recipes[i] = replace(self.recipes[i], place=_place(roots, scope))
+        return roots
+
+
+def _place(roots: list[Scope], scope: Scope) -> _Place | None:
+    for i, root in enumerate(roots):
+        depth = len(root.path)
+        if root.store is scope.store and scope.path[:depth] == root.path:
+            return _Place(i, scope.path[depth:])
+    return None
+
+
+def _crosses(x: Any) -> bool:
+    return isinstance(x, Crossable | Variable)
+
+
+@dataclass(frozen=True)
+class _Inside:
+    """A call of the target inside of the boundary: hashable, compared by equality."""
+
+    fn: Callable[..., Any]
+    outer: Any  # what was called outside: tells a method from a function
+    target: Any  # the class that the first module is built as, if not its own
+    first: Any
+    recipes: tuple[Any, ...]
+
+    def __call__(self, roots: list[Scope], *args: Any, **kwargs: Any) -> Any:
+        built: dict[int, Any] = {}
+
+        def fill(tree: Any) -> Any:
+            return jax.tree.map(
+                lambda x: get(x.index) if isinstance(x, _Slot) else x,
+                tree,
+                is_leaf=lambda x: isinstance(x, _Slot),
+            )
+
+        def get(i: int) -> Any:
+            if i not in built:
+                built[i] = self.recipes[i].build(roots, fill)
+            return built[i]
+
+        first = fill(self.first)
+        fn = type(first)._inner_call(self.fn, self.outer) if _crosses(first) else self.fn
+        return fn(first, *fill(args), **fill(kwargs))
+
+
+def cross(
+    lift: Lift, fn: Callable[..., Any], outer: Any, target: Any, args: Any, kwargs: Any
+) -> Any:
+    """Calls `fn(*args, **kwargs)`, a function of a module, through a lift."""
+    unbinder = _Unbinder()
+    first, rest, kwargs = (unbinder.slots(x) for x in (args[0], tuple(args[1:]), kwargs))
+    roots = unbinder.roots()
+    recipes = unbinder.recipes
+    if target is not None:
+        recipes[0] = replace(recipes[0], cls=target)
+    inside = _Inside(fn, outer, target, first, tuple(recipes))
+    return Boundary(lift, roots).call(inside, *rest, **kwargs)
+
+
+# --- targets
+
+
+class Lifted(Protocol):
+    """A lifted transform: `transform(target, **options)` gives what `target` is, lifted."""
+
+    def __call__(self, target: T, *args: Any, **kwargs: Any) -> T: ...
+
+
+def lifted(factory: Callable[..., Lift], prefix: str) -> Lifted:
+    """A transform of module classes, methods and functions, from a function of options to a lift.
+
+    `prefix` begins the names of lifted classes.  The transform takes one option more than
+    `factory`: `methods`, the names of the methods of a class to lift (by default `__call__`).
+    This is how to write a transform of one's own: see `docs/design.md`.
+
+    >>> import jax, jax.numpy as jnp, shardflax.nn as nn
+    >>> from shardflax.core.lift import Lift
+    >>> def logged():
+    ...     def run(pure, state, *args, **kwargs):
+    ...         print("in with", [sorted(root) for root in state.groups[0]])
+    ...         return pure(state, *args, **kwargs)
+    ...
+    ...     return Lift(run)
+    >>> model = lifted(logged, "Logged")(nn.Dense)(2)
+    >>> variables = model.init(jax.random.key(0), jnp.ones((1, 2)))
+    in with [[]]
+    >>> y = model.apply(variables, jnp.ones((1, 2)))
+    in with [['params']]
+    """
+
+    @functools.wraps(factory)
+    def transform(target: Any, *args: Any, methods: Any = None, **kwargs: Any) -> Any:
+        if inspect.isclass(target) and issubclass(target, Crossable):
+            return _lift_class(target, factory, prefix, methods, args, kwargs)
+        if isinstance(target, Crossable) or not callable(target):
+            raise TransformTargetError(target)
+        return _lift_function(target, factory(*args, **kwargs))
+
+    signature = inspect.signature(factory)
+    extra = [
+        inspect.Parameter("target", inspect.Parameter.POSITIONAL_OR_KEYWORD),
+        *signature.parameters.values(),
+        inspect.Parameter("methods", inspect.Parameter.KEYWORD_ONLY, default=None),
+    ]
+    transform.__signature__ = signature.replace(parameters=extra)  # pyright: ignore
+    return transform
+
+
+def _lift_class(
+    target: Any, factory: Any, prefix: str, methods: Any, args: Any, kwargs: Any
+) -> Any:
+    """One class per target and options: making a class is slow, and jit caches by it."""
+    names = ("__call__",) if methods is None else methods
+    names = (names,) if isinstance(names, str) else tuple(names)
+    try:
+        return _cached_class(target, factory, prefix, names, _Frozen.of(args), _Frozen.of(kwargs))
+    except TypeError:  # an option is not hashable
+        return _new_class(target, prefix, names, factory(*args, **kwargs))
+
+
+class _Frozen:
+    """Options as a key."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        self.key = _key(value)
+
+    of = classmethod(lambda cls, value: cls(value))
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Frozen) and self.key == other.key
+
+
+def _key(value: Any) -> Any:
+    if isinstance(value, dict):
+        return ("dict", tuple((_key(k), _key(v)) for k, v in value.items()))
+    if isinstance(value, list | tuple):
+        return (type(value), tuple(_key(v) for v in value))
+    return (type(value), value)
+
+
+@functools.lru_cache(maxsize=512)
+def _cached_class(
+    target: Any, factory: Any, prefix: str, names: tuple[str, ...], args: _Frozen, kwargs: _Frozen
+) -> Any:
+    return _new_class(target, prefix, names, factory(*args.value, **kwargs.value))
+
+
+def _new_class(target: Any, prefix: str, names: tuple[str, ...], lift: Lift) -> Any:
+    body: dict[str, Any] = {"__module__": target.__module__, "__doc__": target.__doc__}
+    for name in names:
+        if not callable(getattr(target, name, None)):
+            raise TransformTargetError(f"{target.__name__}.{name}, which is no method")
+        body[name] = _lift_function(getattr(target, name), lift, target)
+    return type(target)(f"{prefix}{target.__name__}", (target,), body)
+
+
+def _lift_function(fn: Callable[..., Any], lift: Lift, target: Any = None) -> Any:
+    @functools.wraps(fn)
+    def lifted_fn(*args: Any, **kwargs: Any) -> Any:
+        if not args:
+            raise TransformTargetError(f"{fn!r}, called without a module")
+        return cross(lift, fn, lifted_fn, target, args, kwargs)
+
+    lifted_fn.lifted = True  # pyright: ignore[reportFunctionMemberAccess]
+    return lifted_fn

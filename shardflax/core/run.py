@@ -1,0 +1,168 @@
+"""Runs: `init` and `apply` as one thing, a module bound for a while to the state of one run."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from shardflax.core.calls import context, intercept_methods
+from shardflax.core.errors import (
+    ApplyModuleInvalidMethodError,
+    ApplyScopeInvalidVariablesStructureError,
+    ApplyScopeInvalidVariablesTypeError,
+    InvalidInstanceModuleError,
+)
+from shardflax.core.lift import copy_dicts
+from shardflax.core.names import CollectionFilter, DenyList, Names
+from shardflax.core.rng import open_streams
+from shardflax.core.scope import Scope, Store
+
+__all__ = ["apply", "init", "init_with_output", "method_of", "open_scope"]
+
+
+def open_scope(
+    variables: Mapping[str, Any],
+    rngs: Any,
+    mutable: CollectionFilter,
+    flags: Mapping[str, Any] | None = None,
+) -> Scope:
+    """The root scope of a new run.
+
+    Collections that may change are copied (their dicts, not their arrays), the others shared.
+    """
+    _check_variables(variables)
+    names = Names.of(mutable)
+    collections = {c: copy_dicts(t) if c in names else t for c, t in variables.items()}
+    return Scope(Store(collections, open_streams(rngs), names, (), flags))
+
+
+def _check_variables(variables: Any) -> None:
+    if not isinstance(variables, Mapping):
+        raise ApplyScopeInvalidVariablesTypeError(variables)
+    params = variables.get("params")
+    if isinstance(params, Mapping) and isinstance(params.get("params"), Mapping):
+        raise ApplyScopeInvalidVariablesStructureError(variables)
+
+
+def method_of(module: Any, method: Any) -> Callable[..., Any]:
+    """The function of a module that `method` means: a name, a method, a function, `None`.
+
+    Raises `ApplyModuleInvalidMethodError` if there is no such function.
+    """
+    if isinstance(module, type):
+        raise InvalidInstanceModuleError(module.__name__)
+    cls = type(module)
+    if method is None:
+        method = "__call__"
+    if isinstance(method, str):
+        found = getattr(cls, method, None)
+        if not callable(found):
+            found = getattr(module, method, None)  # a submodule in a field
+        if not callable(found):
+            raise ApplyModuleInvalidMethodError(method, module)
+        if isinstance(getattr(cls, method, None), Callable):
+            return found
+        return lambda m, *args, **kwargs: getattr(m, method)(*args, **kwargs)
+    if not callable(method):
+        raise ApplyModuleInvalidMethodError(method, module)
+    return getattr(method, "__func__", method)
+
+
+def _run(
+    fn: Callable[..., Any], module: Any, scope: Scope, capture: Any, args: Any, kwargs: Any
+) -> Any:
+    # Runs may be nested: the module of this one is no child of a module that is running outside.
+    outer, context.stack = context.stack, []
+    try:
+        bound = module.clone(parent=scope)
+        if not capture:
+            return fn(bound, *args, **kwargs)
+        keep = _is_call if capture is True else capture
+        with intercept_methods(functools.partial(_capture, keep)):
+            return fn(bound, *args, **kwargs)
+    finally:
+        context.stack = outer
+        scope.store.live = False
+
+
+def _is_call(module: Any, method_name: str) -> bool:
+    return method_name == "__call__"
+
+
+def _capture(keep: Callable[..., bool], call: Any, args: Any, kwargs: Any, told: Any) -> Any:
+    result = call(*args, **kwargs)
+    if keep(told.module, told.method_name):
+        told.module.sow("intermediates", told.method_name, result)
+    return result
+
+
+def apply(
+    fn: Callable[..., Any],
+    module: Any,
+    mutable: CollectionFilter = False,
+    capture_intermediates: Any = False,
+) -> Callable[..., Any]:
+    """`fn(module, *args)` as a pure function of `(variables, *args, rngs=None)`.
+
+    Returns what `fn` returns; with `mutable`, also the collections that may change.
+    `capture_intermediates` stores what methods return in the collection `intermediates`: `True`
+    for every `__call__`, or a predicate of module and method name.
+
+    >>> import jax, jax.numpy as jnp, shardflax.nn as nn
+    >>> dense = nn.Dense(2)
+    >>> variables = dense.init(jax.random.key(0), jnp.ones((1, 3)))
+    >>> apply(lambda m, x: m(x) + 1, dense)(variables, jnp.ones((1, 3))).shape
+    (1, 2)
+    """
+
+    def call(variables: Mapping[str, Any], *args: Any, rngs: Any = None, **kwargs: Any) -> Any:
+        names = Names.of(mutable)
+        if capture_intermediates:
+            names = names | Names.of("intermediates")
+        scope = open_scope(variables, rngs, names)
+        result = _run(fn, module, scope, capture_intermediates, args, kwargs)
+        return (result, scope.store.writable()) if mutable is not False else result
+
+    return call
+
+
+def init_with_output(
+    fn: Callable[..., Any],
+    module: Any,
+    mutable: CollectionFilter = DenyList("intermediates"),
+    capture_intermediates: Any = False,
+) -> Callable[..., tuple[Any, dict[str, Any]]]:
+    """`fn(module, *args)` as a pure function of `(rngs, *args)`: its result and the variables.
+
+    >>> import jax, jax.numpy as jnp, shardflax.nn as nn
+    >>> make = init_with_output(lambda m, x: m(x), nn.Dense(2))
+    >>> y, variables = make(jax.random.key(0), jnp.ones((1, 3)))
+    """
+
+    def call(rngs: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        names = Names.of(mutable)
+        if capture_intermediates:
+            names = names | Names.of("intermediates")
+        scope = open_scope({}, rngs, names, {"initializing": True})
+        result = _run(fn, module, scope, capture_intermediates, args, kwargs)
+        return result, scope.store.writable()
+
+    return call
+
+
+def init(
+    fn: Callable[..., Any],
+    module: Any,
+    mutable: CollectionFilter = DenyList("intermediates"),
+    capture_intermediates: Any = False,
+) -> Callable[..., dict[str, Any]]:
+    """`init_with_output` without the output.
+
+    >>> import jax, jax.numpy as jnp, shardflax.nn as nn
+    >>> make = init(lambda m, x: m(x), nn.Dense(2))
+    >>> sorted(make(jax.random.key(0), jnp.ones((1, 3)))["params"])
+    ['bias', 'kernel']
+    """
+    both = init_with_output(fn, module, mutable, capture_intermediates)
+    return lambda rngs, *args, **kwargs: both(rngs, *args, **kwargs)[1]

@@ -1,0 +1,388 @@
+"""Scopes: one run's state, seen from one module path.
+
+Array state lives in one place, a `Store`: collections of variables, RNG streams, and which
+collections may change.  Python-side state lives in one place, a tree of `Node`s: names in use,
+the numbering of automatic names, how many keys were drawn.  A `Scope` is a cursor over both.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from shardflax.core import boxes, staging
+from shardflax.core.errors import (
+    InvalidRngError,
+    InvalidScopeError,
+    JaxTransformError,
+    ModifyScopeVariableError,
+    NameInUseError,
+    ScopeCollectionNotFound,
+    ScopeParamNotFoundError,
+    ScopeParamShapeError,
+    ScopeVariableNotFoundError,
+    did_you_mean,
+)
+from shardflax.core.names import Names
+from shardflax.core.rng import Stream
+
+__all__ = ["Node", "Scope", "Store", "Variable"]
+
+Path = tuple[str, ...]
+
+
+class Node:
+    """The Python-side state of one module path: nothing of it is ever traced."""
+
+    __slots__ = ("children", "counts", "cursor", "reserved")
+
+    def __init__(self) -> None:
+        self.children: dict[str, Node] = {}
+        self.counts: dict[str, int] = {}
+        self.cursor: dict[str, int] = {}
+        self.reserved: dict[str, set[str | None]] = {}
+
+    def child(self, name: str) -> Node:
+        node = self.children.get(name)
+        if node is None:
+            node = self.children[name] = Node()
+        return node
+
+    def at(self, path: Path) -> Node:
+        return functools.reduce(Node.child, path, self)
+
+    def rewind(self) -> None:
+        """Forgets which names are in use: the next call of the module takes them again."""
+        self.cursor = {}
+        self.reserved = {}
+
+    def freeze(self) -> Frozen:
+        """A hashable snapshot: counts and numbering.  Names in use do not cross a lift."""
+        children = ((n, c.freeze()) for n, c in self.children.items())
+        return (
+            tuple(sorted(self.counts.items())),
+            tuple(sorted(self.cursor.items())),
+            tuple(sorted(c for c in children if any(c[1]))),
+        )
+
+    @classmethod
+    def thaw(cls, frozen: Frozen) -> Node:
+        """A node forked from a snapshot."""
+        counts, cursor, children = frozen
+        node = cls()
+        node.counts, node.cursor = dict(counts), dict(cursor)
+        node.children = {name: cls.thaw(child) for name, child in children}
+        return node
+
+    def adopt(self, frozen: Frozen) -> None:
+        """Takes over counts and numbering from a snapshot of a fork of this node."""
+        counts, cursor, children = frozen
+        self.counts, self.cursor = dict(counts), dict(cursor)
+        for name, child in children:
+            self.child(name).adopt(child)
+
+
+Frozen = tuple[Any, Any, Any]
+
+
+class Store:
+    """The array state of one run, or of the inside of one lift, below one path."""
+
+    __slots__ = (
+        "adopted",
+        "collections",
+        "flags",
+        "live",
+        "mutable",
+        "path",
+        "streams",
+        "trace",
+    )
+
+    def __init__(
+        self,
+        collections: dict[str, Any],
+        streams: dict[str, Stream],
+        mutable: Names,
+        path: Path = (),
+        flags: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.collections = collections
+        self.streams = streams
+        self.mutable = mutable
+        self.path = path
+        self.flags = flags or {}
+        self.adopted: dict[int, Any] = {}  # modules from outside, and their copies in this run
+        self.live = True
+        self.trace = staging.current_trace()
+
+    def check(self) -> None:
+        """Raises unless the run is still going on, at the trace level that it started on."""
+        if not self.live:
+            raise InvalidScopeError(self.path)
+        if staging.current_trace() != self.trace:
+            raise JaxTransformError(self.path)
+
+    def writable(self) -> dict[str, Any]:
+        """The collections that may change, without empty ones."""
+        return {c: tree for c, tree in self.collections.items() if c in self.mutable and tree}
+
+
+class Scope:
+    """The state of a run as the module at `path` sees it.
+
+    >>> import shardflax.nn as nn
+    >>> def fn(dense):
+    ...     return dense.scope.path_text
+    >>> nn.apply(fn, nn.Dense(2))({})
+    '/'
+    """
+
+    __slots__ = ("_reads", "node", "path", "store")
+
+    def __init__(self, store: Store, path: Path = (), node: Node | None = None) -> None:
+        self.store = store
+        self.path = path
+        self.node = node if node is not None else Node()
+        self._reads: dict[str, Any] = {}
+
+    # --- where
+
+    @property
+    def full_path(self) -> Path:
+        """The path from the root of the whole run."""
+        return self.store.path + self.path
+
+    @property
+    def path_text(self) -> str:
+        return "/" + "/".join(self.full_path)
+
+    def same_place(self, other: Scope) -> bool:
+        return self.store is other.store and self.path == other.path
+
+    # --- names
+
+    def push(self, name: str) -> Scope:
+        """The scope of the child `name`."""
+        return Scope(self.store, (*self.path, name), self.node.child(name))
+
+    def name_reserved(self, name: str, col: str | None = None) -> bool:
+        """True if `name` stands for a submodule, or (with `col`) for a variable of `col`."""
+        taken = self.node.reserved.get(name)
+        if taken is None:
+            return False
+        return col is None or None in taken or col in taken
+
+    def reserve(self, name: str, col: str | None = None) -> None:
+        """Takes `name` for a submodule, or for a variable of the collection `col`.
+
+        Raises `NameInUseError` if it is taken: a submodule excludes all else, variables of
+        different collections may share a name.
+        """
+        if self.name_reserved(name, col):
+            raise NameInUseError("submodule" if col is None else "variable", name, self.path_text)
+        self.node.reserved.setdefault(name, set()).add(col)
+
+    def auto_name(self, prefix: str) -> str:
+        """The next free `prefix_0`, `prefix_1`, ..."""
+        count = self.node.cursor.get(prefix, 0)
+        self.node.cursor[prefix] = count + 1
+        return f"{prefix}_{count}"
+
+    # --- rngs
+
+    def has_rng(self, stream: str) -> bool:
+        return stream in self.store.streams
+
+    def make_rng(self, stream: str = "params") -> jax.Array:
+        """A new key of `stream`; of the stream `params` where the run has no `stream`.
+
+        Raises `InvalidRngError` if it has neither.
+        """
+        self.store.check()
+        if stream not in self.store.streams:
+            if "params" not in self.store.streams:
+                raise InvalidRngError(self._no_stream(stream))
+            stream = "params"
+        count = self.node.counts[stream] = self.node.counts.get(stream, 0) + 1
+        return self.store.streams[stream].draw((*self.path, count))
+
+    def _no_stream(self, stream: str) -> str:
+        known = did_you_mean(stream, self.store.streams) if self.store.streams else "got none."
+        return (
+            f"at {self.path_text}: a key of the RNG stream {stream!r} is needed, and the run has "
+            f"no such stream; {known} Pass rngs={{{stream!r}: jax.random.key(seed)}} to init or "
+            f"apply; inside a transform, name the stream in its split_rngs or rngs."
+        )
+
+    # --- variables
+
+    def collection(self, col: str) -> Mapping[str, Any]:
+        """The variables of `col` at this path; empty if there are none."""
+        found = self._reads.get(col)
+        if found is not None:
+            return found
+        found = self.store.collections.get(col) or {}
+        for name in self.path:
+            found = found.get(name)
+            if found is None:
+                return {}
+        if col not in self.store.mutable:
+            self._reads[col] = found
+        return found
+
+    def _writable(self, col: str) -> dict[str, Any]:
+        tree = self.store.collections.setdefault(col, {})
+        for name in self.path:
+            tree = tree.setdefault(name, {})
+        return tree
+
+    def is_mutable(self, col: str) -> bool:
+        return col in self.store.mutable
+
+    def has_variable(self, col: str, name: str) -> bool:
+        return name in self.collection(col)
+
+    def get_variable(self, col: str, name: str, default: Any = None) -> Any:
+        return self.collection(col).get(name, default)
+
+    def put_variable(self, col: str, name: str, value: Any) -> None:
+        """Writes a variable.
+
+        Raises `ModifyScopeVariableError` if the collection may not change.
+        """
+        self.store.check()
+        if col not in self.store.mutable:
+            raise ModifyScopeVariableError(col, name, self.path_text)
+        self._writable(col)[name] = value
+
+    def variable(
+        self, col: str, name: str, init_fn: Callable[..., Any] | None, *args: Any, **kwargs: Any
+    ) -> Variable:
+        """The variable `name` of `col`, made by `init_fn(*args)` if it is not there."""
+        unboxed = kwargs.pop("unbox", True)
+        self.reserve(name, col)
+        if not self.has_variable(col, name):
+            if not self.is_mutable(col) or init_fn is None:
+                if not self.store.collections.get(col):
+                    raise ScopeCollectionNotFound(col, name, self.path_text)
+                raise ScopeVariableNotFoundError(name, col, self.path_text, self.collection(col))
+            self.put_variable(col, name, init_fn(*args, **kwargs))
+        return Variable(self, col, name, unbox=unboxed)
+
+    def param(self, name: str, init_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The parameter `name`, made by `init_fn(key, *args)` if it is not there.
+
+        Raises `ScopeParamShapeError` if it is there with other shapes than `init_fn` gives.
+        """
+        unboxed = kwargs.pop("unbox", True)
+        self.reserve(name, "params")
+        params = self.collection("params")
+        if name in params:
+            value = params[name]
+            _check_shape(value, init_fn, args, kwargs, name, self)
+        elif self.is_mutable("params"):
+            value = init_fn(self.make_rng("params"), *args, **kwargs)
+            self.put_variable("params", name, value)
+        elif not self.store.collections.get("params"):
+            raise ScopeCollectionNotFound("params", name, self.path_text)
+        else:
+            raise ScopeParamNotFoundError(name, self.path_text, params)
+        return boxes.unbox(value) if unboxed and not _is_array(value) else value
+
+
+class Variable:
+    """A variable of a collection, read and written through `value`.
+
+    >>> import jax.numpy as jnp, shardflax.nn as nn
+    >>> class Counter(nn.Module):
+    ...     @nn.compact
+    ...     def __call__(self):
+    ...         count = self.variable("state", "count", lambda: 0)
+    ...         count.value += 1
+    ...         return count.value
+    >>> Counter().apply({"state": {"count": 4}}, mutable=["state"])
+    (5, {'state': {'count': 5}})
+    """
+
+    __slots__ = ("_unbox", "collection", "name", "scope")
+
+    def __init__(self, scope: Scope, collection: str, name: str, unbox: bool = True) -> None:
+        self.scope = scope
+        self.collection = collection
+        self.name = name
+        self._unbox = unbox
+
+    @property
+    def value(self) -> Any:
+        """The value; without its box if the variable was made with `unbox=True`."""
+        value = self.scope.get_variable(self.collection, self.name)
+        return boxes.unbox(value) if self._unbox else value
+
+    @value.setter
+    def value(self, value: Any) -> None:
+        old = self.scope.get_variable(self.collection, self.name)
+        if self._unbox and old is not None and not _is_array(old):
+            value = _rebox_like(old, value)
+        self.scope.put_variable(self.collection, self.name, value)
+
+    def is_mutable(self) -> bool:
+        """True if the variable may be written."""
+        return self.scope.is_mutable(self.collection)
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray)
+
+
+def _rebox_like(old: Any, value: Any) -> Any:
+    """`value` in the boxes of `old`, if there are any."""
+    has_box = any(boxes.is_box(x) for x in jax.tree.leaves(old, is_leaf=boxes.is_box))
+    return boxes.rebox(old, value) if has_box else value
+
+
+def _check_shape(
+    value: Any,
+    init_fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    name: str,
+    scope: Scope,
+) -> None:
+    """Compares a stored parameter with its declaration."""
+    array = value.unbox() if boxes.is_box(value) else value
+    # The common case, and the cheap one: init_fn(key, shape, ...) and the shape is as declared.
+    if args and _is_array(array) and array.shape == args[0]:
+        return
+    expected = _abstract_init(init_fn, args, kwargs)
+    found = jax.tree.map(np.shape, jax.tree.leaves(boxes.unbox(value)))
+    if found != expected:
+        raise ScopeParamShapeError(name, scope.path_text, expected, found)
+
+
+def _abstract_init(
+    init_fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[tuple[int, ...]]:
+    try:
+        return _cached_abstract_init(init_fn, args, tuple(sorted(kwargs.items())))
+    except TypeError:  # something in the call is not hashable
+        return _shapes(init_fn, args, kwargs)
+
+
+@functools.lru_cache(maxsize=4096)
+def _cached_abstract_init(
+    init_fn: Callable[..., Any], args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]
+) -> list[tuple[int, ...]]:
+    return _shapes(init_fn, args, dict(kwargs))
+
+
+def _shapes(
+    init_fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[tuple[int, ...]]:
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    tree = jax.eval_shape(lambda k: init_fn(k, *args, **kwargs), key)
+    return [leaf.shape for leaf in jax.tree.leaves(boxes.unbox(tree))]

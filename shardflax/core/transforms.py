@@ -1,0 +1,415 @@
+"""The lifted transforms: each is a function of options that returns a `Lift`.
+
+What a target may be (a module class, a method, a function of modules) is no concern of this file:
+see `shardflax.core.cross`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from shardflax.core import staging
+from shardflax.core.errors import LoopVariantBroadcastError, RematPolicyError, TransformAxisError
+from shardflax.core.lift import Group, Groups, Lift, Pure, State
+from shardflax.core.names import NONE, CollectionFilter, Names
+
+__all__ = ["In", "Out", "broadcast", "jit", "remat", "remat_policy", "scan", "vmap"]
+
+
+@dataclass(frozen=True)
+class In:
+    """An axis for variables that only go in.
+
+    >>> In(0).axis
+    0
+    """
+
+    axis: Any
+
+
+@dataclass(frozen=True)
+class Out:
+    """An axis for variables that only come out.
+
+    >>> Out(0).axis
+    0
+    """
+
+    axis: Any
+
+
+class _Broadcast:
+    def __repr__(self) -> str:
+        return "broadcast"
+
+
+broadcast = _Broadcast()
+
+Axes = Mapping[CollectionFilter, Any]
+_NO_AXES: Mapping[Any, Any] = MappingProxyType({})
+
+
+def _groups(axes: Axes, meta: Mapping[Any, Any]) -> tuple[tuple[Group, ...], tuple[Group, ...]]:
+    """Groups in and out from `variable_axes`."""
+    ins = [(f, a.axis if isinstance(a, In) else a) for f, a in axes.items() if type(a) is not Out]
+    outs = [(f, a.axis if isinstance(a, Out) else a) for f, a in axes.items() if type(a) is not In]
+    return tuple(Group(Names.of(f), a, meta) for f, a in ins), tuple(
+        Group(Names.of(f), a, meta) for f, a in outs
+    )
+
+
+@dataclass(frozen=True)
+class _Splits:
+    """Which streams are split over the new dim; streams in neither set do not enter."""
+
+    split: Names
+    kept: Names
+
+    @classmethod
+    def of(cls, split_rngs: Mapping[CollectionFilter, bool]) -> _Splits:
+        split = kept = NONE
+        for spec, flag in split_rngs.items():
+            fresh = Names.of(spec) - split - kept
+            split, kept = (split | fresh, kept) if flag else (split, kept | fresh)
+        return cls(split, kept)
+
+    def apply(self, keys: Any, size: int) -> tuple[Any, Any]:
+        """Split keys (with a leading dim) and kept keys."""
+        split = tuple(
+            {s: jax.random.split(k, size) for s, k in ks.items() if s in self.split} for ks in keys
+        )
+        return split, tuple({s: k for s, k in ks.items() if s not in self.split} for ks in keys)
+
+
+def _merge(first: tuple[Any, ...], second: tuple[Any, ...]) -> tuple[dict[str, Any], ...]:
+    return tuple({**a, **b} for a, b in zip(first, second, strict=True))
+
+
+# --- sizes and dims
+
+
+def _spread(axes: Any, tree: Any) -> list[Any]:
+    """An axis for each leaf of `tree` from a prefix tree of axes."""
+    out: list[Any] = []
+
+    def put(axis: Any, subtree: Any) -> None:
+        out.extend([axis] * len(jax.tree.leaves(subtree)))
+
+    axes = tuple(axes) if isinstance(axes, list) and isinstance(tree, tuple) else axes
+    jax.tree.map(put, axes, tree, is_leaf=lambda a: a is None or a is broadcast)
+    return out
+
+
+def _size(what: str, given: int | None, dims: Iterable[tuple[Any, Any]]) -> int:
+    """The one size of all mapped dims.
+
+    `dims` are pairs of an axis (`None` or `broadcast`: not mapped) and a leaf.
+    """
+    mapped = [(a, jnp.shape(x)) for a, x in dims if a is not None and a is not broadcast]
+    for axis, shape in mapped:
+        if not -len(shape) <= axis < len(shape):
+            raise TransformAxisError(
+                f"{what}: axis {axis} of an array of shape {shape} does not exist."
+            )
+    sizes = {shape[axis] for axis, shape in mapped} | ({given} if given is not None else set())
+    if len(sizes) != 1:
+        found = "there is none" if not sizes else f"found {sorted(sizes)}"
+        raise TransformAxisError(
+            f"{what}: all mapped dims of arguments and variables need one size; {found}. Give "
+            f"{'length' if what == 'scan' else 'axis_size'}=, or map an argument (in_axes)."
+        )
+    return sizes.pop()
+
+
+def _state_dims(groups: tuple[Group, ...], state: State) -> list[tuple[Any, Any]]:
+    return [
+        (group.axis, leaf)
+        for group, trees in zip(groups, state.groups, strict=True)
+        for leaf in jax.tree.leaves(trees)
+    ]
+
+
+# --- vmap
+
+
+def vmap(
+    variable_axes: Axes = _NO_AXES,
+    split_rngs: Mapping[CollectionFilter, bool] = _NO_AXES,
+    in_axes: Any = 0,
+    out_axes: Any = 0,
+    axis_size: int | None = None,
+    axis_name: str | None = None,
+    spmd_axis_name: Any = None,
+    metadata_params: Mapping[Any, Any] = _NO_AXES,
+) -> Lift:
+    """`jax.vmap` over some collections, streams and arguments."""
+    ins, outs = _groups(variable_axes, metadata_params)
+    splits = _Splits.of(split_rngs)
+
+    def run(pure: Pure, state: State, *args: Any, **kwargs: Any) -> tuple[Any, Groups]:
+        dims = [*zip(_spread(in_axes, args), jax.tree.leaves(args), strict=True)]
+        size = _size("vmap", axis_size, [*dims, *_state_dims(ins, state)])
+        split, kept = splits.apply(state.keys, size)
+
+        def mapped(groups: Groups, split: Any, args: tuple[Any, ...]) -> tuple[Any, Groups]:
+            return pure(State(groups, _merge(split, kept)), *args, **kwargs)
+
+        return jax.vmap(
+            mapped,
+            in_axes=(tuple(g.axis for g in ins), 0, in_axes),
+            out_axes=(out_axes, tuple(g.axis for g in outs)),
+            axis_size=size,
+            axis_name=axis_name,
+            spmd_axis_name=spmd_axis_name,
+        )(state.groups, split, args)
+
+    return Lift(run, ins, outs, splits.split | splits.kept)
+
+
+# --- scan
+
+
+def scan(
+    variable_axes: Axes = _NO_AXES,
+    variable_broadcast: CollectionFilter = False,
+    variable_carry: CollectionFilter = False,
+    split_rngs: Mapping[CollectionFilter, bool] = _NO_AXES,
+    in_axes: Any = 0,
+    out_axes: Any = 0,
+    length: int | None = None,
+    reverse: bool = False,
+    unroll: int = 1,
+    data_transform: Callable[..., Any] | None = None,
+    metadata_params: Mapping[Any, Any] = _NO_AXES,
+    _split_transpose: bool = False,
+    check_constancy_invariants: bool = True,
+) -> Lift:
+    """`jax.lax.scan` over some collections, streams and arguments; the body is traced once."""
+    fixed = (Group(Names.of(variable_broadcast)), Group(Names.of(variable_carry)))
+    ins, outs = (fixed + groups for groups in _groups(variable_axes, metadata_params))
+    splits = _Splits.of(split_rngs)
+    loop = functools.partial(
+        jax.lax.scan, reverse=reverse, unroll=unroll, _split_transpose=_split_transpose
+    )
+
+    def run(pure: Pure, state: State, carry: Any, *args: Any, **kwargs: Any) -> tuple[Any, Groups]:
+        axes = _spread(in_axes, args)
+        leaves, treedef = jax.tree.flatten(args)
+        size = _size("scan", length, [*zip(axes, leaves, strict=True), *_scanned(ins, state)])
+        split, kept = splits.apply(state.keys, size)
+        body = _Body(pure, treedef, axes, leaves, out_axes, kept, kwargs, data_transform)
+        body.broadcast, carried = state.groups[0], state.groups[1]
+        body.constant, carried = _by_mutability(pure, carried)
+        scanned = _move(state.groups[2:], [g.axis for g in ins[2:]], to_front=True)
+        xs = (scanned, split, body.scanned_leaves())
+        hoisted, step = _hoist(body, pure, out_axes, (carried, carry), xs)
+        (carried, carry), (ys, groups) = loop(step, (carried, carry), xs, length=size)
+        groups = _move(groups, [g.axis for g in outs[2:]], to_front=False)
+        y = body.join_outputs(ys, hoisted[1])
+        return (carry, y), (hoisted[0], carried, *groups)
+
+    return Lift(run, ins, outs, splits.split | splits.kept)
+
+
+def _scanned(ins: tuple[Group, ...], state: State) -> list[tuple[Any, Any]]:
+    return _state_dims(ins[2:], State(state.groups[2:], state.keys))
+
+
+def _by_mutability(pure: Pure, group: tuple[dict[str, Any], ...]) -> tuple[Any, Any]:
+    """Splits the carried collections: those that cannot change need not be carried."""
+    pairs = [*zip(group, pure.entries, strict=True)]
+    constant = tuple({c: t for c, t in tree.items() if c not in e.mutable} for tree, e in pairs)
+    return constant, tuple({c: t for c, t in tree.items() if c in e.mutable} for tree, e in pairs)
+
+
+def _move(groups: Any, axes: list[Any], to_front: bool) -> Any:
+    """Moves the scanned dim of each group to the front, or from there to its place."""
+
+    def move(axis: int) -> Callable[[Any], Any]:
+        return lambda x: jnp.moveaxis(x, axis, 0) if to_front else jnp.moveaxis(x, 0, axis)
+
+    return tuple(
+        g if axis == 0 else jax.tree.map(move(axis), g)
+        for g, axis in zip(groups, axes, strict=True)
+    )
+
+
+@dataclass
+class _Body:
+    """The body of a scan as a function of `(carry, xs)`: `((carry, ys), (invariants))`."""
+
+    pure: Pure
+    treedef: Any
+    axes: list[Any]
+    leaves: list[Any]
+    out_axes: Any
+    kept_keys: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    data_transform: Callable[..., Any] | None
+    broadcast: Any = None
+    constant: Any = None
+    out: Any = None  # the tree of the body's scanned output, and the axis of each leaf
+
+    def scanned_leaves(self) -> list[Any]:
+        pairs = zip(self.axes, self.leaves, strict=True)
+        return [jnp.moveaxis(x, a, 0) for a, x in pairs if _is_axis(a)]
+
+    def __call__(self, carry: Any, xs: Any) -> tuple[Any, Any]:
+        (carried, carry), (scanned, split, slices) = carry, xs
+        groups = (self.broadcast, _merge(self.constant, carried), *scanned)
+        state = State(groups, _merge(split, self.kept_keys))
+        if self.data_transform is not None:
+            state = State(*self.data_transform(*state))
+        items = iter(slices)
+        leaves = [
+            next(items) if _is_axis(a) else x for a, x in zip(self.axes, self.leaves, strict=True)
+        ]
+        args = jax.tree.unflatten(self.treedef, leaves)
+        (carry, y), out = self.pure(state, carry, *args, **self.kwargs)
+        ys, fixed = self._split_outputs(y)
+        return ((out[1], carry), (ys, out[2:])), (out[0], fixed)
+
+    def _split_outputs(self, y: Any) -> tuple[list[Any], list[Any]]:
+        leaves, treedef = jax.tree.flatten(y)
+        axes = _spread(self.out_axes, y)
+        self.out = (treedef, axes)
+        pairs = [*zip(axes, leaves, strict=True)]
+        return [x for a, x in pairs if _is_axis(a)], [x for a, x in pairs if not _is_axis(a)]
+
+    def join_outputs(self, ys: list[Any], fixed: list[Any]) -> Any:
+        treedef, axes = self.out
+        stacked, single = iter(ys), iter(fixed)
+        leaves = [jnp.moveaxis(next(stacked), 0, a) if _is_axis(a) else next(single) for a in axes]
+        return jax.tree.unflatten(treedef, leaves)
+
+
+def _is_axis(axis: Any) -> bool:
+    return axis is not None and axis is not broadcast
+
+
+def _hoist(body: _Body, pure: Pure, out_axes: Any, carry: Any, xs: Any) -> tuple[Any, Any]:
+    """What the loop computes only once, and its step.
+
+    An ordinary layer stack has nothing of the kind, and its body is not staged beforehand.
+    """
+    writes = any(
+        any(c in e.mutable for c in cols) or (e.mutable & pure.outs[0])
+        for cols, e in zip(body.broadcast, pure.entries, strict=True)
+    )
+    fixed_output = any(not _is_axis(a) for a in jax.tree.leaves(out_axes, is_leaf=_is_none))
+    if not writes and not fixed_output:
+        nothing = (tuple({} for _ in pure.entries), [])
+        return nothing, lambda carry, xs: body(carry, xs)[0]
+
+    abstract = jax.tree.map(_abstract, carry), jax.tree.map(lambda x: _abstract(x[0]), xs)
+    invariant, step, varying = staging.hoist(body, *abstract)
+    if varying:
+        raise LoopVariantBroadcastError(varying)
+    return invariant, step
+
+
+def _is_none(x: Any) -> bool:
+    return x is None or x is broadcast
+
+
+def _abstract(x: Any) -> Any:
+    return jax.eval_shape(lambda: x)
+
+
+# --- jit
+
+
+def jit(
+    variables: CollectionFilter = True,
+    rngs: CollectionFilter = True,
+    static_argnums: int | Iterable[int] = (),
+    static_argnames: str | Iterable[str] = (),
+    donate_argnums: int | Iterable[int] = (),
+    device: Any = None,
+    backend: str | None = None,
+) -> Lift:
+    """`jax.jit`; what tracing did on the Python side is kept, and repeated on cache hits."""
+
+    # The pure function rides in the tree structure, so equal calls share one compilation; the
+    # nodes come back in the tree structure too, so a cache hit brings them as tracing did.
+    def entry(static: staging.Static, state: State, *args: Any, **kwargs: Any) -> Any:
+        nodes: list[Any] = []
+        pure = _retargeted(static.value, nodes.append)
+        result = pure(state, *args, **kwargs)
+        return result, staging.Static(nodes[-1])
+
+    options = {"device": device, "backend": backend}
+    jitted = jax.jit(
+        entry,
+        static_argnums=_shifted(static_argnums, 1),
+        static_argnames=static_argnames or None,
+        donate_argnums=_shifted(donate_argnums, 1),
+        **{name: value for name, value in options.items() if value is not None},
+    )
+
+    def run(pure: Pure, state: State, *args: Any, **kwargs: Any) -> tuple[Any, Groups]:
+        result, nodes = jitted(staging.Static(pure), state, *args, **kwargs)
+        pure.traced(nodes.value)
+        return result
+
+    group = (Group(Names.of(variables)),)
+    return Lift(run, group, group, Names.of(rngs), rekey=True)
+
+
+def _retargeted(pure: Pure, traced: Callable[[Any], None]) -> Pure:
+    return Pure(pure.fn, pure.entries, pure.outs, traced)
+
+
+def _shifted(argnums: int | Iterable[int], by: int) -> tuple[int, ...]:
+    """Users count the module as argument 0; `by` is where it stands among ours, plus one... less
+    the module itself."""
+    nums = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    return tuple(n + by if n >= 0 else n for n in nums)
+
+
+# --- remat
+
+
+def remat_policy(policy: Any) -> Callable[..., bool] | None:
+    """A rematerialisation policy from a function, or from its name in `jax.checkpoint_policies`.
+
+    Raises `RematPolicyError` for a name that JAX does not have, with the closest that it has.
+
+    >>> remat_policy("nothing_saveable") is jax.checkpoint_policies.nothing_saveable
+    True
+    """
+    if not isinstance(policy, str):
+        return policy
+    plain = {n for n in dir(jax.checkpoint_policies) if n.endswith(("able", "saveable", "dims"))}
+    if policy not in plain:
+        raise RematPolicyError(policy, plain)
+    return getattr(jax.checkpoint_policies, policy)
+
+
+def remat(
+    variables: CollectionFilter = True,
+    rngs: CollectionFilter = True,
+    concrete: bool = False,
+    prevent_cse: bool = True,
+    static_argnums: int | Iterable[int] = (),
+    policy: Any = None,
+) -> Lift:
+    """`jax.checkpoint`."""
+    nums = _shifted(static_argnums, 0)
+    policy = remat_policy(policy)
+
+    def run(pure: Pure, state: State, *args: Any, **kwargs: Any) -> tuple[Any, Groups]:
+        checkpointed = jax.checkpoint(
+            pure, prevent_cse=prevent_cse, static_argnums=nums, policy=policy
+        )
+        return checkpointed(state, *args, **kwargs)
+
+    group = (Group(Names.of(variables)),)
+    return Lift(run, group, group, Names.of(rngs))
