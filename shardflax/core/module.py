@@ -157,6 +157,8 @@ class Module(Crossable, _Typed):
     def _adopt_new(self, child: Module) -> None:
         """Takes a submodule that is being made in one of this module's methods."""
         progress = self._progress
+        if child.name is not None and isinstance(self.__dict__.get(child.name), Module):
+            raise NameInUseError("submodule", child.name, type(self).__name__)
         if progress.setup:
             if child.name is not None:
                 self._bind_child(child, child.name)
@@ -173,9 +175,6 @@ class Module(Crossable, _Typed):
         if self.scope is None:
             return
         scope = self.scope
-        field = self.__dict__.get(name)
-        if isinstance(field, Module | Variable) and field is not child:
-            raise NameInUseError("submodule", name, scope.path_text)
         scope.reserve(name)
         attrs["scope"] = scope.push(name)
 
