@@ -1,0 +1,217 @@
+"""Linen's contract, against Linen: the same answers for plain pairs, boxes and specs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from shardflax import partitioning as ours
+
+NAMES = ("batch", "embed", "mlp", "heads", "zzz")
+AXES = ("data", "model", "x")
+
+axis = st.sampled_from(AXES)
+rule_axes = st.one_of(
+    st.none(), axis, st.lists(axis, max_size=3).map(tuple), st.lists(axis, max_size=2)
+)
+pairs = st.lists(st.tuples(st.sampled_from(NAMES), rule_axes), max_size=7)
+name = st.one_of(
+    st.none(),
+    st.sampled_from(NAMES),
+    st.just(P.UNCONSTRAINED),
+    st.tuples(axis, axis),
+)
+names = st.lists(name, max_size=5).map(tuple)
+
+
+def outcome(fn: Any, *args: Any, **kwargs: Any) -> Any:
+    """What a call gives, or that it raises a ValueError."""
+    try:
+        return fn(*args, **kwargs)
+    except ValueError:
+        return ValueError
+
+
+@given(names, pairs)
+@settings(max_examples=400, deadline=None)
+def test_logical_to_mesh_axes_equals_linens(names: Any, rules: Any) -> None:
+    expected = outcome(linen.logical_to_mesh_axes, names, rules)
+    assert outcome(ours.logical_to_mesh_axes, names, rules) == expected
+    with ours.logical_axis_rules(rules):
+        assert outcome(ours.logical_to_mesh_axes, names) == expected
+
+
+@pytest.mark.parametrize("names", [None, (), (None,), ("batch", "batch"), ("embed", "embed")])
+def test_logical_to_mesh_axes_corner_cases(names: Any) -> None:
+    rules = [("batch", "data"), ("embed", None)]
+    expected = outcome(linen.logical_to_mesh_axes, names, rules)
+    assert outcome(ours.logical_to_mesh_axes, names, rules) == expected
+
+
+def test_trees_of_logical_specs() -> None:
+    rules = [("batch", "data"), ("mlp", "model")]
+    mesh = ours.make_mesh("data=4,model=2")
+    tree = {"a": P("batch", "mlp"), "b": [P(None, "zzz"), P()], "c": None}
+    assert ours.logical_to_mesh(tree, rules) == linen.logical_to_mesh(tree, rules)
+    mine = ours.logical_to_mesh_sharding(tree, mesh, rules)
+    assert mine == linen.logical_to_mesh_sharding(tree, mesh, rules)
+
+
+BOXES = [("Partitioned", ("data", "model")), ("LogicallyPartitioned", ("batch", "mlp"))]
+
+
+@pytest.mark.parametrize(("kind", "names"), BOXES)
+def test_boxes_look_alike(kind: str, names: Any) -> None:
+    """Fields, repr, leaves, paths and specs of a box equal Linen's."""
+    value = np.ones((4, 2), "float32")
+    mine, theirs = getattr(ours, kind)(value, names), getattr(linen, kind)(value, names)
+    assert repr(mine) == repr(theirs)
+    assert mine.get_partition_spec() == theirs.get_partition_spec()
+    paths = [jax.tree_util.tree_flatten_with_path(box)[0][0][0] for box in (mine, theirs)]
+    assert paths[0] == paths[1]
+    assert hash(jax.tree.structure(mine)) == hash(jax.tree.structure(mine))
+    assert mine.replace(value=1).value == 1
+    assert mine.replace_boxed(1) == mine.replace(value=1)
+    tree = [{"a": mine, "b": value, "c": 3}, {"a": theirs, "b": value, "c": 3}]
+    assert ours.get_partition_spec(tree[0]) == linen.get_partition_spec(tree[1])
+
+
+@pytest.mark.parametrize(("kind", "names"), BOXES)
+@pytest.mark.parametrize("index", [0, 1, 2, 4])
+@pytest.mark.parametrize("axis", ["layers", None])
+def test_added_axes_equal_linens(kind: str, names: Any, index: int, axis: Any) -> None:
+    params = {"partition_name": axis, "other": 1}
+    mine = getattr(ours, kind)(1.0, names).add_axis(index, params)
+    theirs = getattr(linen, kind)(1.0, names).add_axis(index, params)
+    assert mine.names == theirs.names
+    assert mine.remove_axis(index, params).names == theirs.remove_axis(index, params).names
+
+
+def test_get_sharding_equals_linens() -> None:
+    mesh = ours.make_mesh("data=4,model=2")
+    trees = [{"a": lib.Partitioned(1.0, ("data", None)), "b": jnp.ones(3)} for lib in (ours, linen)]
+    assert ours.get_sharding(trees[0], mesh) == linen.get_sharding(trees[1], mesh)
+
+
+RULES = [("batch", "data"), ("mlp", "model"), ("embed", None)]
+
+
+def sharding(x: jax.Array) -> Any:
+    return x.sharding.spec if isinstance(x.sharding, NamedSharding) else "not constrained"
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("given_mesh", ["none", "argument", "scope"])
+@pytest.mark.parametrize("rules", ["none", "argument", "scope"])
+@pytest.mark.parametrize("fallback", [f.name for f in ours.RulesFallback])
+@pytest.mark.parametrize("names", [("batch", "mlp"), ("batch", "zzz"), ("batch",), None])
+@pytest.mark.filterwarnings("ignore::shardflax.partitioning.NoRulesWarning")
+def test_with_logical_constraint_equals_linens(
+    jit: bool, given_mesh: str, rules: str, fallback: str, names: Any
+) -> None:
+    mesh = ours.make_mesh("data=4,model=2")
+
+    def run(lib: Any, spmd: Any) -> Any:
+        def fn(x: jax.Array) -> jax.Array:
+            return lib.with_logical_constraint(
+                x,
+                names,
+                RULES if rules == "argument" else None,
+                mesh if given_mesh == "argument" else None,
+                spmd[fallback],
+            )
+
+        scope = lib.logical_axis_rules(RULES if rules == "scope" else ())
+        with scope:
+            return outcome(jax.jit(fn) if jit else fn, jnp.ones((8, 6)))
+
+    def both() -> list[Any]:
+        from flax.linen import spmd
+
+        return [run(ours, ours.RulesFallback), run(linen, spmd.RulesFallback)]
+
+    if given_mesh == "scope":
+        with jax.set_mesh(mesh):
+            mine, theirs = both()
+    else:
+        mine, theirs = both()
+    if theirs is ValueError:
+        assert mine is ValueError
+    elif isinstance(theirs.sharding, NamedSharding):
+        assert mine.sharding.is_equivalent_to(theirs.sharding, mine.ndim)
+    else:
+        assert mine.sharding == theirs.sharding
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("given_mesh", ["none", "argument", "scope"])
+@pytest.mark.parametrize("kind", ["Partitioned", "LogicallyPartitioned"])
+@pytest.mark.parametrize("apply_constraint", [False, True])
+def test_unbox_equals_linens(
+    jit: bool, given_mesh: str, kind: str, apply_constraint: bool
+) -> None:
+    mesh = ours.make_mesh("data=4,model=2")
+
+    def run(lib: Any) -> Any:
+        def fn(x: jax.Array) -> jax.Array:
+            own = mesh if given_mesh == "argument" else None
+            if kind == "Partitioned":
+                box = lib.Partitioned(x, ("data", "model"), own)
+            else:
+                box = lib.LogicallyPartitioned(x, ("batch", "mlp"), own, RULES)
+            return box.unbox(apply_constraint)
+
+        return (jax.jit(fn) if jit else fn)(jnp.ones((8, 6)))
+
+    if given_mesh == "scope":
+        with jax.set_mesh(mesh):
+            mine, theirs = run(ours), run(linen)
+    else:
+        mine, theirs = run(ours), run(linen)
+    assert sharding(mine) == sharding(theirs)
+
+
+def test_initializer_wrappers_equal_linens() -> None:
+    init, key = jax.nn.initializers.lecun_normal(), jax.random.key(0)
+    for lib in (ours, linen):
+        box = lib.with_partitioning(init, (None, "data"))(key, (4, 8), jnp.bfloat16)
+        assert repr(box)[:12] == "Partitioned("
+        assert box.names == (None, "data")
+        np.testing.assert_array_equal(box.value, init(key, (4, 8), jnp.bfloat16))
+        box = lib.with_logical_partitioning(init, ("embed", "mlp"), rules=RULES)(key, (4, 8))
+        assert box.names == ("embed", "mlp")
+        assert dict(box.rules) == dict(RULES)
+
+
+def test_legacy_mesh_scope_keeps_constraints_that_linen_drops() -> None:
+    """Under `with mesh:` Linen drops every constraint without a word; ours hold."""
+    devices = np.array(jax.devices()).reshape(4, 2)
+    mesh = Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+    def run(lib: Any, jit: bool) -> list[Any]:
+        def box(x: jax.Array) -> jax.Array:
+            return lib.Partitioned(x, ("data", "model")).unbox()
+
+        def names(x: jax.Array) -> jax.Array:
+            return lib.with_logical_constraint(x, ("batch", "mlp"), RULES)
+
+        x = jnp.ones((8, 6))
+        return [sharding((jax.jit(fn) if jit else fn)(x)) for fn in (box, names)]
+
+    with pytest.warns(DeprecationWarning, match="with mesh"):
+        mesh.__enter__()
+    try:
+        for jit in (False, True):
+            assert run(linen, jit) == ["not constrained"] * 2
+            assert run(ours, jit) == [P("data", "model")] * 2
+    finally:
+        mesh.__exit__(None, None, None)
