@@ -1,0 +1,208 @@
+"""The strict resolver: what it assigns, what it refuses, and the record that it keeps."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
+
+from shardflax.partitioning import (
+    DEFAULT_RULES,
+    AxisConflictError,
+    AxisRules,
+    IndivisibleDimError,
+    NamesRankError,
+    RepeatedNameError,
+    UnknownAxisError,
+    UnknownNameError,
+    logical_to_mesh_axes,
+    make_mesh,
+    preset,
+    resolve,
+    use,
+)
+from shardflax.partitioning.spec_check import spec_axes
+from shardflax.partitioning.vocabulary import tie_rank
+
+FULL = (("data", 2), ("fsdp", 2), ("fsdp2", 2), ("expert", 2), ("context", 2), ("tensor", 2))
+
+
+def spec(names: Any, shape: Any, axes: Any, rules: AxisRules = DEFAULT_RULES) -> P:
+    found = resolve(names, rules, shape, axes)
+    assert found.problems == ()
+    return found.spec
+
+
+@pytest.mark.parametrize(
+    ("names", "shape", "expected"),
+    [
+        (("embed", "mlp"), (64, 64), P(("fsdp", "context", "expert"), ("fsdp2", "tensor"))),
+        (("mlp", "embed"), (64, 64), P(("fsdp2", "tensor"), ("fsdp", "context", "expert"))),
+        (("embed", "heads", "head_dim"), (64, 4, 8),
+         P(("fsdp", "fsdp2", "context", "expert"), "tensor")),
+        (("vocab", "vocab_embed"), (64, 64), P("tensor", ("fsdp", "fsdp2", "context", "expert"))),
+        (("expert", "expert_embed", "expert_mlp"), (2, 64, 64),
+         P("expert", ("fsdp", "context"), ("fsdp2", "tensor"))),
+        (("embed", "q_lora"), (64, 64), P(("fsdp", "fsdp2", "context", "expert"))),
+        (("q_lora", "mlp"), (64, 64), P(("fsdp", "context", "expert"), ("fsdp2", "tensor"))),
+        (("batch", "norm_length", "act_embed"), (16, 4, 8),
+         P(("data", "fsdp", "fsdp2", "expert"), ("context", "tensor"))),
+        (("batch", "norm_length", "act_mlp"), (16, 4, 8),
+         P(("data", "fsdp", "fsdp2", "expert"), "context", "tensor")),
+        (("batch", "norm_length", "act_embed"), (16, 2, 8),
+         P(("data", "fsdp", "fsdp2", "expert"), "context")),
+        (("kv_heads", "head_dim"), (1, 8), P()),
+        (("layers", "norm"), (3, 5), P()),
+        ((None, "mlp"), (7, 8), P(None, ("fsdp2", "tensor"))),
+        ((), (), P()),
+        ((P.UNCONSTRAINED, "heads"), (7, 8), P(P.UNCONSTRAINED, "tensor")),
+    ],
+)  # fmt: skip
+def test_default_rules(names: Any, shape: Any, expected: P) -> None:
+    assert spec(names, shape, FULL) == expected
+
+
+def test_axes_of_size_1_or_absent_change_nothing() -> None:
+    small = (("fsdp", 4), ("tensor", 2))
+    more = (("data", 1), ("fsdp", 4), ("context", 1), ("tensor", 2))
+    for names in (("embed", "mlp"), ("vocab", "vocab_embed")):
+        assert spec(names, (8, 8), small) == spec(names, (8, 8), more)
+
+
+def test_assignment_is_per_axis() -> None:
+    """Where `fsdp2` is taken, `tensor` of the same rule still applies (Linen: neither does)."""
+    rules = AxisRules({"a": "fsdp2", "mlp": "fsdp2? tensor"})
+    axes = (("fsdp2", 2), ("tensor", 2))
+    assert spec(("a", "mlp"), (4, 4), axes, rules) == P("fsdp2", "tensor")
+
+
+def test_record_says_what_was_given_up_and_why() -> None:
+    rules = AxisRules({"a": "fsdp", "b": "data? fsdp? expert? context? tensor"})
+    axes = (("data", 1), ("fsdp", 2), ("context", 4), ("tensor", 2))
+    a, b = resolve(("a", "b"), rules, (4, 6), axes).dims
+    assert (a.taken, a.given_up, a.rule) == (("fsdp",), (), ("fsdp",))
+    assert b.taken == ("tensor",)
+    assert dict(b.given_up) == {
+        "data": "size 1",
+        "fsdp": "taken by dim 0 'a'",
+        "expert": "not in the mesh",
+        "context": "8 does not divide 6",
+    }
+
+
+@pytest.mark.parametrize(
+    ("names", "shape", "error", "text"),
+    [
+        (("emebd", "mlp"), (8, 8), UnknownNameError, "'emebd' (dim 0 of ('emebd', 'mlp')): "
+         "did you mean 'embed'?"),
+        (("mlp",), (8, 8), NamesRankError, "1 names ('mlp',) for an array of rank 2"),
+        (("mlp", None, None), (8, 8), NamesRankError, "3 names"),
+        (("mlp", "mlp"), (8, 8), RepeatedNameError, "on dims 0 and 1"),
+        (("heads", "vocab"), (8, 8), AxisConflictError, "both claim the axis 'tensor' (rules "
+         "'heads': 'tensor', 'vocab': 'tensor'). Write 'tensor?'"),
+        (("heads",), (17,), IndivisibleDimError, "dim 0 'heads' of size 17 (shape (17,), names "
+         "('heads',)) is not divisible by 2 (tensor=2; rule 'heads': 'tensor'). Make it 18, "),
+        (("a",), (8,), UnknownAxisError, "names the axis 'tensr', which the mesh (data, fsdp, "
+         "fsdp2, expert, context, tensor) lacks: did you mean 'tensor'?"),
+        ((3,), (8,), UnknownNameError, "a name is a string or None, not 3"),
+    ],
+)  # fmt: skip
+def test_refusals_name_the_cure(names: Any, shape: Any, error: type, text: str) -> None:
+    rules = DEFAULT_RULES | {"a": "tensr"}
+    (problem,) = resolve(names, rules, shape, FULL).problems
+    assert problem.error is error
+    assert text in problem.text
+
+
+def test_without_a_mesh_names_and_rank_are_checked_and_sizes_are_not() -> None:
+    assert resolve(("heads",), DEFAULT_RULES, (17,)).problems == ()
+    assert resolve(("haeds",), DEFAULT_RULES, (17,)).problems
+    assert resolve(("heads",), DEFAULT_RULES, (17, 2)).problems
+
+
+def test_all_unknown_names_of_an_array_are_reported() -> None:
+    assert len(resolve(("emebd", "mpl"), DEFAULT_RULES, (2, 2)).problems) == 2
+
+
+def test_logical_to_mesh_axes_is_strict_under_axis_rules() -> None:
+    rules = preset("fsdp_tp")
+    assert logical_to_mesh_axes(("embed", "mlp"), rules) == P("fsdp", "tensor")
+    with use(make_mesh("fsdp=8"), rules):
+        assert logical_to_mesh_axes(("embed", "mlp")) == P("fsdp")
+    with pytest.raises(UnknownNameError, match="did you mean 'embed'"):
+        logical_to_mesh_axes(("emebd",), rules)
+
+
+AXES = ("data", "fsdp", "fsdp2", "tensor", "rows")
+entry = st.builds(lambda axis, q: axis + "?" * q, st.sampled_from(AXES), st.booleans())
+rule = st.lists(entry, max_size=4, unique_by=lambda e: e.rstrip("?"))
+NAMES = ("a", "b", "c", "mlp", "embed", "q_lora")
+tables = st.fixed_dictionaries(dict.fromkeys(NAMES, rule)).map(AxisRules)
+meshes = st.fixed_dictionaries(dict.fromkeys(AXES, st.sampled_from((1, 2, 3, 4)))).map(
+    lambda sizes: tuple(sizes.items())
+)
+arrays = st.lists(st.sampled_from(NAMES), max_size=4, unique=True).flatmap(
+    lambda names: st.tuples(
+        st.just(tuple(names)),
+        st.tuples(*[st.sampled_from((1, 2, 3, 4, 6, 8, 12, 24, 48)) for _ in names]),
+    )
+)
+
+
+@given(arrays, tables, meshes)
+@settings(max_examples=400, deadline=None)
+def test_no_axis_twice_and_no_indivisible_dim(array: Any, rules: AxisRules, axes: Any) -> None:
+    names, shape = array
+    found = resolve(names, rules, shape, axes)
+    assume(not found.problems)
+    sizes = dict(axes)
+    used = [axis for part in found.spec for axis in spec_axes(part)]
+    assert len(used) == len(set(used))
+    assert all(sizes[axis] > 1 for axis in used)
+    for part, size in zip(found.spec, shape, strict=False):
+        assert size % math.prod(sizes[axis] for axis in spec_axes(part)) == 0
+    for dim, record in enumerate(found.dims):
+        firm = [e for e in rules[names[dim]] if not e.endswith("?")]
+        assert {axis for axis in firm if sizes[axis] > 1} <= set(record.taken)
+        given = {axis for axis, _ in record.given_up}
+        assert given | set(record.taken) == {e.rstrip("?") for e in rules[names[dim]]}
+
+
+@given(arrays, tables, meshes, st.randoms())
+@settings(max_examples=300, deadline=None)
+def test_order_of_dims_matters_only_in_ties(
+    array: Any, rules: AxisRules, axes: Any, random: Any
+) -> None:
+    """Permuting the dims permutes the spec, unless two dims of one rank may yield one axis."""
+    names, shape = array
+    wishes = [
+        (e.rstrip("?"), tie_rank(name)) for name in names for e in rules[name] if e[-1] == "?"
+    ]
+    assume(len(wishes) == len(set(wishes)))
+    order = list(range(len(names)))
+    random.shuffle(order)
+    one = resolve(names, rules, shape, axes)
+    two = resolve(tuple(names[i] for i in order), rules, tuple(shape[i] for i in order), axes)
+    assert bool(one.problems) == bool(two.problems)
+    assume(not one.problems)
+    assert [one.dims[i].taken for i in order] == [d.taken for d in two.dims]
+
+
+@given(arrays, tables)
+@settings(max_examples=300, deadline=None)
+def test_equals_linen_where_nothing_is_wrong_and_nothing_yields(
+    array: Any, rules: AxisRules
+) -> None:
+    """With firm rules and no conflict, Linen's resolver gives the same axes."""
+    names, shape = array
+    firm = AxisRules([(n, [a.rstrip("?") for a in axes]) for n, axes in rules])
+    axes = tuple((axis, 2) for axis in AXES)
+    found = resolve(names, firm, tuple(s * 16 for s in shape), axes)
+    assume(not found.problems)
+    lenient = logical_to_mesh_axes(names, [(n, axes) for n, axes in firm])
+    assert lenient is not None
+    assert [spec_axes(part) for part in lenient] == [d.taken for d in found.dims]
