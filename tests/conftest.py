@@ -39,7 +39,8 @@ def start_local() -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
     def start(processes: int, devices: int, *command: str | Path, **kw: object):
         argv = ["-m", "launch.local", f"--processes={processes}", f"--devices={devices}", "--"]
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **kw}
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": env, **kw}
         launcher = subprocess.Popen(
             [sys.executable, *argv, *map(str, command)],
             cwd=ROOT,
