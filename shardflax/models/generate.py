@@ -1,0 +1,81 @@
+"""Sampling from a decoder, with a key/value cache."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from shardflax.models.config import DecoderConfig
+from shardflax.models.decoder import Decoder
+from shardflax.models.errors import ModelConfigError
+
+__all__ = ["generate"]
+
+
+def generate(
+    config: DecoderConfig,
+    params: Any,
+    prompt: jax.Array,
+    length: int,
+    key: jax.Array,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+) -> jax.Array:
+    """Samples `length` tokens after each row of `prompt`.
+
+    `prompt` `(batch, tokens)` gives `(batch, length)`, int32.  Each row is sampled from the
+    distribution at `temperature` (0: the most probable token), cut to the `top_k` most probable
+    tokens.  The prompt is read in one step.  Raises `ModelConfigError` if prompt and sample are
+    longer than `config.max_length`.
+
+    >>> config = DecoderConfig(num_layers=1, max_length=8)
+    >>> prompt = jnp.ones((2, 3), jnp.int32)
+    >>> params = Decoder(config).init(jax.random.key(0), prompt)["params"]
+    >>> generate(config, params, prompt, 4, jax.random.key(1)).shape
+    (2, 4)
+    """
+    total = prompt.shape[1] + length
+    if total > config.max_length:
+        problem = f"max_length={config.max_length} tokens, for {prompt.shape[1]} + {length}"
+        raise ModelConfigError("DecoderConfig", problem, "Sample fewer, or use a longer cache.")
+    return _generate(config, params, prompt, length, key, temperature, top_k)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3, 6))
+def _generate(
+    config: DecoderConfig,
+    params: Any,
+    prompt: jax.Array,
+    length: int,
+    key: jax.Array,
+    temperature: jax.Array | float,
+    top_k: int | None,
+) -> jax.Array:
+    model = Decoder(config, decode=True)
+
+    def step(cache: Any, tokens: jax.Array, key: jax.Array) -> tuple[Any, jax.Array]:
+        logits, cache = model.apply({"params": params, **cache}, tokens, mutable=["cache"])
+        return cache, _sample(logits[:, -1], key, temperature, top_k)
+
+    def body(carry: Any, key: jax.Array) -> tuple[Any, jax.Array]:
+        cache, token = carry
+        cache, following = step(cache, token[:, None], key)
+        return (cache, following), token
+
+    keys = jax.random.split(key, length)
+    cache, token = step({}, prompt, keys[0])  # the first step makes the cache
+    (_, last), tokens = jax.lax.scan(body, (cache, token), keys[1:])
+    return jnp.concatenate([tokens.T, last[:, None]], axis=1).astype(jnp.int32)
+
+
+def _sample(logits: jax.Array, key: jax.Array, temperature: Any, top_k: int | None) -> jax.Array:
+    if top_k is not None:
+        least = jax.lax.top_k(logits, top_k)[0][:, -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    greedy = jnp.argmax(logits, axis=-1)
+    scaled = logits / jnp.maximum(temperature, 1e-6)
+    return jnp.where(temperature == 0, greedy, jax.random.categorical(key, scaled))
