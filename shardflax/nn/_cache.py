@@ -1,0 +1,97 @@
+"""The key/value cache of autoregressive decoding, as variables of the collection `cache`."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from shardflax import partitioning
+from shardflax.nn import _names, initializers
+from shardflax.nn.errors import CacheShapeError, where
+from shardflax.nn.types import Array, Names
+from shardflax.partitioning import default_names
+
+
+class KVCache(NamedTuple):
+    """`cached_key` and `cached_value` `(*batch, length, heads, depth)`, and how much is filled."""
+
+    place: str
+    key: Any
+    value: Any
+    index: Any
+    axes: Names
+
+    @property
+    def length(self) -> int:
+        return self.key.value.shape[-3]
+
+    def append(self, key: Array, value: Array) -> tuple[Array, Array]:
+        """Writes the keys and values of new tokens behind the old ones; returns the whole cache."""
+        self._check(key, value)
+        start = (0,) * (key.ndim - 3) + (self.index.value, 0, 0)
+        for variable, new in ((self.key, key), (self.value, value)):
+            old = variable.value
+            whole = lax.dynamic_update_slice(old, new.astype(old.dtype), start)
+            variable.value = _names.output(whole, self.axes)
+        self.index.value = self.index.value + key.shape[-3]
+        return self.key.value, self.value.value
+
+    def positions(self, tokens: int) -> Array:
+        """The positions of the next `tokens` tokens, `(tokens,)`: ask before `append`."""
+        return self.index.value + jnp.arange(tokens, dtype=jnp.int32)
+
+    def visible(self, positions: Array) -> Array:
+        """Which slots tokens at `positions` see: their own and those before, `(tokens, length)`."""
+        return jnp.arange(self.length, dtype=jnp.int32) <= positions[:, None]
+
+    def poison(self, y: Array) -> Array:
+        """NaN instead of silent nonsense, once more was written than the cache has room for."""
+        fits = self.index.value <= self.length
+        return jnp.where(fits, y, jnp.asarray(jnp.nan, y.dtype))
+
+    def _check(self, key: Array, value: Array) -> None:
+        tokens, room = key.shape[-3], self.length
+        if tokens > room:
+            raise CacheShapeError(
+                self.place,
+                f"{tokens} tokens at once into a cache of length {room} (dim -3). Initialise it "
+                "with a longer input, or feed fewer tokens.",
+            )
+        for what, new, old in (("key", key, self.key.value), ("value", value, self.value.value)):
+            if new.shape[:-3] != old.shape[:-3] or new.shape[-2:] != old.shape[-2:]:
+                raise CacheShapeError(
+                    self.place,
+                    f"the {what} of this step has shape {new.shape}, the cached one {old.shape}: "
+                    "all dims but the length (dim -3) must be equal.",
+                )
+
+
+def _for_rank(axes: Names, rank: int) -> Names:
+    """Default names, made for one batch dim, for none or several."""
+    if not _names.is_default(axes) or len(axes) == rank:
+        return axes
+    batch, rest = axes[:-3], axes[-3:]
+    missing = rank - 3 - len(batch)
+    return default_names(*batch[: rank - 3], *[None] * max(missing, 0), *rest)
+
+
+def open_cache(
+    module: Any, key: Array, value: Array, axes: Names, length: int | None = None
+) -> tuple[KVCache, bool]:
+    """The cache of `module`, and whether it was there before: a new one is not to be written to.
+
+    A new cache is shaped like `key` and `value`, with `length` in the place of theirs.
+    """
+    existed = module.has_variable("cache", "cached_key")
+    axes = _for_rank(axes, key.ndim)
+    init = partitioning.named(initializers.zeros, axes)
+
+    def buffer(name: str, x: Array) -> Any:
+        shape = x.shape if length is None else (*x.shape[:-3], length, *x.shape[-2:])
+        return module.variable("cache", name, init, None, shape, x.dtype)
+
+    keys, values = buffer("cached_key", key), buffer("cached_value", value)
+    index = module.variable("cache", "cache_index", lambda: jnp.array(0, dtype=jnp.int32))
+    return KVCache(where(module), keys, values, index, axes), existed

@@ -1,0 +1,119 @@
+"""Default logical names: which name a dim has when the user said nothing.
+
+A layer has a name for each dim of each parameter and of its output.  The defaults follow one
+another: a bias has the names of the kernel's output dims, and an output has the activation names
+of the same dims, so that naming the kernel is enough.
+
+Default names of parameters are as strict as written ones: a parameter's layout is decided once,
+and an error says what to write.  Default names of *outputs* are advice: the layer guesses what
+the dims of its input mean, so where the guess does not fit (a rule that does not exist, a size
+that does not divide) that dim is left to the compiler.  What the user writes is never overruled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from shardflax import partitioning
+from shardflax.nn.types import Names
+from shardflax.partitioning import default_names
+from shardflax.partitioning.defaults import in_force
+from shardflax.partitioning.resolve import resolve
+from shardflax.partitioning.rules import AxisRules
+from shardflax.partitioning.scope import free_axes, mesh_in_scope, rules_in_scope
+
+FOLLOW = default_names("batch", ..., "act_mlp")
+"""The output names of a linear layer that was given none: they follow its kernel."""
+
+RESIDUAL = default_names("batch", "norm_length", "act_embed")
+"""The residual stream, whose length has a name of its own: sequence parallelism shards it."""
+
+_ACTIVATIONS = {
+    "embed": "act_embed",
+    "vocab_embed": "act_embed",
+    "mlp": "act_mlp",
+    "heads": "act_heads",
+    "kv_heads": "act_kv_heads",
+    "head_dim": "act_head_dim",
+    "vocab": "act_vocab",
+    None: None,
+}
+
+
+def is_default(names: Names | None) -> bool:
+    """True for names that nobody wrote: a layer's own guess."""
+    return isinstance(names, type(FOLLOW))
+
+
+def kernel_names(n_in: int, n_out: int, n_batch: int = 0) -> Names:
+    """Default names of a kernel of `n_batch + n_in + n_out` dims.
+
+    One input dim is the model's width, `embed`.  Several (heads and their depth) are the inner
+    side of a projection back, whose output is `embed`.
+    """
+    back = n_in > 1 and n_out == 1
+    first, then = ("mlp", "embed") if back else ("embed", "mlp")
+    ins = [first, *[None] * (n_in - 1)][:n_in]
+    outs = [then, *[None] * (n_out - 1)][:n_out]
+    return default_names(*[None] * n_batch, *ins, *outs)
+
+
+def like_kernel(names: Names | None, kernel: Names, dims: Sequence[int]) -> Names:
+    """The names of a bias: its own, or by default those of `dims` of the kernel."""
+    if names is not None and not is_default(names):
+        return names
+    picked = [kernel[d] for d in dims]
+    return default_names(*picked) if is_default(kernel) else tuple(picked)
+
+
+def activation_names(ndim: int, features: Sequence[Any]) -> Names | None:
+    """Default names of an activation of `ndim` dims that ends in dims of kernel names `features`.
+
+    Before the features stand nothing, a batch dim, or batch and length; anything else is not
+    guessed at.
+    """
+    if any(f not in _ACTIVATIONS for f in features):
+        return None
+    acts = [_ACTIVATIONS[f] for f in features]
+    length = "norm_length" if acts == ["act_embed"] else "length"
+    leading = {1: ["batch"], 2: ["batch", length]}.get(ndim - len(acts))
+    return None if leading is None else default_names(*leading, *acts)
+
+
+def output(x: jax.Array, names: Names | None, features: Sequence[Any] | None = None) -> jax.Array:
+    """`x` laid out as `names` say.
+
+    `features` are the kernel's names of the last dims of `x`; they are what `FOLLOW` follows.
+    """
+    if names is None or not is_default(names):
+        return partitioning.constrain(x, names)
+    rules = rules_in_scope()
+    if not isinstance(rules, AxisRules):
+        return x
+    if features is not None and names == FOLLOW:
+        names = activation_names(x.ndim, features)
+    said = in_force(names, x.ndim, rules)
+    if said is None:
+        return x
+    fitting = _fitting(said, rules, x.shape)
+    if all(name is PartitionSpec.UNCONSTRAINED for name in fitting):
+        return x
+    return partitioning.constrain(x, fitting)
+
+
+def _fitting(names: tuple[Any, ...], rules: AxisRules, shape: tuple[int, ...]) -> tuple[Any, ...]:
+    """`names` with every dim that cannot have its name left to the compiler."""
+    mesh = mesh_in_scope()
+    axes = None if mesh is None else free_axes(mesh)
+    while problems := resolve(names, rules, shape, axes).problems:
+        bad = {p.dim for p in problems}
+        if None in bad:
+            return (PartitionSpec.UNCONSTRAINED,) * len(names)
+        names = tuple(
+            PartitionSpec.UNCONSTRAINED if dim in bad else name for dim, name in enumerate(names)
+        )
+    return names

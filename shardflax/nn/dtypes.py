@@ -1,0 +1,62 @@
+"""Which dtype a computation runs in, by the rule of Linen: `dtype` if given, else promotion."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from shardflax.nn.errors import DtypeError
+from shardflax.nn.types import Dtype
+
+__all__ = ["canonicalize_dtype", "promote_dtype"]
+
+
+def canonicalize_dtype(*args: Any, dtype: Dtype | None = None, inexact: bool = True) -> Dtype:
+    """The dtype that `args` are computed in: `dtype`, or what they promote to together.
+
+    Arguments that are `None` do not count.  With `inexact`, integers promote to floating point,
+    and an integer `dtype` is a `DtypeError`.
+
+    >>> import jax.numpy as jnp
+    >>> str(canonicalize_dtype(jnp.ones(2, jnp.bfloat16), None, jnp.ones(2)))
+    'float32'
+    >>> canonicalize_dtype(jnp.arange(2), dtype=jnp.bfloat16)
+    <class 'jax.numpy.bfloat16'>
+    """
+    if dtype is None:
+        dtype = jnp.result_type(
+            *[a if hasattr(a, "dtype") else jnp.asarray(a) for a in _given(args)]
+        )
+        if inexact and not jnp.issubdtype(dtype, jnp.inexact):
+            dtype = jnp.promote_types(jax.dtypes.canonicalize_dtype(jnp.float32), dtype)
+    if inexact and not jnp.issubdtype(dtype, jnp.inexact):
+        raise DtypeError(dtype)
+    return dtype
+
+
+def promote_dtype(*args: Any, dtype: Dtype | None = None, inexact: bool = True) -> list[Any]:
+    """`args` as arrays of one dtype: `dtype`, or what they promote to together.
+
+    `None` stays `None`.  See `canonicalize_dtype` for `inexact` and the error.
+
+    >>> import jax.numpy as jnp
+    >>> x, bias = promote_dtype(jnp.ones(2, jnp.bfloat16), None, dtype=jnp.float16)
+    >>> x.dtype, bias
+    (dtype('float16'), None)
+    """
+    dtype = canonicalize_dtype(*args, dtype=dtype, inexact=inexact)
+    return [None if a is None else _cast(a, dtype) for a in args]
+
+
+def _given(args: tuple[Any, ...]) -> list[Any]:
+    return [a for a in args if a is not None]
+
+
+def _cast(x: Any, dtype: Dtype) -> Any:
+    """`jnp.asarray`, without its cost where `x` is what it would return."""
+    if isinstance(x, jax.Array) and x.dtype == np.dtype(dtype) and not x.weak_type:
+        return x
+    return jnp.asarray(x, dtype)

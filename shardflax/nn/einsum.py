@@ -1,0 +1,144 @@
+"""`Einsum`: a linear map written as an einsum equation."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import jax.numpy as jnp
+
+from shardflax import partitioning
+from shardflax.core import Module, compact
+from shardflax.nn import _names as names
+from shardflax.nn import dtypes, initializers
+from shardflax.nn.errors import EinsumError, InputRankError, where
+from shardflax.nn.types import Array, Dtype, Initializer, Names, Precision
+from shardflax.partitioning import default_names
+
+__all__ = ["Einsum"]
+
+
+@dataclass(frozen=True)
+class _Equation:
+    """The labels of an equation `inputs,kernel->output`, the ellipsis spelled out."""
+
+    inputs: str
+    kernel: str
+    output: str
+
+    @property
+    def shared(self) -> list[int]:
+        """The kernel's dims that the output has too, in the order of the output."""
+        return [self.kernel.index(c) for c in self.output if c in self.kernel]
+
+    def broadcast(self, kernel_shape: Sequence[int]) -> list[int]:
+        """The shape in which a bias over the shared dims is added to the output."""
+        return [kernel_shape[self.kernel.index(c)] if c in self.kernel else 1 for c in self.output]
+
+    def kernel_names(self) -> Names:
+        """Default names: dims that are summed over are inputs, those shared by all three batch."""
+        ins = [c for c in self.kernel if c in self.inputs and c not in self.output]
+        outs = [c for c in self.kernel if c not in self.inputs]
+        batch = [c for c in self.kernel if c in self.inputs and c in self.output]
+        given = names.kernel_names(len(ins), len(outs), len(batch))
+        by_label = dict(zip([*batch, *ins, *outs], given, strict=True))
+        return default_names(*[by_label[c] for c in self.kernel])
+
+
+@lru_cache(maxsize=256)
+def _parse(place: str, equation: str, input_ndim: int, kernel_ndim: int) -> _Equation:
+    """The labels of `equation`, for operands of these ranks."""
+    text = equation.replace(" ", "")
+    if "->" not in text:
+        raise EinsumError(place, f"the equation {equation!r} must say its output, after '->'.")
+    left, output = text.split("->")
+    if left.count(",") != 1:
+        raise EinsumError(place, f"{equation!r} must have two operands: 'inputs,kernel->output'.")
+    inputs, kernel = left.split(",")
+    if "..." in kernel:
+        raise EinsumError(place, f"{equation!r} has '...' in the kernel, whose dims are all named.")
+    extra = input_ndim - len(inputs.replace("...", ""))
+    if extra < 0 or (extra and "..." not in inputs):
+        raise InputRankError(place, "inputs", f"those of {inputs!r}", (0,) * input_ndim)
+    if kernel_ndim != len(kernel):
+        raise EinsumError(
+            place, f"{equation!r} wants a kernel of {len(kernel)} dims, shape has {kernel_ndim}."
+        )
+    free = "".join(c for c in string.ascii_letters if c not in text)[:extra]
+    return _Equation(inputs.replace("...", free), kernel, output.replace("...", free))
+
+
+class Einsum(Module):
+    """A linear map `jnp.einsum(einsum_str, inputs, kernel) + bias` with a kernel of `shape`.
+
+    The bias has the kernel's dims that the output has too.  The equation is given to the layer or
+    to the call, exactly once, in the explicit form with `->`; anything else is an `EinsumError`.
+
+    `kernel_axes=None` names the kernel by what its dims do, as `DenseGeneral` does.
+
+    >>> import jax, jax.numpy as jnp, shardflax.nn as nn
+    >>> layer = nn.Einsum((4, 2, 3), "...d,dhk->...hk")
+    >>> y, variables = layer.init_with_output(jax.random.key(0), jnp.ones((5, 4)))
+    >>> y.shape, variables["params"]["bias"].shape
+    ((5, 2, 3), (2, 3))
+    """
+
+    shape: Sequence[int]
+    einsum_str: str | None = None
+    use_bias: bool = True
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    precision: Precision = None
+    kernel_init: Initializer = initializers.lecun_normal()
+    bias_init: Initializer = initializers.zeros
+    promote_dtype: Any = dtypes.promote_dtype
+    preferred_element_type: Dtype | None = None
+    kernel_axes: Names | None = field(default=None, kw_only=True)
+    bias_axes: Names | None = field(default=None, kw_only=True)
+    out_axes: Names | None = field(default=names.FOLLOW, kw_only=True)
+
+    @compact
+    def __call__(self, inputs: Array, einsum_str: str | None = None) -> Array:
+        text = self._equation(einsum_str)
+        equation = _parse(where(self), text, jnp.ndim(inputs), len(self.shape))
+        axes = equation.kernel_names() if self.kernel_axes is None else self.kernel_axes
+        init = partitioning.named(self.kernel_init, axes)
+        kernel = self.param("kernel", init, tuple(self.shape), self.param_dtype)
+        bias = self._bias(equation, axes) if self.use_bias else None
+        x, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
+        y = jnp.einsum(
+            text,
+            x,
+            kernel,
+            precision=self.precision,
+            preferred_element_type=self.preferred_element_type,
+        )
+        if bias is not None:
+            y = y + jnp.reshape(bias, equation.broadcast(kernel.shape))
+        return self._laid_out(y, equation, axes)
+
+    def _equation(self, einsum_str: str | None) -> str:
+        given = [text for text in (self.einsum_str, einsum_str) if text is not None]
+        if len(given) != 1:
+            problem = "nowhere" if not given else "to the layer and to the call"
+            raise EinsumError(where(self), f"`einsum_str` was passed {problem}; pass it once.")
+        return given[0]
+
+    def _bias(self, equation: _Equation, kernel_axes: Names) -> Array:
+        axes = self.bias_axes
+        if axes is None:
+            axes = names.like_kernel(None, kernel_axes, equation.shared)
+        shape = tuple(self.shape[d] for d in equation.shared)
+        return self.param("bias", partitioning.named(self.bias_init, axes), shape, self.param_dtype)
+
+    def _laid_out(self, y: Array, equation: _Equation, axes: Names) -> Array:
+        """Default output names only where the output ends in the kernel's own dims."""
+        last = [equation.kernel.index(c) for c in equation.output if c not in equation.inputs]
+        if names.is_default(self.out_axes):
+            tail = equation.output[len(equation.output) - len(last) :]
+            if any(c in equation.inputs for c in tail):
+                return y
+        return names.output(y, self.out_axes, [axes[d] for d in last])

@@ -1,0 +1,102 @@
+"""`Embed`: rows of a table by integer id, and its transpose as an output projection."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from shardflax import partitioning
+from shardflax.core import Module
+from shardflax.nn import _names as names
+from shardflax.nn import dtypes, initializers
+from shardflax.nn.errors import InputDtypeError, InputRankError, InputShapeError, where
+from shardflax.nn.types import Array, Dtype, Initializer, Names
+from shardflax.partitioning import default_names
+
+__all__ = ["Embed"]
+
+
+class Embed(Module):
+    """A table of `num_embeddings` rows of `features`, looked up by integer ids.
+
+    Ids `(...)` give `(..., features)` in `dtype`, by default the table's.  Negative ids count
+    from the end; ids out of range give NaN.  Ids that are not integers are an `InputDtypeError`.
+
+    `lookup="gather"` indexes the table, `lookup="one_hot"` multiplies it by one-hot rows: the
+    same numbers (up to the precision of the product), which a table sharded over its vocabulary
+    computes as a local product and a sum instead of a gather of rows from other devices.
+
+    >>> import jax, jax.numpy as jnp, shardflax.nn as nn
+    >>> table = nn.Embed(num_embeddings=5, features=3)
+    >>> ids = jnp.array([[0, 4]])
+    >>> y, variables = table.init_with_output(jax.random.key(0), ids)
+    >>> y.shape
+    (1, 2, 3)
+    >>> table.apply(variables, y, method="attend").shape
+    (1, 2, 5)
+    """
+
+    num_embeddings: int
+    features: int
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    embedding_init: Initializer = initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
+    promote_dtype: Any = dtypes.promote_dtype
+    lookup: Literal["gather", "one_hot"] = field(default="gather", kw_only=True)
+    embedding_axes: Names = field(default=default_names("vocab", "vocab_embed"), kw_only=True)
+    out_axes: Names | None = field(default=names.RESIDUAL, kw_only=True)
+    attend_axes: Names | None = field(
+        default=default_names("vocab_batch", ..., "act_vocab"), kw_only=True
+    )
+
+    def setup(self) -> None:
+        self.embedding = self.param(
+            "embedding",
+            partitioning.named(self.embedding_init, self.embedding_axes),
+            (self.num_embeddings, self.features),
+            self.param_dtype,
+        )
+
+    def __call__(self, inputs: Array) -> Array:
+        ids = jnp.asarray(inputs)
+        if not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise InputDtypeError(where(self), "an integer", ids.dtype)
+        (table,) = self.promote_dtype(self.embedding, dtype=self.dtype, inexact=False)
+        if self.num_embeddings == 1:
+            # Linen's answer: a single row is every row, whatever the id.
+            y = jnp.broadcast_to(table, (*ids.shape, self.features))
+        elif self.lookup == "one_hot":
+            y = _one_hot_rows(table, ids)
+        else:
+            y = jnp.take(table, ids, axis=0)
+        return names.output(y, self.out_axes)
+
+    def attend(self, query: Array) -> Array:
+        """Scores of `query` `(..., features)` against every row: `(..., num_embeddings)`."""
+        if jnp.ndim(query) == 0:
+            raise InputRankError(where(self), "query", "at least 1 dim", ())
+        if jnp.shape(query)[-1] != self.features:
+            raise InputShapeError(
+                where(self),
+                "query",
+                dim=-1,
+                expected=self.features,
+                found=jnp.shape(query)[-1],
+                why="`features`",
+            )
+        query, table = self.promote_dtype(query, self.embedding, dtype=self.dtype)
+        return names.output(jnp.dot(query, table.T), self.attend_axes)
+
+
+def _one_hot_rows(table: Array, ids: Array) -> Array:
+    """Rows of `table` as a product, with the gather's answers for ids outside of it."""
+    count = table.shape[0]
+    ids = jnp.where(ids < 0, ids + count, ids)
+    rows = jax.nn.one_hot(ids, count, dtype=table.dtype) @ table
+    if not jnp.issubdtype(table.dtype, jnp.inexact):
+        return rows
+    inside = (ids >= 0) & (ids < count)
+    return jnp.where(inside[..., None], rows, jnp.asarray(jnp.nan, table.dtype))

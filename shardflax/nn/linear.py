@@ -1,0 +1,86 @@
+"""Linear layers: `Dense` over the last dim, `DenseGeneral` over any dims."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from shardflax import partitioning
+from shardflax.core import Module, compact
+from shardflax.nn import _names as names
+from shardflax.nn import dtypes, initializers
+from shardflax.nn.errors import InputRankError, where
+from shardflax.nn.types import Array, DotGeneral, Dtype, Initializer, Names, Precision
+from shardflax.partitioning import default_names
+
+__all__ = ["Dense", "choose_dot_general"]
+
+
+def choose_dot_general(given: DotGeneral | None, cls: Any) -> DotGeneral:
+    """What a layer multiplies with: an instance of `cls`, else the given one, else JAX's.
+
+    >>> choose_dot_general(None, None) is lax.dot_general
+    True
+    """
+    if cls is not None:
+        return cls()
+    return lax.dot_general if given is None else given
+
+
+class Dense(Module):
+    """A linear map of the last dim: `x @ kernel + bias`.
+
+    Inputs `(..., in)` give `(..., features)`; parameters are `kernel` `(in, features)` and `bias`
+    `(features,)`.  The computation runs in `dtype`, by default what input and parameters promote
+    to.  An input without dims is an `InputRankError`.
+
+    `bias_axes` and `out_axes` follow `kernel_axes` where they are not given: a kernel named
+    `("mlp", "embed")` has a bias `("embed",)` and an output laid out like the residual stream.
+    `out_axes=None` leaves the output's layout to the compiler.
+
+    >>> import jax, jax.numpy as jnp, shardflax.nn as nn
+    >>> layer = nn.Dense(features=3)
+    >>> y, variables = layer.init_with_output(jax.random.key(0), jnp.ones((2, 4)))
+    >>> y.shape, variables["params"]["kernel"].shape
+    ((2, 3), (4, 3))
+    """
+
+    features: int
+    use_bias: bool = True
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    precision: Precision = None
+    kernel_init: Initializer = initializers.lecun_normal()
+    bias_init: Initializer = initializers.zeros
+    promote_dtype: Any = dtypes.promote_dtype
+    dot_general: DotGeneral | None = None
+    dot_general_cls: Any = None
+    kernel_axes: Names = field(default=default_names("embed", "mlp"), kw_only=True)
+    bias_axes: Names = field(default=default_names("mlp"), kw_only=True)
+    out_axes: Names | None = field(default=names.FOLLOW, kw_only=True)
+
+    @compact
+    def __call__(self, inputs: Array) -> Array:
+        if jnp.ndim(inputs) == 0:
+            raise InputRankError(where(self), "inputs", "at least 1 dim", ())
+        kernel = self.param(
+            "kernel",
+            partitioning.named(self.kernel_init, self.kernel_axes),
+            (jnp.shape(inputs)[-1], self.features),
+            self.param_dtype,
+        )
+        bias = self._bias() if self.use_bias else None
+        x, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
+        dot = choose_dot_general(self.dot_general, self.dot_general_cls)
+        y = dot(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), precision=self.precision)
+        if bias is not None:
+            y = y + jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
+        return names.output(y, self.out_axes, self.kernel_axes[1:])
+
+    def _bias(self) -> Array:
+        axes = names.like_kernel(self.bias_axes, self.kernel_axes, [-1])
+        init = partitioning.named(self.bias_init, axes)
+        return self.param("bias", init, (self.features,), self.param_dtype)
