@@ -1,0 +1,120 @@
+"""The command line of `launch.train`, as typed dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+from shardflax.training import OptimizerConfig
+
+__all__ = ["DataOptions", "LayoutOptions", "ModelOptions", "RunOptions", "TrainOptions"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayoutOptions:
+    """How the run lies on its devices."""
+
+    mesh: str = "data=-1"
+    """Axes and sizes of the mesh, such as data=2,fsdp=2,tensor=2; one -1 takes what is left."""
+
+    preset: str = "fsdp_tp"
+    """Rules from names to mesh axes: dp, fsdp, tp_sp or fsdp_tp."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """The decoder."""
+
+    model: str = "small"
+    """Its size: tiny, small, base, llama3-1b, llama3-8b or llama3-70b."""
+
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Of the computation; auto is float32 on CPUs, which are slow at bfloat16, and bfloat16
+    elsewhere. Parameters are float32."""
+
+    layers: int | None = None
+    """Number of blocks, if not that of the size."""
+
+    remat: str | None = "auto"
+    """What the forward pass keeps for the backward pass: a policy of jax.checkpoint_policies, None
+    to keep all; auto is the size's own."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions:
+    """The text, as bytes."""
+
+    data: Path | None = None
+    """A text, JSONL or Parquet file, or a folder of them; by default the source code of Python's
+    standard library."""
+
+    text_field: str = "text"
+    """Where the text is in JSONL and Parquet files."""
+
+    batch: int = 32
+    """Windows of text per step, over all devices."""
+
+    seq_len: int = 128
+    """Tokens (bytes) per window."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """How long, and where it is kept."""
+
+    steps: int = 400
+    """Steps in all: a run that goes on counts those that it has done."""
+
+    accumulate: int = 1
+    """Microbatches per step whose gradients are added up."""
+
+    z_loss: float = 1e-4
+    """Weight of the squared log of the softmax's denominator in the loss."""
+
+    seed: int = 0
+    """Of the initial parameters and of the order of the text."""
+
+    run: Path = Path("runs/small")
+    """Folder of the run: checkpoints and losses. The same folder again: it goes on."""
+
+    save_every: int = 50
+    """Steps between checkpoints."""
+
+    keep: int = 3
+    """How many checkpoints are kept."""
+
+    eval_batches: int = 8
+    """Batches of held-out text for the loss at the end."""
+
+    sample: int = 240
+    """Bytes of text to write at the end; 0 for none."""
+
+    prompt: str = "def "
+    """What the written text begins with."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions:
+    """Trains a decoder language model on text, sharded over a mesh of devices.
+
+    Killed at any moment, the same command goes on from the last complete checkpoint, and computes
+    the very numbers that it would have computed without.
+    """
+
+    layout: LayoutOptions = LayoutOptions()
+    model: ModelOptions = ModelOptions()
+    data: DataOptions = DataOptions()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    run: RunOptions = RunOptions()
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that the numbers depend on, as JSON."""
+        said = dataclasses.asdict(self)
+        for group, name in (("run", "run"), ("run", "save_every"), ("run", "keep")):
+            del said[group][name]
+        return {group: {k: _plain(v) for k, v in part.items()} for group, part in said.items()}
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
