@@ -42,7 +42,7 @@ CORE = [
     {"lift"},
     {"transforms"},
     {"cross"},
-    {"module", "calls", "run"},
+    {"module", "calls", "run", "lifted"},
 ]
 
 PRIVATE_JAX = ("jax._src", "jax.interpreters", "jax.extend")
