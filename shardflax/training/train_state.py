@@ -34,7 +34,7 @@ class TrainState(struct.PyTreeNode):
     """
 
     step: int | jax.Array
-    apply_fn: Callable[..., Any] = struct.field(pytree_node=False)
+    apply_fn: Callable[..., Any] | None = struct.field(pytree_node=False)
     params: Any = struct.field(pytree_node=True)
     tx: optax.GradientTransformation = struct.field(pytree_node=False)
     opt_state: Any = struct.field(pytree_node=True)
@@ -66,7 +66,7 @@ class TrainState(struct.PyTreeNode):
     def create(
         cls,
         *,
-        apply_fn: Callable[..., Any],
+        apply_fn: Callable[..., Any] | None,
         params: Any,
         tx: optax.GradientTransformation,
         **kwargs: Any,

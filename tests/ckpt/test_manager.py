@@ -1,6 +1,7 @@
 """Saving and restoring in one process: values, layouts, policy, errors."""
 
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -54,16 +55,24 @@ def place(tree: Any, shape: tuple[int, int], spec: Any) -> Any:
     return jax.tree.map(put, tree)
 
 
+TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
+
+
+@functools.cache
 def train_state(seed: int = 0) -> TrainState:
-    """An adamw state with a few steps in it, f32 and bf16 parameters."""
+    """An adamw state with a step in it, f32 and bf16 parameters."""
+    return _new_state(jnp.int32(seed))
+
+
+@jax.jit
+def _new_state(seed: jax.Array) -> TrainState:
     key = jax.random.key(seed)
     params = {
         "dense": {"kernel": jax.random.normal(key, (16, 8)), "bias": jnp.ones(8, jnp.bfloat16)},
         "embed": jax.random.normal(key, (8, 16)).astype(jnp.bfloat16),
     }
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
-    state = TrainState.create(apply_fn=lambda: None, params=params, tx=tx)
-    return jax.jit(lambda s: s.apply_gradients(grads=s.params))(state)
+    state = TrainState.create(apply_fn=None, params=params, tx=TX)
+    return state.apply_gradients(grads=state.params)
 
 
 def abstract(tree: Any) -> Any:
@@ -111,7 +120,7 @@ def test_a_train_state_comes_back_bit_for_bit_in_another_layout(
     with ckpt.CheckpointManager(folder) as manager:
         assert manager.save(1, state)
         want = place(state, shape, spec)
-        other = place(train_state(1), shape, spec).replace(apply_fn=state.apply_fn, tx=state.tx)
+        other = place(train_state(1), shape, spec)
         restored = manager.restore(abstract(other) if as_shapes else other)
     assert_identical(restored.state, want)
     assert (restored.step, restored.extras) == (1, {})
@@ -383,7 +392,7 @@ def test_keys_with_dots_and_slashes_are_fine_where_they_do_not_collide(folder: P
         "a.b": jnp.ones(1),
         "c/d": {"e f": jnp.zeros(2)},
         "%": jnp.full(3, 2.0),
-        5: jnp.ones(4),
+        "n": {5: jnp.ones(4)},
     }
     with ckpt.CheckpointManager(folder) as manager:
         manager.save(1, state)

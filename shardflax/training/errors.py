@@ -1,0 +1,61 @@
+"""Errors of training: one class per cause."""
+
+from __future__ import annotations
+
+from shardflax.core.errors import FlaxError
+
+__all__ = ["BatchSplitError", "LossInputError", "MetricsError", "OptimizerConfigError"]
+
+
+class LossInputError(FlaxError):
+    """Logits, targets or weights that do not belong together.
+
+    >>> print(LossInputError("targets", "shape (2, 3)", "shape (2, 4)", "Shift them alike."))
+    cross_entropy: targets have shape (2, 4), expected shape (2, 3). Shift them alike.
+    """
+
+    def __init__(self, argument: str, expected: str, found: str, advice: str) -> None:
+        self.argument = argument
+        super().__init__(f"cross_entropy: {argument} have {found}, expected {expected}. {advice}")
+
+
+class BatchSplitError(FlaxError):
+    """A batch that cannot be split into equal microbatches.
+
+    >>> print(BatchSplitError("tokens", 8, 3))
+    Train step: accumulate=3 does not divide the 8 rows of batch leaf 'tokens'. ...
+    """
+
+    def __init__(self, leaf: str, rows: int, accumulate: int) -> None:
+        self.leaf, self.rows, self.accumulate = leaf, rows, accumulate
+        super().__init__(
+            f"Train step: accumulate={accumulate} does not divide the {rows} rows of batch leaf "
+            f"{leaf!r}. Choose a batch size that is a multiple of {accumulate}, and of "
+            f"{accumulate} times the size of the batch axes to keep every device busy."
+        )
+
+
+class MetricsError(FlaxError):
+    """What a loss function returned beside the loss is not a mapping of scalars.
+
+    >>> print(MetricsError("aux['logits'] has shape (2, 3)"))
+    Train step: aux['logits'] has shape (2, 3). ...
+    """
+
+    def __init__(self, found: str) -> None:
+        super().__init__(
+            f"Train step: {found}. The loss function returns (loss, aux) with a scalar loss and "
+            f"a dict of scalar metrics; 'loss', 'grad_norm' and 'learning_rate' are taken."
+        )
+
+
+class OptimizerConfigError(FlaxError):
+    """A field of an `OptimizerConfig` that makes no sense.
+
+    >>> OptimizerConfigError("b1", "1.5", "a number in [0, 1)").field
+    'b1'
+    """
+
+    def __init__(self, field: str, found: str, expected: str) -> None:
+        self.field = field
+        super().__init__(f"OptimizerConfig: {field}={found}, expected {expected}")
