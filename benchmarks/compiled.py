@@ -1,0 +1,64 @@
+"""What XLA made of a program, as figures that can be compared."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+__all__ = ["Cost", "cost_of", "differences"]
+
+_COLLECTIVE = re.compile(
+    r"= (?P<shape>\(?[^=]*?) "
+    r"(?P<op>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+)
+_LAYOUT = re.compile(r"\{[^}]*\}")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Figures of one compiled program, for one device."""
+
+    flops: float
+    bytes_accessed: float
+    collectives: Counter[str]  # operation and shape -> how often
+    argument_bytes: int
+    output_bytes: int
+    temporary_bytes: int
+    alias_bytes: int
+
+
+def cost_of(compiled: Any) -> Cost:
+    """The figures of a `jax.stages.Compiled`.
+
+    >>> import jax
+    >>> cost_of(jax.jit(lambda x: x @ x).lower(jax.numpy.ones((4, 4))).compile()).flops
+    128.0
+    """
+    analysis, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    return Cost(
+        flops=analysis["flops"],
+        bytes_accessed=analysis["bytes accessed"],
+        collectives=collectives(compiled.as_text()),
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        alias_bytes=memory.alias_size_in_bytes,
+    )
+
+
+def collectives(hlo: str) -> Counter[str]:
+    """The collective operations of an HLO text, with the shapes they give.
+
+    >>> collectives("%a = f32[8,4]{1,0} all-gather(f32[4,4]{1,0} %b), dimensions={0}")
+    Counter({'all-gather f32[8,4]': 1})
+    """
+    found = _COLLECTIVE.finditer(_LAYOUT.sub("", hlo))
+    return Counter(f"{m['op']} {m['shape']}" for m in found)
+
+
+def differences(a: Cost, b: Cost) -> dict[str, tuple[Any, Any]]:
+    """The figures in which two programs differ."""
+    left, right = asdict(a), asdict(b)
+    return {name: (left[name], right[name]) for name in left if left[name] != right[name]}

@@ -1,0 +1,179 @@
+"""A sharded train step twice: with the library's names and rules, and by hand.
+
+Both train the same small decoder (embedding, scanned transformer blocks, norm, output projection)
+with AdamW on a mesh of eight devices, `data=2,fsdp=2,tensor=2`.  What XLA compiles for the two
+is compared in `compiled.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+import shardflax.nn as nn
+from benchmarks import raw
+from benchmarks.models import Sizes
+from shardflax import partitioning
+from shardflax.training.train_state import TrainState
+
+__all__ = ["LENGTH", "SHARDED", "VOCAB", "by_hand", "make_mesh", "tokens", "with_names"]
+
+SHARDED = Sizes(blocks=3, width=64, heads=4, mlp=256, batch=8, length=32)
+VOCAB = 512
+
+
+def make_mesh() -> Mesh:
+    return partitioning.make_mesh("data=2,fsdp=2,tensor=2")
+
+
+def tokens(mesh: Mesh) -> jax.Array:
+    """A batch of token ids, spread over the axes of the batch."""
+    ids = jnp.arange(SHARDED.batch * SHARDED.length) % VOCAB
+    spread = NamedSharding(mesh, P(("data", "fsdp")))
+    return jax.device_put(ids.reshape(SHARDED.batch, SHARDED.length), spread)
+
+
+def loss(logits: jax.Array, ids: jax.Array) -> jax.Array:
+    """Cross-entropy of each next token, the mean over the batch."""
+    scores = jax.nn.log_softmax(logits[:, :-1])
+    return -jnp.mean(jnp.take_along_axis(scores, ids[:, 1:, None], axis=-1))
+
+
+def optimizer() -> optax.GradientTransformation:
+    return optax.adamw(1e-3)
+
+
+# --- with names and rules
+
+
+class Block(nn.Module):
+    sizes: Sizes
+
+    @nn.compact
+    def __call__(self, x: Any, _: Any) -> Any:
+        h = nn.LayerNorm()(x)
+        x = x + nn.MultiHeadDotProductAttention(num_heads=self.sizes.heads)(h)
+        h = nn.gelu(nn.Dense(self.sizes.mlp)(nn.LayerNorm()(x)))
+        return x + nn.Dense(self.sizes.width, kernel_axes=("mlp", "embed"))(h), None
+
+
+class Decoder(nn.Module):
+    sizes: Sizes
+
+    @nn.compact
+    def __call__(self, ids: Any) -> Any:
+        x = nn.Embed(VOCAB, self.sizes.width)(ids)
+        blocks = nn.scan(
+            Block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=self.sizes.blocks,
+            metadata_params={"partition_name": "layers"},
+        )
+        x, _ = blocks(self.sizes, name="blocks")(x, None)
+        x = nn.LayerNorm(name="norm")(x)
+        return nn.Dense(VOCAB, kernel_axes=("embed", "vocab"), name="logits")(x)
+
+
+def with_names(mesh: Mesh) -> tuple[Callable[..., Any], Any]:
+    """The jitted step `(state, ids) -> (state, loss)` and a state to start from."""
+    model, rules = Decoder(SHARDED), partitioning.preset("fsdp_tp")
+    ids, tx = tokens(mesh), optimizer()
+
+    def init(key: jax.Array) -> TrainState:
+        params = model.init(key, ids)["params"]
+        return TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+
+    state, layout = partitioning.init_sharded(init, jax.random.key(0), mesh=mesh, rules=rules)
+
+    def step(state: TrainState, ids: jax.Array) -> tuple[TrainState, jax.Array]:
+        def objective(params: Any) -> jax.Array:
+            with partitioning.use(mesh, rules):
+                return loss(state.apply_fn({"params": params}, ids), ids)
+
+        value, grads = jax.value_and_grad(objective)(state.params)
+        return state.apply_gradients(grads=grads), value
+
+    return jax.jit(step, donate_argnums=0, out_shardings=(layout.shardings, None)), state
+
+
+# --- by hand
+
+RESIDUAL = P(("data", "fsdp"), "tensor", None)
+HEADS = P(("data", "fsdp"), None, "tensor", None)
+HIDDEN = P(("data", "fsdp"), None, "tensor")
+
+_NORM = {"scale": P(), "bias": P()}
+_IN = {"kernel": P("fsdp", "tensor", None), "bias": P("tensor", None)}
+_BLOCK = {
+    "LayerNorm_0": _NORM,
+    "LayerNorm_1": _NORM,
+    "MultiHeadDotProductAttention_0": {
+        "query": _IN,
+        "key": _IN,
+        "value": _IN,
+        "out": {"kernel": P("tensor", None, "fsdp"), "bias": P("fsdp")},
+    },
+    "Dense_0": {"kernel": P("fsdp", "tensor"), "bias": P("tensor")},
+    "Dense_1": {"kernel": P("tensor", "fsdp"), "bias": P("fsdp")},
+}
+PARAMS = {
+    "Embed_0": {"embedding": P("tensor", "fsdp")},
+    "blocks": jax.tree.map(lambda spec: P(None, *spec), _BLOCK),
+    "norm": _NORM,
+    "logits": {"kernel": P("fsdp", "tensor"), "bias": P("tensor")},
+}
+
+
+def _attention(p: Any, x: jax.Array, put: Callable[..., jax.Array]) -> jax.Array:
+    query, key, value = (put(raw.dense(p[name], x), HEADS) for name in ("query", "key", "value"))
+    query = query / jnp.sqrt(query.shape[-1]).astype(query.dtype)
+    weights = jax.nn.softmax(jnp.einsum("...qhd,...khd->...hqk", query, key))
+    y = jnp.einsum("...hqk,...khd->...qhd", weights, value)
+    return put(raw.dense(p["out"], y, n_in=2), RESIDUAL)
+
+
+def _forward(params: Any, ids: jax.Array, put: Callable[..., jax.Array]) -> jax.Array:
+    def block(x: jax.Array, p: Any) -> tuple[jax.Array, None]:
+        h = put(raw.layer_norm(p["LayerNorm_0"], x), RESIDUAL)
+        x = x + _attention(p["MultiHeadDotProductAttention_0"], h, put)
+        h = put(raw.layer_norm(p["LayerNorm_1"], x), RESIDUAL)
+        h = jax.nn.gelu(put(raw.dense(p["Dense_0"], h), HIDDEN))
+        return x + put(raw.dense(p["Dense_1"], h), RESIDUAL), None
+
+    x = put(jnp.take(params["Embed_0"]["embedding"], ids, axis=0), RESIDUAL)
+    x = lax.scan(block, x, params["blocks"])[0]
+    x = put(raw.layer_norm(params["norm"], x), RESIDUAL)
+    return put(raw.dense(params["logits"], x), HIDDEN)
+
+
+def by_hand(mesh: Mesh, params: Any) -> tuple[Callable[..., Any], Any]:
+    """The same step with explicit shardings, from a copy of the same parameters."""
+    tx = optimizer()
+
+    def put(x: jax.Array, spec: P) -> jax.Array:
+        return lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    def placed(specs: Any) -> Any:
+        return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+
+    adam = optax.ScaleByAdamState(count=P(), mu=PARAMS, nu=PARAMS)  # pyright: ignore
+    specs = (P(), PARAMS, (adam, optax.EmptyState(), optax.EmptyState()))
+
+    def start(params: Any) -> Any:
+        return jnp.int32(0), params, tx.init(params)
+
+    def step(state: Any, ids: jax.Array) -> tuple[Any, jax.Array]:
+        count, params, opt_state = state
+        value, grads = jax.value_and_grad(lambda p: loss(_forward(p, ids, put), ids))(params)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return (count + 1, optax.apply_updates(params, updates), opt_state), value
+
+    state = jax.jit(start, out_shardings=placed(specs))(params)
+    return jax.jit(step, donate_argnums=0, out_shardings=(placed(specs), None)), state

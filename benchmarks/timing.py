@@ -1,0 +1,81 @@
+"""Timing in turn: on a machine that others use too, only ratios taken side by side mean anything.
+
+Contenders run one after the other in each round (A B C, A B C, ...), so that whatever slows the
+machine down slows all of them; a result is the median over the rounds of their ratio.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+__all__ = ["Rounds", "in_turn"]
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """Seconds of each contender in each round."""
+
+    seconds: Mapping[str, list[float]]
+
+    def ratio(self, name: str, over: str) -> float:
+        """The median over the rounds of how much longer `name` took than `over`.
+
+        >>> Rounds({"a": [2.0, 9.0, 4.0], "b": [1.0, 3.0, 2.0]}).ratio("a", "b")
+        2.0
+        """
+        pairs = zip(self.seconds[name], self.seconds[over], strict=True)
+        return statistics.median(a / b for a, b in pairs)
+
+    def extra(self, name: str, beyond: str) -> float:
+        """The median over the rounds of how many seconds longer `name` took than `beyond`."""
+        pairs = zip(self.seconds[name], self.seconds[beyond], strict=True)
+        return statistics.median(a - b for a, b in pairs)
+
+    def spread(self, name: str, over: str) -> tuple[float, float]:
+        """The quartiles of the ratio: how far to trust its median."""
+        pairs = zip(self.seconds[name], self.seconds[over], strict=True)
+        low, _, high = statistics.quantiles([a / b for a, b in pairs], n=4)
+        return low, high
+
+    def median(self, name: str) -> float:
+        """The median time of one contender."""
+        return statistics.median(self.seconds[name])
+
+
+def in_turn(
+    contenders: Mapping[str, Callable[[], object]],
+    rounds: int,
+    timed: Callable[[Callable[[], object]], float] | None = None,
+) -> Rounds:
+    """Runs the contenders in turn, after one round that does not count.
+
+    `timed(fn)` gives the seconds of one run; by default the wall-clock time of the call.
+
+    >>> sorted(in_turn({"a": lambda: 1, "b": lambda: 2}, rounds=2).seconds)
+    ['a', 'b']
+    """
+    clock = timed or wall_clock
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _, contender in contenders.items():
+        contender()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for name, contender in contenders.items():
+                seconds[name].append(clock(contender))
+            gc.collect()
+    finally:
+        gc.enable()
+    return Rounds(seconds)
+
+
+def wall_clock(fn: Callable[[], object]) -> float:
+    """Seconds that one call takes."""
+    start = time.perf_counter()
+    fn()
+    return time.perf_counter() - start
