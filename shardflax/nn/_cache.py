@@ -86,10 +86,11 @@ def open_cache(
     """
     existed = module.has_variable("cache", "cached_key")
     axes = _for_rank(axes, key.ndim)
-    init = partitioning.named(initializers.zeros, axes)
 
     def buffer(name: str, x: Array) -> Any:
         shape = x.shape if length is None else (*x.shape[:-3], length, *x.shape[-2:])
+        # A batch of one is decoded too, whatever the mesh: these default names are advice.
+        init = partitioning.named(initializers.zeros, _names.that_fit(axes, shape))
         return module.variable("cache", name, init, None, shape, x.dtype)
 
     keys, values = buffer("cached_key", key), buffer("cached_value", value)
