@@ -28,6 +28,7 @@ from shardflax.partitioning.resolve import resolve
 from shardflax.partitioning.rules import AxisRules, LogicalRules
 from shardflax.partitioning.scope import (
     AnyMesh,
+    devices_of,
     free_axes,
     init_trace,
     mesh_in_scope,
@@ -184,13 +185,10 @@ def constrain_spec(x: Any, spec: PartitionSpec, mesh: AnyMesh | None, what: str)
     >>> constrain_spec(1.0, PartitionSpec(), None, "a scalar")
     1.0
     """
-    target = mesh_in_scope(mesh) if _is_array(x) else None
+    target = mesh_in_scope(mesh) if _is_array(x) and init_trace() is None else None
     if target is None:
         return x
-    problems = check_spec(tuple(np.shape(x)), spec, dict(free_axes(target)), what)
-    if problems and init_trace() is not None:
-        return x  # the layout finds them too, and knows the path
-    raise_problems(problems)
+    raise_problems(check_spec(tuple(np.shape(x)), spec, dict(free_axes(target)), what))
     return lower(x, spec, target)
 
 
@@ -199,17 +197,16 @@ def constrain_box(
 ) -> Any:
     """Constrains the value of a box; without rules it is returned as it is, with no warning.
 
+    While `init_sharded` traces, it is too: the layout checks and places the value, and a
+    constraint in its way would change how XLA folds constants, and so the last bit of numbers.
+
     >>> constrain_box(1.0, (), None, None)
     1.0
     """
-    rules = rules_in_scope() if rules is None else rules
-    if init_trace() is None or not isinstance(rules, AxisRules) or not _is_array(x):
-        return _constrain(x, names, rules, mesh, RulesFallback.AXIS_IS_UNSHARDED)
-    target = mesh_in_scope(mesh)
-    if target is None:
+    if init_trace() is not None:
         return x
-    found = resolve(names, rules, tuple(np.shape(x)), free_axes(target))
-    return x if found.problems else lower(x, found.spec, target)
+    rules = rules_in_scope() if rules is None else rules
+    return _constrain(x, names, rules, mesh, RulesFallback.AXIS_IS_UNSHARDED)
 
 
 def lower(x: Any, spec: PartitionSpec, mesh: AnyMesh) -> Any:
@@ -223,6 +220,18 @@ def lower(x: Any, spec: PartitionSpec, mesh: AnyMesh) -> Any:
     if mesh.size == 1:
         return x
     kinds = mesh.axis_types or (AxisType.Auto,) * len(mesh.axis_names)
+    mesh = devices_of(mesh)
+    if AxisType.Explicit in kinds and AxisType.Auto in kinds and not _is_traced(x):
+        return jx.jit(_lower, static_argnums=(1, 2, 3))(x, spec, mesh, kinds)
+    return _lower(x, spec, mesh, kinds)
+
+
+def _is_traced(x: Any) -> bool:
+    return isinstance(x, jx.core.Tracer)
+
+
+def _lower(x: Any, spec: PartitionSpec, mesh: AnyMesh, kinds: tuple[AxisType, ...]) -> Any:
+    """Explicit axes first, then auto ones; an eager array loses the first unless jitted."""
     types = dict(zip(mesh.axis_names, kinds, strict=True))
     if AxisType.Explicit in kinds:
         explicit = _pad(_only(spec, types, AxisType.Explicit), np.ndim(x))

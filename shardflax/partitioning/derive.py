@@ -98,7 +98,7 @@ def _factored(path: Path, shape: tuple[int, ...], parameter: Parameter) -> Deriv
     kept = list(dict.fromkeys(tuple(names[dim] for dim in dims) for dims in choices))
     if len(kept) == 1:
         return Derived(kept[0], "its parameter, factored")
-    if choices and len(shape) == len(full) - 1:
+    if choices:
         dims = _square(path, full)
         if dims in choices:
             return Derived(tuple(names[dim] for dim in dims), "its parameter, factored")
@@ -108,9 +108,11 @@ def _factored(path: Path, shape: tuple[int, ...], parameter: Parameter) -> Deriv
 def _square(path: Path, full: tuple[int, ...]) -> tuple[int, ...] | None:
     """The dims that optax's factored moments keep, where sizes alone do not tell.
 
-    Shazeer and Stern, "Adafactor" (2018); of two equal dims, `v_row` keeps the earlier and
-    `v_col` the later.
+    Adafactor (Shazeer and Stern, 2018): of two equal dims, `v_row` keeps the earlier and `v_col`
+    the later.  SM3 (Anil et al., 2019): a list of vectors, one for each dim.
     """
+    if path and isinstance(path[-1], int) and path[-1] < len(full):
+        return (path[-1],)
     order = sorted(range(len(full)), key=lambda dim: (full[dim], dim))
     dropped = order[-1] if "v_row" in path else order[-2] if "v_col" in path else None
     return None if dropped is None else tuple(d for d in range(len(full)) if d != dropped)

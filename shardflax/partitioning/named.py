@@ -13,6 +13,7 @@ from shardflax.core.boxes import is_box
 from shardflax.partitioning.boxes import LogicallyPartitioned, Partitioned
 from shardflax.partitioning.defaults import DefaultNames
 from shardflax.partitioning.errors import LayoutError, NamesRankError, RepeatedNameError
+from shardflax.partitioning.explicit_init import call_initializer
 from shardflax.partitioning.rules import AxisRules, LogicalRules
 from shardflax.partitioning.scope import init_trace, rules_in_scope
 
@@ -37,7 +38,11 @@ class NamedInit:
     names: tuple[Any, ...] | None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.box(self.fn(*args, **kwargs))
+        rules = rules_in_scope()
+        if self.names is None or (isinstance(self.names, DefaultNames) and not _strict(rules)):
+            return self.fn(*args, **kwargs)
+        names = tuple(self.names)
+        return self.box(call_initializer(self.fn, names, rules or (), args, kwargs))
 
     def box(self, value: Any) -> Any:
         """`value` in a box with the names, if they are in force; a box stays as it is."""
@@ -52,7 +57,7 @@ class NamedInit:
                     f"{getattr(value, 'names', None)!r}). Give the names in one of the two places."
                 )
             return value
-        if not explicit and not isinstance(rules_in_scope(), AxisRules):
+        if not explicit and not _strict(rules_in_scope()):
             return value
         names = tuple(self.names)
         check_names(names, value)
@@ -69,7 +74,8 @@ class LogicalInit:
     rules: LogicalRules | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> LogicallyPartitioned:
-        return self.box(self.fn(*args, **kwargs))
+        rules = rules_in_scope() if self.rules is None else self.rules
+        return self.box(call_initializer(self.fn, self.names, rules or (), args, kwargs))
 
     def box(self, value: Any) -> LogicallyPartitioned:
         """`value` in the box that this initializer would give it."""
@@ -86,7 +92,7 @@ class MeshInit:
     mesh: Mesh | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Partitioned:
-        return self.box(self.fn(*args, **kwargs))
+        return self.box(call_initializer(self.fn, self.names, None, args, kwargs))
 
     def box(self, value: Any) -> Partitioned:
         """`value` in the box that this initializer would give it."""
@@ -144,6 +150,11 @@ def with_partitioning(
     (None, 'data')
     """
     return MeshInit(fn, tuple(names), mesh)
+
+
+def _strict(rules: LogicalRules | None) -> bool:
+    """True for rules that switch default names on."""
+    return isinstance(rules, AxisRules)
 
 
 def _hashable(axes: Any) -> Any:

@@ -21,6 +21,7 @@ from shardflax.partitioning.untyped import jx
 __all__ = [
     "AnyMesh",
     "InitTrace",
+    "devices_of",
     "free_axes",
     "get_logical_axis_rules",
     "init_trace",
@@ -44,9 +45,14 @@ class InitTrace:
 
 
 class _Scope(threading.local):
-    """Rules (None: nobody said any), and the record of the init that is being traced, if any."""
+    """Rules (None: nobody said any), and what goes with them.
+
+    `mesh` is one that `use` could enter only abstractly, being called inside a trace; `init` is
+    the record of the init that is being traced.
+    """
 
     rules: LogicalRules | None = None
+    mesh: Mesh | None = None
     init: InitTrace | None = None
 
 
@@ -116,18 +122,45 @@ def use(mesh: AnyMesh | None, rules: LogicalRules) -> Generator[None]:
         yield
 
 
-def _enter(mesh: AnyMesh | None) -> contextlib.AbstractContextManager[Any]:
-    """The context manager that puts `mesh` in JAX's scope, if it is not there already."""
-    if mesh is None:
-        return contextlib.nullcontext()
+@contextmanager
+def _enter(mesh: AnyMesh | None) -> Generator[None]:
+    """Puts `mesh` in JAX's scope, if it is not there already."""
+    before = _scope.mesh
+    if isinstance(mesh, Mesh) and not _inside_jit():
+        _scope.mesh, manager = None, jax.set_mesh(mesh)
+    elif mesh is None or _same_axes(jax.sharding.get_abstract_mesh(), mesh):
+        manager = contextlib.nullcontext()  # in a `shard_map`, the one in scope knows more
+    elif isinstance(mesh, Mesh):
+        _scope.mesh, manager = mesh, jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+    else:
+        _scope.mesh, manager = None, jax.sharding.use_abstract_mesh(mesh)
+    try:
+        with manager:
+            yield
+    finally:
+        _scope.mesh = before
+
+
+def _inside_jit() -> bool:
+    """True where JAX refuses to set a mesh or to tell the concrete one."""
+    try:
+        jax.sharding.get_mesh()
+    except ValueError:
+        return True
+    return False
+
+
+def devices_of(mesh: AnyMesh) -> AnyMesh:
+    """The mesh in scope with its devices, if they are known; `mesh` itself otherwise.
+
+    Eager constraints need the devices, and so do those under a `use` inside `jax.jit`.
+    """
     if isinstance(mesh, Mesh):
-        try:
-            return jax.set_mesh(mesh)
-        except ValueError:  # refused inside a trace
-            mesh = mesh.abstract_mesh
-    if _same_axes(jax.sharding.get_abstract_mesh(), mesh):
-        return contextlib.nullcontext()  # in a `shard_map`, the one in scope knows more
-    return jax.sharding.use_abstract_mesh(mesh)
+        return mesh
+    known = _scope.mesh
+    if known is None and not _inside_jit():
+        known = jax.sharding.get_mesh()
+    return known if known is not None and known.abstract_mesh == mesh else mesh
 
 
 def _same_axes(a: AnyMesh, b: AnyMesh) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import flax.linen as linen
+import flax.linen
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from shardflax import partitioning as ours
 
+linen: Any = flax.linen
 NAMES = ("batch", "embed", "mlp", "heads", "zzz")
 AXES = ("data", "model", "x")
 
@@ -156,9 +157,7 @@ def test_with_logical_constraint_equals_linens(
 @pytest.mark.parametrize("given_mesh", ["none", "argument", "scope"])
 @pytest.mark.parametrize("kind", ["Partitioned", "LogicallyPartitioned"])
 @pytest.mark.parametrize("apply_constraint", [False, True])
-def test_unbox_equals_linens(
-    jit: bool, given_mesh: str, kind: str, apply_constraint: bool
-) -> None:
+def test_unbox_equals_linens(jit: bool, given_mesh: str, kind: str, apply_constraint: bool) -> None:
     mesh = ours.make_mesh("data=4,model=2")
 
     def run(lib: Any) -> Any:

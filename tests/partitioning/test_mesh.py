@@ -90,7 +90,7 @@ def test_mistakes(spec: str, text: str) -> None:
 
 
 def test_misspelt_axis_and_how_to_insist() -> None:
-    with pytest.raises(UnknownAxisError, match="did you mean 'fsdp'?.*other_axes=\\('fspd',\\)"):
+    with pytest.raises(UnknownAxisError, match=r"did you mean 'fsdp'\?.*other_axes=\('fspd',\)"):
         make_mesh("fspd=8")
     assert make_mesh("fspd=8", other_axes=("fspd",)).axis_names == ("fspd",)
 

@@ -141,7 +141,7 @@ AXES = ("data", "fsdp", "fsdp2", "tensor", "rows")
 entry = st.builds(lambda axis, q: axis + "?" * q, st.sampled_from(AXES), st.booleans())
 rule = st.lists(entry, max_size=4, unique_by=lambda e: e.rstrip("?"))
 NAMES = ("a", "b", "c", "mlp", "embed", "q_lora")
-tables = st.fixed_dictionaries(dict.fromkeys(NAMES, rule)).map(AxisRules)
+tables = st.fixed_dictionaries(dict.fromkeys(NAMES, rule)).map(lambda table: AxisRules({**table}))
 meshes = st.fixed_dictionaries(dict.fromkeys(AXES, st.sampled_from((1, 2, 3, 4)))).map(
     lambda sizes: tuple(sizes.items())
 )

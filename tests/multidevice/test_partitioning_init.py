@@ -1,0 +1,187 @@
+"""`init_sharded`: the same numbers on every mesh, placed as planned, refused before allocation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from shardflax.core.boxes import unbox
+from shardflax.partitioning import (
+    PRESETS,
+    IndivisibleDimError,
+    LayoutError,
+    UnknownNameError,
+    abstract_layout,
+    batch_axes,
+    batch_sharding,
+    constrain,
+    init_sharded,
+    logical_axis_rules,
+    make_mesh,
+    named,
+    preset,
+    use,
+    with_logical_partitioning,
+    with_partitioning,
+)
+
+INITS = jax.nn.initializers
+KEY = jax.random.key(0)
+TX = optax.adamw(1e-3)
+
+
+def init(key: jax.Array, kernel: tuple[str, ...] = ("embed", "mlp"), size: int = 24) -> Any:
+    """A train state of two parameters, initialised with a batch of one example."""
+    keys = jax.random.split(key)
+    w = named(INITS.lecun_normal(), kernel)(keys[0], (16, size))
+    b = named(INITS.normal(), ("norm",))(keys[1], (16,))
+    x = constrain(jnp.ones((1, 16)), ("batch", "act_embed"))
+    constrain((x + unbox(b)) @ unbox(w), ("batch", "act_mlp"))
+    params = {"w": w, "b": b}
+    return {"params": params, "opt_state": TX.init(unbox(params)), "step": 0}
+
+
+MESHES = ["fsdp=8", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2"]
+
+
+@pytest.mark.parametrize("spec", MESHES)
+@pytest.mark.parametrize("types", ["auto", "explicit"])
+def test_same_numbers_on_every_mesh(spec: str, types: str) -> None:
+    with logical_axis_rules(()):
+        expected: Any = jax.tree.map(np.asarray, jax.jit(lambda k: unbox(init(k)))(KEY))
+    mesh = make_mesh(spec, axis_types=types)
+    for name in PRESETS if types == "auto" else ("fsdp_tp",):
+        state, layout = init_sharded(init, KEY, mesh=mesh, rules=preset(name))
+        jax.tree.map(np.testing.assert_array_equal, state, expected)
+        for leaf, sharding in zip(
+            jax.tree.leaves(state), jax.tree.leaves(layout.shardings), strict=True
+        ):
+            assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+            assert leaf.committed
+        held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
+        assert held == layout.bytes_per_device
+
+
+def test_everything_wrong_is_said_at_once_and_nothing_runs(monkeypatch: Any) -> None:
+    def bad(key: jax.Array) -> Any:
+        state = init(key, size=17)
+        state["params"]["c"] = named(INITS.ones, ("emebd",))(key, (8,))
+        state["params"]["d"] = named(INITS.ones, ("mlp",))(key, (8, 8))
+        constrain(jnp.ones((2, 2)), ("batch", "act_mpl"))
+        return state
+
+    monkeypatch.setattr(jax, "jit", None)
+    with pytest.raises(LayoutError) as error:
+        init_sharded(bad, KEY, mesh=make_mesh("fsdp=4,tensor=2"), rules=preset("fsdp_tp"))
+    text = str(error.value)
+    for part in ("params/w, shape (16, 17)", "params/c, shape (8,)", "params/d, shape (8, 8)"):
+        assert part in text
+    assert "constraint at " in text and "'act_mpl'" in text and "did you mean 'act_mlp'" in text
+    assert "opt_state/0/mu/w" in text
+
+
+def test_a_misspelt_name_has_its_class_and_path() -> None:
+    with pytest.raises(UnknownNameError, match=r"params/w, .*'mpl'.*did you mean 'mlp'"):
+        init_sharded(
+            lambda key: {"params": {"w": named(INITS.ones, ("embed", "mpl"))(key, (8, 8))}},
+            KEY,
+            mesh=make_mesh("fsdp=8"),
+            rules=preset("fsdp"),
+        )
+
+
+@pytest.mark.parametrize("types", ["auto", "explicit"])
+def test_nothing_is_materialised_unsharded(types: str) -> None:
+    """The init works in a few shards' memory (threefry's), not in the whole array's."""
+    mesh = make_mesh("fsdp=8", axis_types=types)
+    rules = preset("fsdp")
+    kernel = named(INITS.normal(), ("embed", "mlp"))
+
+    def big(key: jax.Array) -> Any:
+        return {"w": kernel(key, (1024, 512))}
+
+    layout = abstract_layout(big, KEY, mesh=mesh, rules=rules)
+    assert layout.bytes_per_device == 1024 * 512 * 4 // 8
+
+    def placed(key: jax.Array) -> Any:
+        return layout.place({"w": big(key)["w"].value})
+
+    with use(mesh, rules):
+        compiled = jax.jit(placed, out_shardings=layout.shardings).lower(KEY).compile()
+    memory: Any = compiled.memory_analysis()
+    assert memory.output_size_in_bytes == layout.bytes_per_device
+    assert memory.temp_size_in_bytes <= 4 * layout.bytes_per_device
+
+
+def test_names_that_only_constraints_use_count_as_used() -> None:
+    layout = abstract_layout(init, KEY, mesh=make_mesh("data=2,fsdp=4"), rules=preset("fsdp_tp"))
+    assert "batch" not in layout.unused_rules and "act_mlp" not in layout.unused_rules
+    assert "vocab" in layout.unused_rules
+    assert layout.unused_axes == ()
+
+
+def test_linens_wrappers_and_plain_pairs() -> None:
+    def fn(key: jax.Array) -> Any:
+        return {
+            "params": {
+                "a": with_logical_partitioning(INITS.normal(), ("embed", "mlp"))(key, (8, 6)),
+                "b": with_partitioning(INITS.normal(), (None, "data"))(key, (8, 8)),
+            }
+        }
+
+    mesh = make_mesh("data=4,model=2")
+    state, layout = init_sharded(fn, KEY, mesh=mesh, rules=[("mlp", "model")])
+    assert state["params"]["a"].sharding.spec == P(None, "model")
+    assert state["params"]["b"].sharding.spec == P(None, "data")
+    assert layout.unused_rules == ()
+
+
+def test_constraints_hold_again_after_the_init() -> None:
+    mesh, rules = make_mesh("fsdp=4,tensor=2"), preset("fsdp_tp")
+    init_sharded(init, KEY, mesh=mesh, rules=rules)
+    with use(mesh, rules), pytest.raises(IndivisibleDimError, match="dim 0 'batch' of size 1"):
+        constrain(jnp.ones((1, 16)), ("batch", "act_embed"))
+
+
+def test_a_step_keeps_the_layout_without_recompiling() -> None:
+    """The specs of a layout are what `jit` hands back, so that a step compiles once."""
+    mesh, rules = make_mesh("data=2,fsdp=2,tensor=2"), preset("fsdp_tp")
+    state, layout = init_sharded(init, KEY, mesh=mesh, rules=rules)
+
+    @jax.jit
+    def step(state: Any, x: jax.Array) -> Any:
+        def loss(params: Any) -> jax.Array:
+            h = constrain((x + params["b"]) @ params["w"], ("batch", "act_mlp"))
+            return (h**2).mean()
+
+        grads = jax.grad(loss)(state["params"])
+        updates, opt_state = TX.update(grads, state["opt_state"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        state = {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
+        return jax.lax.with_sharding_constraint(state, layout.shardings)
+
+    sharding = batch_sharding(mesh, rules, ("batch", "act_embed"), (8, 16))
+    x = jax.device_put(np.ones((8, 16), "float32"), sharding)
+    with use(mesh, rules):
+        for _ in range(3):
+            state = step(state, x)
+    steps: Any = step
+    assert steps._cache_size() == 1
+    assert state["params"]["w"].sharding.spec == P("fsdp", "tensor")
+
+
+def test_batches() -> None:
+    mesh, rules = make_mesh("data=2,fsdp=2,tensor=2"), preset("fsdp_tp")
+    assert batch_sharding(mesh, rules).spec == P(("data", "fsdp"))
+    assert batch_axes(mesh, rules) == ("data", "fsdp")
+    assert batch_axes(make_mesh("tensor=8"), rules) == ()
+    with pytest.raises(IndivisibleDimError, match=r"batch: dim 0 'batch' of size 6 .*by 4"):
+        batch_sharding(mesh, rules, shape=(6, 128))
+    with pytest.raises(UnknownNameError, match="batch: no rule for the name 'lenght'"):
+        batch_sharding(mesh, rules, ("batch", "lenght"))
