@@ -16,6 +16,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ __all__ = [
     "Cluster",
     "cluster_from_env",
     "initialize_from_env",
+    "leave_together",
     "leaving_on_failure",
     "progress_mode",
 ]
@@ -125,6 +127,25 @@ def initialize_from_env(
         shutdown_timeout_seconds=shutdown_timeout,
     )
     return cluster
+
+
+def leave_together(seconds: float = 5.0) -> bool:
+    """Waits, so long at most, until all processes of the run have come here; tells whether they did.
+
+    For an error that all processes meet alike: they part in order, and one of them reports it.
+    Afterwards there is nothing left to do but to exit.
+
+    >>> leave_together()  # nobody else is there
+    True
+    """
+    if cluster_from_env() is None:
+        return True
+    import jax
+
+    together = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+    together.start()
+    together.join(seconds)
+    return not together.is_alive()
 
 
 def progress_mode() -> Literal["bar", "lines"]:

@@ -8,7 +8,14 @@ from typing import Any, Literal
 
 from shardflax.training import OptimizerConfig
 
-__all__ = ["DataOptions", "LayoutOptions", "ModelOptions", "RunOptions", "TrainOptions"]
+__all__ = [
+    "DataOptions",
+    "LayoutOptions",
+    "ModelOptions",
+    "OptimizerOptions",
+    "RunOptions",
+    "TrainOptions",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +67,34 @@ class DataOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class OptimizerOptions:
+    """AdamW, or another, and its learning rate."""
+
+    optimizer: Literal["adamw", "lion", "sgd"] = "adamw"
+    """Which one."""
+
+    learning_rate: float = 3e-3
+    """The highest that the schedule reaches."""
+
+    warmup_steps: int = 20
+    """Steps in which it rises to that, from 0."""
+
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How it goes on, down to a tenth at the last step."""
+
+    weight_decay: float = 0.1
+    """Decoupled; of matrices only."""
+
+    clip_norm: float | None = 1.0
+    """Bound on the global norm of the gradient."""
+
+    def config(self, steps: int) -> OptimizerConfig:
+        """The library's config, for a run of so many steps."""
+        said = dataclasses.asdict(self)
+        return OptimizerConfig(name=said.pop("optimizer"), total_steps=steps, **said)
+
+
+@dataclasses.dataclass(frozen=True)
 class RunOptions:
     """How long, and where it is kept."""
 
@@ -105,7 +140,7 @@ class TrainOptions:
     layout: LayoutOptions = LayoutOptions()
     model: ModelOptions = ModelOptions()
     data: DataOptions = DataOptions()
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerOptions = OptimizerOptions()
     run: RunOptions = RunOptions()
 
     def identity(self) -> dict[str, Any]:

@@ -1,18 +1,19 @@
 """Trains a decoder on text: `python -m launch.train --help`.
 
-In acts: what is asked for is checked against the devices, the text and the last checkpoint, all on
+In acts: what is asked for is checked against the devices, the text and the last checkpoint, on
 abstract shapes; the state is made, or restored, in its layout; steps are taken; what came of it is
 shown.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import json
+import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 import tyro
 from jax.experimental import multihost_utils
 
-from launch.distributed import initialize_from_env, leaving_on_failure, progress_mode
+from launch.distributed import initialize_from_env, leave_together, progress_mode
 from launch.history import History
 from launch.options import ModelOptions, TrainOptions
 from shardflax import partitioning
@@ -29,7 +30,14 @@ from shardflax.ckpt import CheckpointManager
 from shardflax.core.errors import FlaxError
 from shardflax.models import Decoder, DecoderConfig, decoder_config, generate
 from shardflax.partitioning import AxisRules, Layout
-from shardflax.training import TrainState, cross_entropy, make_optimizer, make_train_step
+from shardflax.training import (
+    Progress,
+    TrainState,
+    cross_entropy,
+    make_eval_step,
+    make_optimizer,
+    make_train_step,
+)
 from shardflax.training import data as text
 
 __all__ = ["Plan", "main", "plan_run", "train"]
@@ -48,31 +56,28 @@ class Plan:
     options: TrainOptions
     mesh: jax.sharding.Mesh
     rules: AxisRules
-    config: DecoderConfig
+    model: Decoder
     tx: Any
     windows: text.Windows
     batches: text.BatchLayout
     layout: Layout
 
-    @property
-    def model(self) -> Decoder:
-        """The decoder."""
-        return Decoder(self.config)
-
     def init_state(self, key: jax.Array) -> TrainState:
         """A state at step 0, with boxed parameters."""
         return _init_state(self.model, self.tx, self.batches, key)
 
-    def loss(self, params: Any, batch: Any, rngs: Any = None) -> Any:
+    def loss(self, params: Any, batch: Any, rngs: Any) -> Any:
         """The loss of a batch, and metrics."""
-        logits = self.model.apply({"params": params}, batch["inputs"])
+        logits = self.model.apply({"params": params}, batch["inputs"], rngs=rngs)
         return cross_entropy(logits, batch["targets"], z_loss=self.options.run.z_loss)
 
-    @property
-    def step(self) -> Any:
-        """The train step, compiled at its first call."""
-        step = make_train_step(self.loss, accumulate=self.options.run.accumulate)
-        return jax.jit(step, donate_argnums=0, out_shardings=(self.layout.shardings, None))
+    def train_step(self) -> Any:
+        """`(state, batch) -> (state, metrics)`, compiled; the state is donated."""
+        step = make_train_step(
+            self.loss, accumulate=self.options.run.accumulate, seed=self.options.run.seed
+        )
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.layout.shardings, None))
+        return jitted.lower(self.layout.abstract, _abstract_batch(self.batches)).compile()
 
 
 def plan_run(options: TrainOptions) -> Plan:
@@ -82,22 +87,22 @@ def plan_run(options: TrainOptions) -> Plan:
     """
     mesh = partitioning.make_mesh(options.layout.mesh)
     rules = partitioning.preset(options.layout.preset)
-    config = _model_config(options.model)
+    model = Decoder(_model_config(options.model))
     shape = (options.data.batch, options.data.seq_len)
     batches = text.BatchLayout(*shape, partitioning.batch_sharding(mesh, rules))
     corpus = text.open_corpus(options.data.data, field=options.data.text_field)
     windows = text.Windows(corpus, options.data.seq_len)
-    tx = make_optimizer(options.optimizer, options.run.steps)
+    tx = make_optimizer(options.optimizer.config(options.run.steps))
     key = jax.eval_shape(lambda: jax.random.key(0))
 
     def init(key: jax.Array) -> TrainState:
-        return _init_state(Decoder(config), tx, batches, key)
+        return _init_state(model, tx, batches, key)
 
     layout = partitioning.abstract_layout(init, key, mesh=mesh, rules=rules)
     layout.check()
-    plan = Plan(options, mesh, rules, config, tx, windows, batches, layout)
+    plan = Plan(options, mesh, rules, model, tx, windows, batches, layout)
     with partitioning.use(mesh, rules):
-        jax.eval_shape(plan.step, layout.abstract, _abstract_batch(batches))
+        jax.eval_shape(make_eval_step(plan.loss), layout.abstract, _abstract_batch(batches))
     return plan
 
 
@@ -121,3 +126,190 @@ def _init_state(model: Decoder, tx: Any, batches: text.BatchLayout, key: jax.Arr
 def _abstract_batch(batches: text.BatchLayout) -> Any:
     tokens = jax.ShapeDtypeStruct(batches.shape, jnp.int32, sharding=batches.sharding)
     return {"inputs": tokens, "targets": tokens}
+
+
+# --- act 2: the state, made or restored
+
+
+@dataclasses.dataclass
+class Run:
+    """What changes while a run goes on."""
+
+    plan: Plan
+    manager: CheckpointManager
+    loader: text.Loader
+    state: TrainState
+    step: int
+
+
+def start(plan: Plan, manager: CheckpointManager, loader: text.Loader) -> Run:
+    """The run at its latest checkpoint, or at step 0.
+
+    Raises `CheckpointMismatchError` for the checkpoint of another model, `DataStateError` for one
+    of another text, before anything is allocated.
+    """
+    if manager.latest_step() is None:
+        say(f"{len(plan.layout.leaves)} leaves, {plan.layout.bytes_per_device:,} bytes a device")
+        state, _ = partitioning.init_sharded(
+            plan.init_state, _key(plan), mesh=plan.mesh, rules=plan.rules
+        )
+        return Run(plan, manager, loader, state, 0)
+    restored = manager.restore(plan.layout.abstract)
+    loader.set_state(restored.extras["data"])
+    say(f"going on after step {restored.step}, from {manager.directory}")
+    for change in _changes(restored.extras["options"], plan.options.identity()):
+        say(f"  changed since: {change}")
+    return Run(plan, manager, loader, restored.state, restored.step)
+
+
+def _key(plan: Plan) -> jax.Array:
+    return jax.random.key(plan.options.run.seed)
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
+    for group in new:
+        for name, value in new[group].items():
+            before = old.get(group, {}).get(name)
+            if before != value:
+                yield f"{name} from {before} to {value}"
+
+
+# --- act 3: steps
+
+
+def train(run: Run) -> None:
+    """Takes the steps that are left, and saves on the way."""
+    plan, steps = run.plan, run.plan.options.run.steps
+    if run.step >= steps:
+        say(f"all {steps} steps are done; --steps for more, --run for another run")
+        return
+    say("compiling the train step")
+    began = time.monotonic()
+    step_fn = plan.train_step()
+    say(f"compiled in {time.monotonic() - began:.1f} s")
+    path = Path(plan.options.run.run, "losses.jsonl")
+    with ExitStack() as stack:
+        history = stack.enter_context(History(path, step=run.step, write=_first()))
+        progress = stack.enter_context(_progress(run))
+        # Metrics are read one step late, so that the devices never wait for the display.
+        late: collections.deque[tuple[int, Any]] = collections.deque()
+        while run.step < steps:
+            run.state, metrics = step_fn(run.state, next(run.loader))
+            run.step += 1
+            _save(run, last=run.step == steps)
+            late.append((run.step, metrics))
+            if len(late) > 1:
+                _report(*late.popleft(), history, progress)
+        _report(*late.popleft(), history, progress)
+    run.manager.wait()
+
+
+def _save(run: Run, last: bool) -> None:
+    if last or run.manager.is_due(run.step):
+        extras = {"data": run.loader.get_state(), "options": run.plan.options.identity()}
+        run.manager.save(run.step, run.state, extras=extras, force=last)
+
+
+def _report(step: int, metrics: Any, history: History, progress: Any) -> None:
+    values = {name: float(value) for name, value in metrics.items()}
+    history.add(step, values)
+    progress.update(step, values["cross_entropy"])
+
+
+def _progress(run: Run) -> Any:
+    shape = run.plan.batches.shape
+    return Progress(
+        run.plan.options.run.steps,
+        start=run.step,
+        tokens_per_step=shape[0] * shape[1],
+        mode=progress_mode(),
+    )
+
+
+# --- act 4: what came of it
+
+
+def conclude(run: Run) -> None:
+    """Prints the loss on held-out text beside a unigram model's, a sample, and where it is kept."""
+    plan = run.plan
+    loss = evaluate(run)
+    tokens = plan.windows.corpus.tokens
+    unigram = text.unigram_loss(tokens)
+    say(f"held-out loss {loss:.3f} nats a byte; a unigram model of the same text: {unigram:.3f}")
+    if plan.options.run.sample > 0:
+        prompt = plan.options.run.prompt
+        say(f"a sample, after {prompt!r}:")
+        for line in (prompt + sample(run)).split("\n"):
+            say(f"  | {line}")
+    say(f"checkpoint: {run.manager.directory / str(run.manager.latest_step())}")
+
+
+def evaluate(run: Run) -> float:
+    """The mean loss of some batches of held-out text."""
+    plan = run.plan
+    step = jax.jit(make_eval_step(plan.loss))
+    limit = plan.options.run.eval_batches
+    batches = text.held_out_batches(plan.windows, plan.batches, limit)
+    losses = [float(step(run.state, batch)["cross_entropy"]) for batch in batches]
+    return sum(losses) / max(len(losses), 1)
+
+
+def sample(run: Run) -> str:
+    """Text that the model writes after the prompt."""
+    plan, options = run.plan, run.plan.options.run
+    # A row for each device along the batch, so that the mesh divides it; the first is shown.
+    axes = partitioning.batch_axes(plan.mesh, plan.rules)
+    rows = math.prod(plan.mesh.shape[axis] for axis in axes)
+    prompt = jnp.tile(jnp.asarray(text.encode(options.prompt), jnp.int32), (rows, 1))
+    made = generate(
+        plan.model.config, run.state.params, prompt, options.sample, _key(plan), temperature=0.7
+    )
+    return text.decode(multihost_utils.process_allgather(made, tiled=True)[0])
+
+
+# --- the stage
+
+
+def say(line: str) -> None:
+    """Prints a line, on the first process alone."""
+    if _first():
+        print(line, flush=True)
+
+
+def _first() -> bool:
+    return jax.process_index() == 0
+
+
+def _run(options: TrainOptions) -> None:
+    plan = plan_run(options)
+    say(f"{plan.windows.corpus.name}: {len(plan.windows.corpus.tokens):,} bytes")
+    directory = Path(options.run.run, "checkpoints")
+    with ExitStack() as stack:
+        stack.enter_context(partitioning.use(plan.mesh, plan.rules))
+        manager = stack.enter_context(
+            CheckpointManager(directory, keep=options.run.keep, save_every=options.run.save_every)
+        )
+        loader = text.Loader(plan.windows, plan.batches, seed=options.run.seed)
+        stack.callback(loader.close)
+        run = start(plan, manager, loader)
+        train(run)
+        conclude(run)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line; errors of the library are printed without a traceback, status 2."""
+    options = tyro.cli(tyro.conf.OmitArgPrefixes[TrainOptions], args=argv)
+    initialize_from_env()
+    try:
+        _run(options)
+    except FlaxError as error:
+        first = _first()
+        if first:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        if not leave_together() and not first:
+            print(f"error: {error}", file=sys.stderr, flush=True)  # no other process met it
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
