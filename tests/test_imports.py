@@ -6,6 +6,9 @@ The tree is read as text (`ast`), so an import inside a function counts too.
 from __future__ import annotations
 
 import ast
+import re
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -140,6 +143,17 @@ def test_semi_private_jax_only_in_staging(path: Path) -> None:
     spelled |= {i.target for i in imports(path)}
     found = {s for s in spelled for private in PRIVATE_JAX if below(s, private)}
     assert not found or module_name(path) == "shardflax.core.staging", found
+
+
+def test_what_is_imported_is_declared_and_the_other_way_round() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    optional = {"pyarrow"}  # an extra
+    declared = {re.split(r"[<>=\[]", d)[0] for d in project["dependencies"]} | optional
+    renamed = {"orbax-checkpoint": "orbax"}
+    used = {i.target.split(".")[0] for p in sources("shardflax", "launch") for i in imports(p)}
+    used -= {"shardflax", "launch", *sys.stdlib_module_names}
+    # jaxlib is what jax runs on.
+    assert used == {renamed.get(d, d) for d in declared} - {"jaxlib"}
 
 
 def test_the_reader_sees_what_it_should(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
