@@ -74,7 +74,7 @@ def get_logical_axis_rules() -> LogicalRules:
 
 
 def set_logical_axis_rules(rules: LogicalRules) -> None:
-    """Sets the rules of this thread until they are set again.
+    """Sets the rules of this thread until they are set again; `()` takes them away.
 
     Prefer `logical_axis_rules` or `use`, which put the old ones back.
 
@@ -83,7 +83,7 @@ def set_logical_axis_rules(rules: LogicalRules) -> None:
     [('embed', 'model')]
     >>> set_logical_axis_rules(())
     """
-    _scope.rules = rules
+    _scope.rules = rules if rules or isinstance(rules, AxisRules) else None
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from shardflax.partitioning import (
     set_logical_axis_rules,
 )
 from shardflax.partitioning.resolve import check_mesh_axes
+from shardflax.partitioning.scope import rules_in_scope
 
 
 def test_spellings_of_a_rule_are_equal() -> None:
@@ -110,6 +111,9 @@ def test_rules_scope_nests_and_is_restored_after_errors() -> None:
     set_logical_axis_rules([("b", "data")])
     assert get_logical_axis_rules() == [("b", "data")]
     set_logical_axis_rules(())
+    assert rules_in_scope() is None
+    with logical_axis_rules(()):
+        assert rules_in_scope() == ()
 
 
 def test_rules_against_a_mesh() -> None:
