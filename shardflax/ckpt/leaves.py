@@ -11,15 +11,16 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
 from shardflax.ckpt.errors import CheckpointLeafError
 from shardflax.ckpt.paths import Path, show
 
-__all__ = ["LeafSpec", "describe", "difference", "store"]
+__all__ = ["Difference", "LeafSpec", "describe", "difference", "store"]
 
-FAMILIES = {
+_FAMILIES = {
     "bool": jnp.bool_,
     "int": jnp.integer,
     "float": jnp.floating,
@@ -108,7 +109,11 @@ def store(path: Path, leaf: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Why a saved leaf cannot become a target leaf: "shape" or "dtype", and both sides."""
+    """Why a saved leaf cannot become a target leaf: "shape" or "dtype", and both sides.
+
+    >>> Difference("dtype", "saved int32[], target float32[]").kind
+    'dtype'
+    """
 
     kind: str
     text: str
@@ -142,7 +147,7 @@ def _python_fits(saved: LeafSpec, target: LeafSpec) -> bool:
         return False
     scalar, array = (saved, target) if saved.kind == "python" else (target, saved)
     dtype = jnp.dtype(array.dtype)
-    if not jnp.issubdtype(dtype, FAMILIES[scalar.dtype]):
+    if not jnp.issubdtype(dtype, _FAMILIES[scalar.dtype]):
         return False
     if scalar is saved and isinstance(scalar.value, int) and scalar.dtype == "int":
         return jnp.iinfo(dtype).min <= scalar.value <= jnp.iinfo(dtype).max

@@ -299,7 +299,8 @@ def test_keep_none_keeps_all_and_bad_numbers_are_refused(folder: Path) -> None:
         assert manager.all_steps() == [0, 1, 2, 3, 4]
         with pytest.raises(ValueError, match="negative"):
             manager.save(-1, {"w": jnp.ones(1)})
-    for wrong in ({"keep": 0}, {"save_every": 0}, {"keep_every": -2}):
+    wrongs: list[dict[str, Any]] = [{"keep": 0}, {"save_every": 0}, {"keep_every": -2}]
+    for wrong in wrongs:
         with pytest.raises(ValueError, match=next(iter(wrong))):
             ckpt.CheckpointManager(folder, **wrong)
 

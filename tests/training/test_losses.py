@@ -115,7 +115,7 @@ def test_a_sharded_vocabulary_is_not_gathered(axes: Any) -> None:
         )(x)
 
     compiled = jax.jit(f, out_shardings=(None, spread)).lower(*args).compile()
-    hlo = compiled.as_text()
+    hlo = str(compiled.as_text())
     assert not re.search(r"all-gather|all-to-all|collective-permute", hlo)
     sizes = [
         int(np.prod([int(n) for n in dims.split(",") if n] or [1]))

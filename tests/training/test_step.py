@@ -84,7 +84,7 @@ def test_every_microbatch_lies_on_all_devices_and_no_row_moves() -> None:
     batch, state = jax.device_put(new_batch(), rows), jax.device_put(new_state(), everywhere)
     step = jax.jit(make_train_step(loss_fn, accumulate=3), donate_argnums=0)
     compiled = step.lower(state, batch).compile()
-    assert not re.search(r"all-gather|all-to-all|collective-permute", compiled.as_text())
+    assert not re.search(r"all-gather|all-to-all|collective-permute", str(compiled.as_text()))
     want = make_train_step(loss_fn)(new_state(), new_batch())[1]["loss"]
     np.testing.assert_allclose(compiled(state, batch)[1]["loss"], want, rtol=2e-6)
 

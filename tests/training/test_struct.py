@@ -61,7 +61,7 @@ def test_subclasses_add_fields(struct: Any) -> None:
     class More(Base):
         z: Any = 1
 
-    class Keywords(Base, kw_only=True):
+    class Keywords(Base, kw_only=True):  # pyright: ignore[reportGeneralTypeIssues, reportCallIssue]
         z: Any = 1
         q: Any
 
