@@ -17,9 +17,10 @@ from pathlib import Path
 
 from launch.distributed import leaving_on_failure
 
-__all__ = ["LAUNCHER", "die_with_parent", "run"]
+__all__ = ["LAUNCHER", "STDOUT", "die_with_parent", "run"]
 
 LAUNCHER = "SHARDFLAX_LAUNCHER_PID"
+STDOUT = "SHARDFLAX_STDOUT"  # the descriptor for what Python prints
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
@@ -58,6 +59,8 @@ def run(command: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     die_with_parent(int(os.environ.pop(LAUNCHER)))
-    sys.stdout.reconfigure(line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]
+    descriptor = int(os.environ.pop(STDOUT))
+    os.set_inheritable(descriptor, False)
+    sys.stdout = sys.__stdout__ = open(descriptor, "w", buffering=1, encoding="utf-8")  # noqa: SIM115
     with leaving_on_failure():
         run(sys.argv[1:])

@@ -17,7 +17,8 @@ from typing import Literal, TextIO
 
 __all__ = ["Console", "Lines", "clip"]
 
-Stream = Literal["out", "err"]
+# What Python writes to stdout; what native code and other programs write there; stderr.
+Stream = Literal["out", "native", "err"]
 
 _CONTROL = re.compile(r"(\x1b\[[0-9;?]*[A-Za-z])")
 _ERASE = re.compile(r"\x1b\[[0-2]?K")
@@ -86,7 +87,7 @@ class Lines:
 class Console:
     r"""Puts the output of `count` processes on `out` and `err`, line by line, with a prefix.
 
-    `noise()` gives a filter for each stream: lines for which that is true are dropped.
+    `noise()` gives a filter for each process: lines of native code for which it is true are dropped.
 
     >>> import io
     >>> log = io.StringIO()
@@ -106,11 +107,12 @@ class Console:
         columns: int | None = None,
         noise: Callable[[], Callable[[str], bool]] | None = None,
     ) -> None:
-        self._files: dict[Stream, TextIO] = {"out": out or sys.stdout, "err": err or sys.stderr}
+        stdout, stderr = out or sys.stdout, err or sys.stderr
+        self._files: dict[Stream, TextIO] = {"out": stdout, "native": stdout, "err": stderr}
         self._lines: defaultdict[tuple[int, Stream], Lines] = defaultdict(Lines)
         self._digits = len(str(count - 1))
         self._columns = columns
-        self._noise = defaultdict[tuple[int, Stream], Callable[[str], bool]](noise or _no_noise)
+        self._noise = defaultdict[int, Callable[[str], bool]](noise or _no_noise)
         self._shown = ""
         self.tty = self._files["out"].isatty()
 
@@ -126,7 +128,7 @@ class Console:
     def feed(self, index: int, data: bytes, stream: Stream = "out") -> None:
         """Takes bytes that process `index` wrote; prints the lines they complete."""
         for line in self._lines[index, stream].feed(data):
-            if not self._noise[index, stream](line):
+            if not (stream == "native" and self._noise[index](line)):
                 self._print(f"{self.prefix(index)}{line}", stream)
         self._draw()
 

@@ -22,10 +22,10 @@ from collections.abc import Sequence
 from functools import partial
 
 from launch.chatter import GlooChatter
-from launch.child import LAUNCHER
+from launch.child import LAUNCHER, STDOUT
 from launch.console import Console
 from launch.distributed import Cluster
-from launch.supervise import Supervisor
+from launch.supervise import Started, Supervisor
 
 __all__ = ["child_environ", "free_port", "main"]
 
@@ -76,25 +76,32 @@ def child_environ(
         "XLA_FLAGS": _xla_flags(xla_flags, devices),
         "SHARDFLAX_PROGRESS": "lines" if columns is None else "bar",
         **({} if columns is None else {"COLUMNS": str(columns)}),
-        LAUNCHER: str(os.getpid()),
     }
 
 
 def _start(
     command: Sequence[str], processes: int, devices: int, port: int, console: Console, index: int
-) -> subprocess.Popen[bytes]:
+) -> Started:
     """Starts process `index` in a session of its own, so that a terminal signals only us."""
     columns = console.columns(index) if console.tty and index == 0 else None
     cluster = Cluster(f"127.0.0.1:{port}", processes, index)
-    flags = os.environ.get("XLA_FLAGS", "")
-    return subprocess.Popen(
-        [sys.executable, "-m", "launch.child", *command],
-        env={**os.environ, **child_environ(cluster, devices, columns, flags)},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
+    environ = child_environ(cluster, devices, columns, os.environ.get("XLA_FLAGS", ""))
+    # Python's stdout gets a pipe of its own: native code writes to descriptor 1 when it likes.
+    reading, writing = os.pipe()
+    with open(writing, "wb"):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "launch.child", *command],
+            env={**os.environ, **environ, LAUNCHER: str(os.getpid()), STDOUT: str(writing)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pass_fds=[writing],
+            start_new_session=True,
+        )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    out = open(reading, "rb")  # noqa: SIM115 (the supervisor closes it)
+    return Started(process, {"out": out, "native": process.stdout, "err": process.stderr})
 
 
 def _positive(text: str) -> int:

@@ -13,13 +13,14 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import IO
 
 from launch.console import Console, Stream
 from launch.guard import Guard
 
-__all__ = ["Supervisor", "cause", "exit_status"]
+__all__ = ["Started", "Supervisor", "cause", "exit_status"]
 
 _LOST_GRACE = 3.0  # seconds for the others to stop by themselves once one has failed
 _DRAIN = 2.0  # seconds for output to arrive that outlives all processes
@@ -74,6 +75,22 @@ def _signals() -> Iterator[socket.socket]:
         sender.close()
 
 
+@dataclass(frozen=True)
+class Started:
+    """A process that leads a process group of its own, and the pipes with its output.
+
+    >>> import subprocess
+    >>> process = subprocess.Popen(["true"], process_group=0, stdout=subprocess.PIPE)
+    >>> sorted(Started(process, {"out": process.stdout}).pipes)
+    ['out']
+    >>> process.communicate()
+    (b'', None)
+    """
+
+    process: subprocess.Popen[bytes]
+    pipes: Mapping[Stream, IO[bytes]]
+
+
 class Supervisor:
     """Starts processes, shows their output, and stops all of them when one fails.
 
@@ -83,12 +100,12 @@ class Supervisor:
 
     >>> import io, subprocess, sys
     >>> log = io.StringIO()
-    >>> start = lambda i: subprocess.Popen(
-    ...     [sys.executable, "-c", f"print('hello from {i}')"],
-    ...     process_group=0,
-    ...     stdout=subprocess.PIPE,
-    ...     stderr=subprocess.PIPE,
-    ... )
+    >>> def start(index):
+    ...     program = f"print('hello from {index}')"
+    ...     process = subprocess.Popen(
+    ...         [sys.executable, "-c", program], process_group=0, stdout=subprocess.PIPE
+    ...     )
+    ...     return Started(process, {"out": process.stdout})
     >>> Supervisor(Console(1, log, log), grace=1.0).run(1, start)
     0
     >>> print(log.getvalue(), end="")
@@ -104,18 +121,19 @@ class Supervisor:
         self._signalled = False
         self._status = 0
 
-    def run(self, count: int, start: Callable[[int], subprocess.Popen[bytes]]) -> int:
-        """The exit status of the first process that failed; 0 if none did.
+    def run(self, count: int, start: Callable[[int], Started]) -> int:
+        """Starts process i with `start(i)`, for each; waits for all.
 
-        `start(i)` starts process i with its output in pipes and in a process group of its own.
+        Returns the exit status of the first process that failed; 0 if none did.
         """
         with _signals() as arrived, self._selector, Guard() as self._guard:
             self._selector.register(arrived, selectors.EVENT_READ)
             try:
                 for index in range(count):
-                    self._running[index] = start(index)
-                    self._guard.add(self._running[index].pid)
-                    self._watch(index)
+                    started = start(index)
+                    self._running[index] = started.process
+                    self._guard.add(started.process.pid)
+                    self._watch(index, started.pipes)
                 while self._running:
                     self._step(arrived)
                 self._drain()
@@ -125,12 +143,8 @@ class Supervisor:
             self._console.close(index)
         return self._status
 
-    def _watch(self, index: int) -> None:
-        process = self._running[index]
-        streams: list[tuple[Stream, IO[bytes] | None]]
-        streams = [("out", process.stdout), ("err", process.stderr)]
-        for name, pipe in streams:
-            assert pipe is not None, "start it with its output in pipes"
+    def _watch(self, index: int, pipes: Mapping[Stream, IO[bytes]]) -> None:
+        for name, pipe in pipes.items():
             os.set_blocking(pipe.fileno(), False)
             self._selector.register(pipe, selectors.EVENT_READ, (index, name))
 

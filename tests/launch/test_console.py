@@ -155,13 +155,14 @@ def test_a_line_without_end_is_not_held_back_forever() -> None:
     assert log.getvalue().startswith("[0] xxx")
 
 
-def test_noise_is_dropped() -> None:
+def test_noise_is_dropped_where_native_code_writes() -> None:
     log = io.StringIO()
     console = Console(2, out=log, err=log, noise=GlooChatter)
-    console.feed(0, b"[Gloo] Rank 0 is connected to 1 peer ranks. ")
-    console.feed(1, b"7\n")
-    console.feed(0, b"Expected number of connected peer ranks is : 1\nword\n")
-    assert log.getvalue() == "[1] 7\n[0] word\n"
+    console.feed(0, b"[Gloo] Rank 0 is connected to 1 peer ranks. ", "native")
+    console.feed(0, b"7\n")
+    console.feed(1, b"7\n", "native")
+    console.feed(0, b"Expected number of connected peer ranks is : 1\nword\n", "native")
+    assert log.getvalue() == "[0] 7\n[1] 7\n[0] word\n"
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -229,5 +229,19 @@ def test_a_bar_on_a_terminal_and_none_in_a_log(start_local, tmp_path: Path) -> N
     assert "[0] whole" in re.sub(r"\x1b\[K", "", shown)
 
 
+def test_native_output_stays_out_of_a_bar(start_local, tmp_path: Path) -> None:
+    program = (
+        "import os, subprocess, sys\n"
+        "sys.stdout.write('\\rhalf')\n"
+        "sys.stdout.flush()\n"
+        "os.write(1, b'[Gloo] Rank 0 is connected to 0 peer ranks. \\n')\n"
+        "subprocess.run(['echo', 'from elsewhere'])\n"
+        "print('\\rwhole')\n"
+    )
+    launcher = start_local(1, 1, script(tmp_path, program))
+    out, _ = launcher.communicate(timeout=20)
+    assert sorted(out.splitlines()) == ["[0] from elsewhere", "[0] whole"]
+
+
 def _terminal() -> dict[str, str]:
     return {**os.environ, "COLUMNS": "70"}
