@@ -130,7 +130,7 @@ def initialize_from_env(
 
 
 def leave_together(seconds: float = 5.0) -> bool:
-    """Waits, so long at most, until all processes of the run have come here; tells whether they did.
+    """Waits at most so long for all processes of the run to come here; tells whether they did.
 
     For an error that all processes meet alike: they part in order, and one of them reports it.
     Afterwards there is nothing left to do but to exit.

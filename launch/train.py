@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import math
 import sys
 import time
@@ -37,6 +38,8 @@ from shardflax.training import (
     make_eval_step,
     make_optimizer,
     make_train_step,
+    mfu,
+    model_flops,
 )
 from shardflax.training import data as text
 
@@ -71,13 +74,15 @@ class Plan:
         logits = self.model.apply({"params": params}, batch["inputs"], rngs=rngs)
         return cross_entropy(logits, batch["targets"], z_loss=self.options.run.z_loss)
 
+    @functools.cached_property
     def train_step(self) -> Any:
-        """`(state, batch) -> (state, metrics)`, compiled; the state is donated."""
+        """`(state, batch) -> (state, metrics)`, traced, not yet compiled; the state is donated."""
         step = make_train_step(
             self.loss, accumulate=self.options.run.accumulate, seed=self.options.run.seed
         )
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.layout.shardings, None))
-        return jitted.lower(self.layout.abstract, _abstract_batch(self.batches)).compile()
+        with partitioning.use(self.mesh, self.rules):
+            return jitted.trace(self.layout.abstract, _abstract_batch(self.batches))
 
 
 def plan_run(options: TrainOptions) -> Plan:
@@ -101,8 +106,7 @@ def plan_run(options: TrainOptions) -> Plan:
     layout = partitioning.abstract_layout(init, key, mesh=mesh, rules=rules)
     layout.check()
     plan = Plan(options, mesh, rules, model, tx, windows, batches, layout)
-    with partitioning.use(mesh, rules):
-        jax.eval_shape(make_eval_step(plan.loss), layout.abstract, _abstract_batch(batches))
+    plan.train_step  # noqa: B018  tracing it finds the names and sizes that do not fit
     return plan
 
 
@@ -185,7 +189,7 @@ def train(run: Run) -> None:
         return
     say("compiling the train step")
     began = time.monotonic()
-    step_fn = plan.train_step()
+    step_fn = plan.train_step.lower().compile()
     say(f"compiled in {time.monotonic() - began:.1f} s")
     path = Path(plan.options.run.run, "losses.jsonl")
     with ExitStack() as stack:
@@ -201,6 +205,7 @@ def train(run: Run) -> None:
             if len(late) > 1:
                 _report(*late.popleft(), history, progress)
         _report(*late.popleft(), history, progress)
+    say(_speed(plan, progress.tokens_per_second))
     run.manager.wait()
 
 
@@ -224,6 +229,23 @@ def _progress(run: Run) -> Any:
         tokens_per_step=shape[0] * shape[1],
         mode=progress_mode(),
     )
+
+
+def _speed(plan: Plan, tokens_per_second: float | None) -> str:
+    """Tokens and model FLOPs a second, and their share of the chips' peak where that is known."""
+    if tokens_per_second is None:
+        return "too few steps to tell the speed"
+    config = plan.model.config
+    flops = model_flops(
+        n_params=sum(math.prod(x.shape) for x in jax.tree.leaves(plan.layout.abstract.params)),
+        n_layers=config.num_layers,
+        n_heads=config.num_heads,
+        head_dim=config.head_dim,
+        seq_len=plan.options.data.seq_len,
+    )
+    share = mfu(tokens_per_second, flops, [*plan.mesh.devices.flat])
+    said = f"{tokens_per_second:,.0f} tokens/s, {tokens_per_second * flops:.3g} model FLOP/s"
+    return said if share is None else f"{said}, {share:.1%} of the chips' peak"
 
 
 # --- act 4: what came of it

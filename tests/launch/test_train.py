@@ -1,0 +1,71 @@
+"""Wrong input of `launch.train` is answered before anything is allocated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import pytest
+
+from launch.train import main
+
+SMALL = ("--model", "tiny", "--layers", "1", "--seq-len", "32", "--batch", "8", "--steps", "30")
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    path = tmp_path / "corpus.txt"
+    path.write_text("\n".join(f"{i} squared is {i * i}." for i in range(500)))
+    return path
+
+
+def refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
+    """What is said of a command line that cannot be."""
+    before = len(jax.live_arrays())
+    with pytest.raises(SystemExit) as stop:
+        main([str(arg) for arg in args])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert said.startswith("error: ") and "Traceback" not in said
+    assert len(jax.live_arrays()) == before
+    return said
+
+
+WRONG = {
+    "preset": (["--preset", "fsdp_pt"], ["fsdp_pt", "did you mean 'fsdp_tp'"]),
+    "axis": (["--mesh", "data=4,tensr=2"], ["tensr", "tensor"]),
+    "mesh": (["--mesh", "data=4,tensor=4"], ["16", "8"]),
+    "mesh-syntax": (["--mesh", "data:8"], ["data:8"]),
+    "batch": (["--mesh", "data=8", "--batch", "12"], ["batch", "12", "8"]),
+    "heads": (["--mesh", "tensor=8"], ["heads", "4", "8", "tensor"]),
+    "model": (["--model", "smal"], ["smal", "did you mean 'small'"]),
+    "remat": (["--remat", "dots_savable"], ["dots_savable", "did you mean"]),
+    "accumulate": (["--accumulate", "3"], ["accumulate=3", "8"]),
+    "data": (["--data", "no/such/file"], ["no/such/file"]),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_options(
+    case: str, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong, expected = WRONG[case]
+    run = tmp_path / "run"
+    said = refused(capsys, *SMALL, "--data", corpus, "--run", run, *wrong)
+    assert [part for part in expected if part not in said] == []
+    assert not run.exists()
+
+
+def test_empty_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    said = refused(capsys, *SMALL, "--data", empty, "--run", tmp_path / "run")
+    assert "empty.txt" in said
+
+
+def test_help_is_readable(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = capsys.readouterr().out
+    for option in ("--mesh", "--preset", "--data", "--steps", "--learning-rate", "--run"):
+        assert option in said

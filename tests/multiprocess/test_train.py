@@ -1,0 +1,172 @@
+"""`launch.train` with real processes: killed and started again, and on other topologies."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.history import History
+
+pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
+
+STEPS = 14
+SMALL = (
+    *("--model", "tiny", "--layers", "1", "--seq-len", "32", "--batch", "8"),
+    *("--steps", str(STEPS), "--warmup-steps", "4", "--eval-batches", "1", "--sample", "0"),
+)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text that is quick to read."""
+    path = tmp_path_factory.mktemp("text") / "corpus.txt"
+    path.write_text("\n".join(f"{i} squared is {i * i}, and cubed {i**3}." for i in range(800)))
+    return path
+
+
+def command(corpus: Path, run: Path, *more: str) -> tuple[str, ...]:
+    return ("-m", "launch.train", "--data", str(corpus), "--run", str(run), *SMALL, *more)
+
+
+MESH = ("--mesh", "data=2,fsdp=2,tensor=2", "--preset", "fsdp_tp")
+
+
+def losses(run: Path) -> list[float]:
+    """The loss of each step, which must be all there, once."""
+    lines = History.read(run / "losses.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    return [line["loss"] for line in lines]
+
+
+def wait_for_step(run: Path, step: int, launcher: subprocess.Popen[str]) -> None:
+    """Waits until the run has done a step."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and launcher.poll() is None:
+        lines = History.read(run / "losses.jsonl")
+        if lines and lines[-1]["step"] >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no step {step}: {launcher.communicate()}")
+
+
+def children(pid: int) -> list[int]:
+    """The processes of a run: the children of its launcher that train."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(entry.read_text().rpartition(")")[2].split()[1])
+            line = (entry.parent / "cmdline").read_bytes().decode().split("\0")
+        except OSError:
+            continue
+        if parent == pid and "launch.child" in line:
+            found.append(int(entry.parent.name))
+    return sorted(found)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of a run of 2 processes x 4 devices that nobody kills."""
+    run = tmp_path_factory.mktemp("run")
+    launcher = [sys.executable, "-m", "launch.local", "--processes=2", "--devices=4", "--"]
+    done = subprocess.run(
+        [*launcher, *command(corpus, run, *MESH)],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return losses(run)
+
+
+@pytest.mark.parametrize("who", ["first", "second", "both", "launcher"])
+def test_a_killed_run_goes_on_as_if_nothing_had_been(
+    who: str,
+    undisturbed: list[float],
+    corpus: Path,
+    tmp_path: Path,
+    start_local: Callable[..., subprocess.Popen[str]],
+    run_local: Callable[..., Any],
+) -> None:
+    args = command(corpus, tmp_path, *MESH, "--save-every", "3")
+    launcher = start_local(2, 4, *args)
+    wait_for_step(tmp_path, 8, launcher)
+    pids = children(launcher.pid)
+    assert len(pids) == 2
+    chosen = {"first": pids[:1], "second": pids[1:], "both": pids, "launcher": [launcher.pid]}
+    for pid in chosen[who]:
+        os.kill(pid, signal.SIGKILL)
+    launcher.communicate(timeout=60)
+    assert launcher.returncode != 0
+    before = History.read(tmp_path / "losses.jsonl")
+    assert before[-1]["step"] < STEPS, "killed too late to show anything"
+
+    again = run_local(2, 4, *args, timeout=400)
+    assert again.returncode == 0, again.stdout + again.stderr
+    went_on = re.search(r"going on after step (\d+)", again.stdout)
+    assert went_on, again.stdout
+    assert int(went_on[1]) % 3 == 0 and 3 <= int(went_on[1]) <= before[-1]["step"]
+    assert losses(tmp_path) == undisturbed  # bit for bit
+
+
+def test_a_finished_run_has_nothing_left_to_do(
+    corpus: Path, tmp_path: Path, run_local: Callable[..., Any]
+) -> None:
+    args = command(corpus, tmp_path, "--mesh", "data=4", "--preset", "dp")
+    assert run_local(1, 4, *args, timeout=400).returncode == 0
+    before = losses(tmp_path)
+    again = run_local(1, 4, *args, timeout=400)
+    assert again.returncode == 0, again.stderr
+    assert f"all {STEPS} steps are done" in again.stdout
+    assert losses(tmp_path) == before
+    other = run_local(1, 4, *args, "--model", "small", timeout=400)
+    assert other.returncode == 2
+    assert "error:" in other.stderr and "embed/embedding" in other.stderr
+    assert "Traceback" not in other.stderr
+
+
+LAYOUTS = [
+    (1, 8, "data=2,fsdp=2,tensor=2", "fsdp_tp"),
+    (1, 8, "data=8", "dp"),
+    (1, 8, "data=2,fsdp=4", "fsdp"),
+    (1, 8, "data=4,tensor=2", "tp_sp"),
+    (4, 2, "data=2,fsdp=2,tensor=2", "fsdp_tp"),
+]
+
+
+@pytest.mark.parametrize(("processes", "devices", "mesh", "preset"), LAYOUTS)
+def test_the_losses_do_not_depend_on_the_layout(
+    processes: int,
+    devices: int,
+    mesh: str,
+    preset: str,
+    undisturbed: list[float],
+    corpus: Path,
+    tmp_path: Path,
+    run_local: Callable[..., Any],
+) -> None:
+    args = command(corpus, tmp_path, "--mesh", mesh, "--preset", preset)
+    done = run_local(processes, devices, *args, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = losses(tmp_path)
+    assert found[0] == pytest.approx(undisturbed[0], rel=1e-6)
+    assert found == pytest.approx(undisturbed, rel=1e-4)
+    assert found[-1] < 0.8 * found[0]
+
+
+def test_errors_are_said_once(corpus: Path, tmp_path: Path, run_local: Callable[..., Any]) -> None:
+    done = run_local(2, 4, *command(corpus, tmp_path, "--mesh", "data=2,fsdp=2,tensro=2"))
+    assert done.returncode == 2
+    assert done.stderr.count("error:") == 1
+    assert "tensor" in done.stderr and "Traceback" not in done.stderr
+    assert json.dumps(sorted(p.name for p in tmp_path.iterdir())) == "[]"
