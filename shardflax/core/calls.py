@@ -58,7 +58,8 @@ def intercept_methods(interceptor: Callable[..., Any]) -> Iterator[None]:
     """Within this context, method calls of modules go through `interceptor`.
 
     `interceptor(next_fun, args, kwargs, context)` returns what the call returns;
-    `next_fun(*args, **kwargs)` goes on with the call, through interceptors set before this one.
+    `next_fun(*args, **kwargs)` goes on with the call, through interceptors set after this one.
+    Calls of `setup` count.
 
     >>> import jax, jax.numpy as jnp, shardflax.nn as nn
     >>> def shout(next_fun, args, kwargs, context):
@@ -76,16 +77,29 @@ def intercept_methods(interceptor: Callable[..., Any]) -> Iterator[None]:
 
 
 def _intercepted(fn: Callable[..., Any], module: Any, args: Any, kwargs: Any) -> Any:
-    name = fn.__name__
-    told = InterceptorContext(module, name, functools.partial(fn, module))
+    call = functools.partial(fn, module)
+    told = InterceptorContext(module, fn.__name__, call)
+    for interceptor in reversed(context.interceptors):
+        call = _link(interceptor, call, told)
+    return call(*args, **kwargs)
 
-    def chain(interceptors: list[Callable[..., Any]]) -> Callable[..., Any]:
-        if not interceptors:
-            return told.orig_method
-        *outer, last = interceptors
-        return lambda *a, **k: last(chain(outer), a, k, told)
 
-    return chain(list(context.interceptors))(*args, **kwargs)
+def _link(
+    interceptor: Callable[..., Any], call: Callable[..., Any], told: InterceptorContext
+) -> Callable[..., Any]:
+    return lambda *args, **kwargs: interceptor(call, args, kwargs, told)
+
+
+def run_setup(module: Any) -> None:
+    """Calls `setup`: the modules made in it find `module` on the stack, interceptors see it."""
+    context.stack.append(module)
+    try:
+        if context.interceptors:
+            _intercepted(type(module).setup, module, (), {})
+        else:
+            module.setup()
+    finally:
+        context.stack.pop()
 
 
 def wrap_method(fn: Callable[..., Any], function_target: bool = False) -> Callable[..., Any]:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, TypeVar, dataclass_transform
 import jax
 
 from shardflax.core import run
-from shardflax.core.calls import context, wrap_method
+from shardflax.core.calls import context, run_setup, wrap_method
 from shardflax.core.cross import Crossable
 from shardflax.core.errors import (
     AssignSubModuleError,
@@ -44,7 +44,6 @@ class _Unset:
 
 
 _UNSET = _Unset()
-_CONTAINERS = (list, tuple, dict)
 
 
 def compact(fun: F) -> F:
@@ -191,7 +190,7 @@ class Module(Crossable, _Typed):
         if type(self).setup is not Module.setup:
             progress.setup = True
             try:
-                self.setup()
+                run_setup(self)
             finally:
                 progress.setup = False
         progress.ready = True
@@ -200,19 +199,14 @@ class Module(Crossable, _Typed):
         attrs = self.__dict__
         for name in _field_names(type(self)):
             value = attrs[name]
-            if isinstance(value, Module) or type(value) in _CONTAINERS:
+            if isinstance(value, _HOLDERS):
                 attrs[name] = self._adopt(name, value)
 
     def _adopt(self, name: str, value: Any) -> Any:
         """`value` with each unbound module in it made a child, named after its place."""
         if isinstance(value, Module):
             return self._adopt_module(name, value)
-        if isinstance(value, dict):
-            return {k: self._adopt(f"{name}_{k}", v) for k, v in value.items()}
-        if isinstance(value, list | tuple):
-            items = [self._adopt(f"{name}_{i}", v) for i, v in enumerate(value)]
-            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-        return value
+        return _map_items(value, lambda key, item: self._adopt(f"{name}_{key}", item))
 
     def _adopt_module(self, name: str, module: Module) -> Module:
         if module.scope is not None or self.scope is None:
@@ -451,9 +445,16 @@ class Module(Crossable, _Typed):
         mutable: CollectionFilter = False,
     ) -> M:
         """The module with its variables, for interactive use: call its methods as they are."""
-        module = self.clone(parent=run.open_scope(variables, rngs, mutable))
+        module = self._bind_root(run.open_scope(variables, rngs, mutable))
         module._prepare()
         return module
+
+    def _bind_root(self: M, scope: Scope) -> M:
+        """The module of a new run; what is in its fields takes no part in any other run."""
+        memo: dict[int, Any] = {}
+        fields = {n: self.__dict__[n] for n in _init_field_names(type(self))}
+        updates = {n: _detach(v, memo) for n, v in fields.items() if isinstance(v, _HOLDERS)}
+        return self.clone(parent=scope, **updates)
 
     def unbind(self: M) -> tuple[M, dict[str, Any]]:
         """The module without its variables, and its variables.
@@ -462,7 +463,15 @@ class Module(Crossable, _Typed):
         """
         if self.scope is None:
             raise CallUnbindOnUnboundModuleError(type(self).__name__)
-        return self.clone(), self.variables
+        return self._detached({}), self.variables
+
+    def _detached(self: M, memo: dict[int, Any]) -> M:
+        """A nameless copy that belongs to no run, and so do the modules in its fields."""
+        if id(self) not in memo:
+            fields = {n: self.__dict__[n] for n in _init_field_names(type(self)) if n != "name"}
+            updates = {n: _detach(value, memo) for n, value in fields.items()}
+            memo[id(self)] = self.clone(name=None, **updates)
+        return memo[id(self)]
 
     # --- crossing a lift
 
@@ -487,6 +496,23 @@ class Module(Crossable, _Typed):
         return wrap_method(fn, function_target=not is_method)
 
 
+def _detach(value: Any, memo: dict[int, Any]) -> Any:
+    """`value` with a copy that belongs to no run in the place of each bound module in it."""
+    if isinstance(value, Module):
+        return value if value.scope is None else value._detached(memo)
+    return _map_items(value, lambda _, item: _detach(item, memo))
+
+
+def _map_items(value: Any, fn: Callable[[Any, Any], Any]) -> Any:
+    """Applies `fn(key, item)` to the items of a list, tuple or dict; leaves other values alone."""
+    if isinstance(value, dict):
+        return {k: fn(k, v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        items = [fn(i, v) for i, v in enumerate(value)]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
 def _is_method(name: str, value: Any) -> bool:
     """True for what is to be wrapped: plain functions, but dunder methods other than `__call__`."""
     if not isinstance(value, FunctionType) or name == "setup":
@@ -502,6 +528,7 @@ def _check_compact(cls: type) -> None:
         raise MultipleMethodsCompactError(cls.__name__, names)
 
 
+_HOLDERS = (Module, list, tuple, dict)  # values that may be or hold modules
 _FIELDS: dict[type, tuple[str, ...]] = {}
 _INIT_FIELDS: dict[type, tuple[str, ...]] = {}
 

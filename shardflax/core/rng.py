@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from shardflax.core.errors import InvalidRngError
 
@@ -48,15 +49,16 @@ def fold(key: jax.Array, path: tuple[Part, ...]) -> jax.Array:
     >>> bool(fold(jax.random.key(0), ()) == jax.random.key(0))
     True
     """
-    return jax.random.fold_in(key, jnp.uint32(_digest(path))) if path else key
+    return jax.random.fold_in(key, _digest(path)) if path else key
 
 
 @functools.lru_cache(maxsize=4096)
-def _digest(path: tuple[Part, ...]) -> int:
+def _digest(path: tuple[Part, ...]) -> Any:
+    """The number to fold in: numpy's, because making one of JAX's takes longer than folding."""
     sha = hashlib.sha1(usedforsecurity=False)
     for part in path:
         sha.update(part.encode() if isinstance(part, str) else _big_endian(part))
-    return int.from_bytes(sha.digest()[:4], "big")
+    return np.uint32(int.from_bytes(sha.digest()[:4], "big"))
 
 
 def _big_endian(count: int) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -75,15 +76,17 @@ def _run(
     # Runs may be nested: the module of this one is no child of a module that is running outside.
     outer, context.stack = context.stack, []
     try:
-        bound = module.clone(parent=scope)
-        if not capture:
-            return fn(bound, *args, **kwargs)
+        bound = module._bind_root(scope)
         keep = _is_call if capture is True else capture
-        with intercept_methods(functools.partial(_capture, keep)):
+        with intercept_methods(functools.partial(_capture, keep)) if capture else _NOTHING:
+            bound._prepare()
             return fn(bound, *args, **kwargs)
     finally:
         context.stack = outer
         scope.store.live = False
+
+
+_NOTHING = contextlib.nullcontext()
 
 
 def _is_call(module: Any, method_name: str) -> bool:
@@ -95,6 +98,11 @@ def _capture(keep: Callable[..., bool], call: Any, args: Any, kwargs: Any, told:
     if keep(told.module, told.method_name):
         told.module.sow("intermediates", told.method_name, result)
     return result
+
+
+def _changeable(scope: Scope) -> dict[str, Any]:
+    """The collections that may change: also those that were passed in empty."""
+    return {c: t for c, t in scope.store.collections.items() if c in scope.store.mutable}
 
 
 def apply(
@@ -122,7 +130,7 @@ def apply(
             names = names | Names.of("intermediates")
         scope = open_scope(variables, rngs, names)
         result = _run(fn, module, scope, capture_intermediates, args, kwargs)
-        return (result, scope.store.writable()) if mutable is not False else result
+        return (result, _changeable(scope)) if mutable is not False else result
 
     return call
 
@@ -146,7 +154,7 @@ def init_with_output(
             names = names | Names.of("intermediates")
         scope = open_scope({}, rngs, names, {"initializing": True})
         result = _run(fn, module, scope, capture_intermediates, args, kwargs)
-        return result, scope.store.writable()
+        return result, _changeable(scope)
 
     return call
 
