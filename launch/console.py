@@ -87,7 +87,8 @@ class Lines:
 class Console:
     r"""Puts the output of `count` processes on `out` and `err`, line by line, with a prefix.
 
-    `noise()` gives a filter for each process: lines of native code for which it is true are dropped.
+    `noise()` gives a filter for each process; lines of native code for which that is true are
+    dropped.
 
     >>> import io
     >>> log = io.StringIO()
