@@ -7,6 +7,7 @@ in scope, never the default backend.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import warnings
@@ -28,6 +29,7 @@ from shardflax.partitioning.resolve import resolve
 from shardflax.partitioning.rules import AxisRules, LogicalRules
 from shardflax.partitioning.scope import (
     AnyMesh,
+    axis_kinds,
     devices_of,
     free_axes,
     init_trace,
@@ -219,38 +221,42 @@ def lower(x: Any, spec: PartitionSpec, mesh: AnyMesh) -> Any:
     """
     if mesh.size == 1:
         return x
-    kinds = mesh.axis_types or (AxisType.Auto,) * len(mesh.axis_names)
-    mesh = devices_of(mesh)
-    if AxisType.Explicit in kinds and AxisType.Auto in kinds and not _is_traced(x):
-        return jx.jit(_lower, static_argnums=(1, 2, 3))(x, spec, mesh, kinds)
-    return _lower(x, spec, mesh, kinds)
+    traced = isinstance(x, jx.core.Tracer)
+    explicit, auto = _by_type(spec, axis_kinds(mesh))
+    mesh = devices_of(mesh, traced)
+    if explicit is not None and auto is not None and not traced:
+        return jx.jit(_lower, static_argnums=(1, 2, 3))(x, explicit, auto, mesh)
+    return _lower(x, explicit, auto, mesh)
 
 
-def _is_traced(x: Any) -> bool:
-    return isinstance(x, jx.core.Tracer)
-
-
-def _lower(x: Any, spec: PartitionSpec, mesh: AnyMesh, kinds: tuple[AxisType, ...]) -> Any:
-    """Explicit axes first, then auto ones; an eager array loses the first unless jitted."""
-    types = dict(zip(mesh.axis_names, kinds, strict=True))
-    if AxisType.Explicit in kinds:
-        explicit = _pad(_only(spec, types, AxisType.Explicit), np.ndim(x))
-        x = jx.sharding.reshard(x, NamedSharding(mesh, _settle(explicit, x)))
-    if AxisType.Auto in kinds:
-        auto = _only(spec, types, AxisType.Auto)
+def _lower(
+    x: Any, explicit: PartitionSpec | None, auto: PartitionSpec | None, mesh: AnyMesh
+) -> Any:
+    """Explicit axes first, then auto ones; an eager array would lose the first unless jitted."""
+    if explicit is not None:
+        whole = _settle(_pad(explicit, np.ndim(x)), x)
+        x = jx.sharding.reshard(x, NamedSharding(mesh, whole))
+    if auto is not None:
         x = jx.lax.with_sharding_constraint(x, NamedSharding(mesh, auto))
     return x
 
 
-def _only(spec: PartitionSpec, types: dict[Any, AxisType], kind: AxisType) -> PartitionSpec:
-    """`spec` with the axes of one type alone."""
+@functools.lru_cache(maxsize=4096)
+def _by_type(
+    spec: PartitionSpec, kinds: tuple[tuple[str, AxisType], ...]
+) -> tuple[PartitionSpec | None, PartitionSpec | None]:
+    """`spec` with the explicit axes alone and with the auto ones; None if the mesh has none."""
+    types = dict(kinds)
 
-    def kept(entry: Any) -> Any:
+    def kept(entry: Any, kind: AxisType) -> Any:
         if entry is PartitionSpec.UNCONSTRAINED:
             return entry
         return tuple(axis for axis in spec_axes(entry) if types[axis] == kind)
 
-    return make_spec(kept(entry) for entry in spec)
+    def only(kind: AxisType) -> PartitionSpec | None:
+        return make_spec(kept(entry, kind) for entry in spec) if kind in types.values() else None
+
+    return only(AxisType.Explicit), only(AxisType.Auto)
 
 
 def _settle(spec: PartitionSpec, x: Any) -> PartitionSpec:

@@ -17,7 +17,7 @@ from shardflax.core.boxes import is_box
 from shardflax.partitioning.linen_rules import linen_axes
 from shardflax.partitioning.resolve import resolve
 from shardflax.partitioning.rules import AxisRules, LogicalRules
-from shardflax.partitioning.scope import AnyMesh, free_axes, mesh_in_scope
+from shardflax.partitioning.scope import AnyMesh, axis_kinds, free_axes, mesh_in_scope
 from shardflax.partitioning.spec_check import canonical_spec, check_spec, make_spec, spec_axes
 from shardflax.partitioning.untyped import jx
 
@@ -62,9 +62,7 @@ def call_initializer(
 
 def _explicit(mesh: AnyMesh) -> tuple[str, ...]:
     """The explicit axes of `mesh`."""
-    kinds = mesh.axis_types or ()
-    pairs = zip(mesh.axis_names, kinds, strict=False)
-    return tuple(name for name, kind in pairs if kind == AxisType.Explicit)
+    return tuple(name for name, kind in axis_kinds(mesh) if kind == AxisType.Explicit)
 
 
 def _spec(

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 from jax.sharding import AxisType, NamedSharding
+from rich.table import Table
 
 from shardflax.core.boxes import is_box
 from shardflax.core.errors import did_you_mean
@@ -21,7 +22,7 @@ from shardflax.partitioning.resolve import check_mesh_axes
 from shardflax.partitioning.rules import AxisRules, LogicalRules
 from shardflax.partitioning.scope import AnyMesh, InitTrace
 from shardflax.partitioning.spec_check import spec_axes
-from shardflax.partitioning.table import layout_text
+from shardflax.partitioning.table import layout_table, layout_text
 from shardflax.partitioning.untyped import jx
 
 __all__ = ["Layout"]
@@ -195,6 +196,9 @@ class Layout:
 
     def __str__(self) -> str:
         return layout_text(self)
+
+    def __rich__(self) -> Table:
+        return layout_table(self)
 
     def __repr__(self) -> str:
         mesh = ",".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from jax.sharding import PartitionSpec
 from shardflax.partitioning.errors import Problem
 from shardflax.partitioning.linen_rules import linen_axes
 from shardflax.partitioning.paths import Path, path_text
-from shardflax.partitioning.resolve import DimRecord, resolve
+from shardflax.partitioning.resolve import DimRecord, MeshAxes, resolve
 from shardflax.partitioning.rules import AxisRules, LogicalRules
 from shardflax.partitioning.scope import AnyMesh, free_axes
 from shardflax.partitioning.spec_check import canonical_spec, check_spec, spec_parts
@@ -66,8 +67,7 @@ def resolve_leaf(
     64
     """
     shape, axes = tuple(np.shape(value)), free_axes(mesh)
-    sizes, dims = dict(axes), tuple[DimRecord, ...]()
-    what = f"names {names!r}"
+    dims = tuple[DimRecord, ...]()
     if names is None:
         spec, found = PartitionSpec(), list[Problem]()
     elif isinstance(rules, AxisRules):
@@ -75,10 +75,15 @@ def resolve_leaf(
         spec, found, dims = resolution.spec, list(resolution.problems), resolution.dims
     else:
         spec = PartitionSpec(*(names if rules is None else linen_axes(names, rules)[0]))
-        found = check_spec(shape, spec, sizes, what)
-        spec = canonical_spec(spec, sizes)
-    where = f"{path_text(path)}, shape {shape}" if found else ""
+        found = check_spec(shape, spec, dict(axes), f"names {names!r}")
+        spec = canonical_spec(spec, dict(axes))
+    if not found:
+        return Leaf(path, shape, value.dtype, names, origin, spec, dims, _parts(spec, axes))
+    where = f"{path_text(path)}, shape {shape}"
     problems = tuple(Problem(p.error, p.text, p.dim, where) for p in found)
-    spec = PartitionSpec() if problems else spec
-    parts = spec_parts(spec, sizes)
-    return Leaf(path, shape, value.dtype, names, origin, spec, dims, parts, problems)
+    return Leaf(path, shape, value.dtype, names, origin, PartitionSpec(), dims, 1, problems)
+
+
+@functools.lru_cache(maxsize=4096)
+def _parts(spec: PartitionSpec, axes: MeshAxes) -> int:
+    return spec_parts(spec, dict(axes))

@@ -28,7 +28,7 @@ from shardflax.partitioning.rules import AxisRules
 from shardflax.partitioning.spec_check import make_spec
 from shardflax.partitioning.vocabulary import AXIS_ALIASES, KNOWN_AXES, tie_rank
 
-__all__ = ["DimRecord", "Resolution", "check_mesh_axes", "resolve"]
+__all__ = ["DimRecord", "MeshAxes", "Resolution", "check_mesh_axes", "resolve"]
 
 MeshAxes = tuple[tuple[str, int], ...]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from shardflax.partitioning.untyped import jx
 __all__ = [
     "AnyMesh",
     "InitTrace",
+    "axis_kinds",
     "devices_of",
     "free_axes",
     "get_logical_axis_rules",
@@ -150,15 +152,16 @@ def _inside_jit() -> bool:
     return False
 
 
-def devices_of(mesh: AnyMesh) -> AnyMesh:
+def devices_of(mesh: AnyMesh, traced: bool) -> AnyMesh:
     """The mesh in scope with its devices, if they are known; `mesh` itself otherwise.
 
-    Eager constraints need the devices, and so do those under a `use` inside `jax.jit`.
+    Constraints on concrete arrays need the devices, and so do those under a `use` inside
+    `jax.jit`.
     """
     if isinstance(mesh, Mesh):
         return mesh
     known = _scope.mesh
-    if known is None and not _inside_jit():
+    if known is None and not traced and not _inside_jit():
         known = jax.sharding.get_mesh()
     return known if known is not None and known.abstract_mesh == mesh else mesh
 
@@ -198,12 +201,29 @@ def _legacy_mesh() -> Mesh | None:
     return jx.make_jaxpr(constrained)().eqns[0].params["sharding"].mesh
 
 
+@functools.lru_cache(maxsize=256)
+def axis_kinds(mesh: AnyMesh) -> tuple[tuple[str, AxisType], ...]:
+    """The (axis, type) pairs of a mesh.
+
+    >>> from shardflax.partitioning import make_mesh
+    >>> axis_kinds(make_mesh("data=8"))
+    (('data', Auto),)
+    """
+    kinds = mesh.axis_types or (AxisType.Auto,) * len(mesh.axis_names)
+    return tuple(zip(mesh.axis_names, kinds, strict=True))
+
+
+@functools.lru_cache(maxsize=256)
 def free_axes(mesh: AnyMesh) -> MeshAxes:
-    """The (axis, size) pairs that can shard an array; a manual axis counts as size 1."""
-    types = mesh.axis_types or (AxisType.Auto,) * len(mesh.axis_names)
+    """The (axis, size) pairs that can shard an array; a manual axis counts as size 1.
+
+    >>> from shardflax.partitioning import make_mesh
+    >>> free_axes(make_mesh("fsdp=4,tensor=2"))
+    (('fsdp', 4), ('tensor', 2))
+    """
     return tuple(
         (name, 1 if kind == AxisType.Manual else size)
-        for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, types, strict=True)
+        for (name, kind), size in zip(axis_kinds(mesh), mesh.axis_sizes, strict=True)
     )
 
 

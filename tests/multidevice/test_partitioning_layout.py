@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
+from rich.console import Console
 
 from shardflax.core.boxes import unbox
 from shardflax.partitioning import (
@@ -285,7 +287,10 @@ def test_report_lists_what_nothing_used() -> None:
     assert (layout.unused_rules, layout.unused_axes) == (("stale",), ("tensor",))
     text = str(layout)
     assert "rules that nothing used: stale" in text and "axes that nothing used: tensor" in text
-    assert "│ w " in text and "(embed, mlp)" in text and "64 B" in text
+    assert "w     (8, 8)  float32" in text and "(embed, mlp)" in text and "64 B" in text
+    console = Console(file=io.StringIO(), width=100)
+    console.print(layout)
+    assert "(embed, mlp)" in console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     assert repr(layout) == "<Layout of 1 leaves on fsdp=4,tensor=2, 64 bytes>"
     with pytest.raises(LayoutError, match="no leaf at 'v'"):
         layout.leaf("v")
