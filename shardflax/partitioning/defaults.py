@@ -10,7 +10,11 @@ __all__ = ["DefaultNames", "default_names", "in_force"]
 
 
 class DefaultNames(tuple[Any, ...]):
-    """Names that a layer brings along: in force only under strict rules."""
+    """Names that a layer brings along: in force only under strict rules.
+
+    >>> isinstance(default_names("embed"), DefaultNames)
+    True
+    """
 
     __slots__ = ()
 

@@ -102,7 +102,11 @@ class NoRulesWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with one array: the error class, the dim (or None), and the words."""
+    """One thing wrong with one array: the error class, the dim (or None), and the words.
+
+    >>> print(Problem(UnknownNameError, "no rule for the name 'x'", 0, "params/w"))
+    params/w: no rule for the name 'x'
+    """
 
     error: type[LayoutError]
     text: str

@@ -14,7 +14,7 @@ from shardflax.partitioning.rules import LogicalRules
 from shardflax.partitioning.scope import InitTrace, init_tracing, use
 from shardflax.partitioning.untyped import jx
 
-__all__ = ["abstract_layout", "init_sharded"]
+__all__ = ["abstract_layout", "init_sharded", "unboxed"]
 
 
 def init_sharded(
@@ -77,7 +77,12 @@ def abstract_layout(
 
 
 def unboxed(tree: Any) -> Any:
-    """The values of all boxes of `tree`, with no constraint applied."""
+    """The values of all boxes of `tree`, with no constraint applied.
+
+    >>> from shardflax.partitioning import Partitioned
+    >>> unboxed({"w": Partitioned(1.0, ())})
+    {'w': 1.0}
+    """
 
     def value(x: Any) -> Any:
         while is_box(x):

@@ -27,6 +27,19 @@ class Leaf:
 
     `names` is None for a leaf that nothing names (it is replicated); `origin` says in words where
     the names are from; `dims` is the resolver's record (under strict rules).
+
+    >>> leaf = Leaf(
+    ...     ("w",),
+    ...     (8, 4),
+    ...     np.dtype("float32"),
+    ...     ("embed", None),
+    ...     "its box",
+    ...     PartitionSpec("fsdp"),
+    ...     (),
+    ...     parts=4,
+    ... )
+    >>> leaf.where, leaf.bytes_per_device
+    ('w', 32)
     """
 
     path: Path

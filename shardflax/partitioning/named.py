@@ -32,7 +32,11 @@ Initializer = Callable[..., Any]
 
 @dataclass(frozen=True)
 class NamedInit:
-    """An initializer whose value is boxed with logical names; made by `named`."""
+    """An initializer whose value is boxed with logical names; made by `named`.
+
+    >>> NamedInit(np.zeros, ("embed",))(3).names
+    ('embed',)
+    """
 
     fn: Initializer
     names: tuple[Any, ...] | None
@@ -66,7 +70,11 @@ class NamedInit:
 
 @dataclass(frozen=True)
 class LogicalInit:
-    """An initializer whose value is boxed; made by `with_logical_partitioning`."""
+    """An initializer whose value is boxed; made by `with_logical_partitioning`.
+
+    >>> LogicalInit(np.zeros, ("embed",)).box(np.zeros(3)).names
+    ('embed',)
+    """
 
     fn: Initializer
     names: tuple[Any, ...]
@@ -85,7 +93,11 @@ class LogicalInit:
 
 @dataclass(frozen=True)
 class MeshInit:
-    """An initializer whose value is boxed with mesh axes; made by `with_partitioning`."""
+    """An initializer whose value is boxed with mesh axes; made by `with_partitioning`.
+
+    >>> MeshInit(np.zeros, ("data",))(3).get_partition_spec()
+    P('data',)
+    """
 
     fn: Initializer
     names: tuple[Any, ...]

@@ -35,7 +35,12 @@ MeshAxes = tuple[tuple[str, int], ...]
 
 @dataclass(frozen=True)
 class DimRecord:
-    """How one dim got its axes: its name, its rule, the axes taken, those given up and why."""
+    """How one dim got its axes: its name, its rule, the axes taken, those given up and why.
+
+    >>> resolve(("mlp",), AxisRules({"mlp": "fsdp? tensor"}), (8,), (("tensor", 2),)).dims[0]
+    DimRecord(name='mlp', rule=('fsdp?', 'tensor'), taken=('tensor',),
+              given_up=(('fsdp', 'not in the mesh'),))
+    """
 
     name: Any
     rule: tuple[str, ...] | None
@@ -45,7 +50,11 @@ class DimRecord:
 
 @dataclass(frozen=True)
 class Resolution:
-    """A spec, a record for each dim, and what is wrong (nothing, where `problems` is empty)."""
+    """A spec, a record for each dim, and what is wrong (nothing, where `problems` is empty).
+
+    >>> [p.error.__name__ for p in resolve(("x",), AxisRules({"y": None})).problems]
+    ['UnknownNameError']
+    """
 
     spec: PartitionSpec
     dims: tuple[DimRecord, ...]
