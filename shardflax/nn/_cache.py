@@ -44,7 +44,7 @@ class KVCache(NamedTuple):
 
     def visible(self, positions: Array) -> Array:
         """Which slots tokens at `positions` see: their own and those before, `(tokens, length)`."""
-        return jnp.arange(self.length, dtype=jnp.int32) <= positions[:, None]
+        return jnp.arange(self.length, dtype=jnp.int32)[None, :] <= positions[:, None]
 
     def poison(self, y: Array) -> Array:
         """NaN instead of silent nonsense, once more was written than the cache has room for."""

@@ -22,17 +22,22 @@ __all__ = ["LayerNorm", "RMSNorm"]
 
 
 class _Reduction(NamedTuple):
-    """How moments are taken: over which dims and mesh axis, of which elements, in which dtype."""
+    """How moments are taken: over which dims and mesh axis, of which elements, in which dtype.
+
+    The dtype is that of the computation (of the input, where none is said), but at least float32
+    unless that is turned off.
+    """
 
     dims: tuple[int, ...]
     mask: Array | None
     axis_name: str | None
     axis_index_groups: Any
+    dtype: Dtype | None
     at_least_f32: bool
 
     def cast(self, x: Array) -> Array:
         """`x` in the dtype of its moments."""
-        dtype = jnp.result_type(x)
+        dtype = jnp.result_type(x) if self.dtype is None else self.dtype
         return jnp.asarray(x, jnp.promote_types(dtype, jnp.float32) if self.at_least_f32 else dtype)
 
     def mean(self, *xs: Array) -> list[Array]:
@@ -77,6 +82,7 @@ class _Norm(Module):
             mask=mask,
             axis_name=this.axis_name,
             axis_index_groups=this.axis_index_groups,
+            dtype=this.dtype,
             at_least_f32=this.force_float32_reductions,
         )
 

@@ -24,7 +24,8 @@ def rotary_angles(positions: Array, head_dim: int, theta: float = 10_000.0) -> A
         raise RotaryError("rotary_angles", f"head_dim={head_dim} is odd; features turn in pairs.")
     exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
     frequencies = jnp.float32(theta) ** -exponents
-    return jnp.expand_dims(positions, -1).astype(jnp.float32) * frequencies
+    turns = jnp.expand_dims(positions, -1).astype(jnp.float32)
+    return turns * jnp.reshape(frequencies, (1,) * (turns.ndim - 1) + (-1,))
 
 
 def apply_rotary(x: Array, positions: Array, theta: float = 10_000.0) -> Array:

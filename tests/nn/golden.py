@@ -1,0 +1,18 @@
+"""Writes the golden file anew: `python -m tests.nn.golden`."""
+
+from __future__ import annotations
+
+import json
+
+from tests.nn.rows import ROWS
+from tests.nn.test_matrix import GOLDEN, described
+
+
+def main() -> None:
+    GOLDEN.parent.mkdir(exist_ok=True)
+    trees = {row.name: described(row) for row in ROWS}
+    GOLDEN.write_text(json.dumps(trees, indent=1, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()
