@@ -1,4 +1,4 @@
-"""The models of the benchmarks: one source for two namespaces, `shardflax.nn` and Flax's `linen`."""
+"""The models of the benchmarks: one source for two namespaces, ours and Flax's."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SIZES = Sizes()
 
 
 def linen_models(nn: Any) -> SimpleNamespace:
-    """`Unrolled`, `Scanned`, `Nested`, `Children` and `Child`, written against the namespace `nn`."""
+    """The models of the benchmarks, written against the namespace `nn`."""
 
     class Block(nn.Module):
         sizes: Sizes
@@ -103,9 +103,7 @@ def count_body_traces(nn: Any, depth: int) -> tuple[int, int]:
             return nn.Dense(4)(x), None
 
     def nest(body: Any, name: str) -> Any:
-        scanned = nn.scan(
-            body, variable_axes={"params": 0}, split_rngs={"params": True}, length=2
-        )
+        scanned = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
 
         class Level(nn.Module):
             @nn.compact

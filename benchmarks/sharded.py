@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import shardflax.nn as nn
 from benchmarks import raw
@@ -22,7 +23,7 @@ from benchmarks.models import Sizes
 from shardflax import partitioning
 from shardflax.training.train_state import TrainState
 
-__all__ = ["LENGTH", "SHARDED", "VOCAB", "by_hand", "make_mesh", "tokens", "with_names"]
+__all__ = ["SHARDED", "VOCAB", "by_hand", "make_mesh", "step_by_hand", "tokens", "with_names"]
 
 SHARDED = Sizes(blocks=3, width=64, heads=4, mlp=256, batch=8, length=32)
 VOCAB = 512
@@ -154,20 +155,22 @@ def _forward(params: Any, ids: jax.Array, put: Callable[..., jax.Array]) -> jax.
 
 
 def by_hand(mesh: Mesh, params: Any) -> tuple[Callable[..., Any], Any]:
-    """The same step with explicit shardings, from a copy of the same parameters."""
-    tx = optimizer()
-
-    def put(x: jax.Array, spec: P) -> jax.Array:
-        return lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
-
-    def placed(specs: Any) -> Any:
-        return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-
-    adam = optax.ScaleByAdamState(count=P(), mu=PARAMS, nu=PARAMS)  # pyright: ignore
-    specs = (P(), PARAMS, (adam, optax.EmptyState(), optax.EmptyState()))
+    """The same step with explicit shardings, and its state from a copy of the same parameters."""
+    tx, shardings = optimizer(), _state_shardings(mesh)
 
     def start(params: Any) -> Any:
         return jnp.int32(0), params, tx.init(params)
+
+    return step_by_hand(mesh), jax.jit(start, out_shardings=shardings)(params)
+
+
+def step_by_hand(mesh: Mesh, residual: P = RESIDUAL) -> Callable[..., Any]:
+    """The jitted step; `residual` is the layout of the residual stream."""
+    tx = optimizer()
+
+    def put(x: jax.Array, spec: P) -> jax.Array:
+        spec = residual if spec == RESIDUAL else spec
+        return lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
     def step(state: Any, ids: jax.Array) -> tuple[Any, jax.Array]:
         count, params, opt_state = state
@@ -175,5 +178,11 @@ def by_hand(mesh: Mesh, params: Any) -> tuple[Callable[..., Any], Any]:
         updates, opt_state = tx.update(grads, opt_state, params)
         return (count + 1, optax.apply_updates(params, updates), opt_state), value
 
-    state = jax.jit(start, out_shardings=placed(specs))(params)
-    return jax.jit(step, donate_argnums=0, out_shardings=(placed(specs), None)), state
+    return jax.jit(step, donate_argnums=0, out_shardings=(_state_shardings(mesh), None))
+
+
+def _state_shardings(mesh: Mesh) -> Any:
+    """Of the step count, the parameters, and AdamW's state."""
+    adam = optax.ScaleByAdamState(count=P(), mu=PARAMS, nu=PARAMS)  # pyright: ignore[reportArgumentType]
+    specs = P(), PARAMS, (adam, optax.EmptyState(), optax.EmptyState())
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)

@@ -39,6 +39,7 @@ def test_the_compiled_step_costs_what_hand_written_jax_costs(steps: dict[str, An
 
 def test_both_steps_give_the_same_numbers(steps: dict[str, Any]) -> None:
     (ours, state), (hand, other) = steps["ours"], steps["by hand"]
+    state, other = jax.tree.map(lambda x: x.copy(), (state, other))  # the steps donate them
     for _ in range(2):
         state, loss = ours(state, steps["ids"])
         other, expected = hand(other, steps["ids"])
@@ -46,18 +47,11 @@ def test_both_steps_give_the_same_numbers(steps: dict[str, Any]) -> None:
     jax.tree.map(np.testing.assert_array_equal, state.params, other[1])
 
 
-def test_a_missing_constraint_would_be_seen() -> None:
-    """The comparison is sharp: one layout less changes the figures."""
-    mesh = sharded.make_mesh()
-    _, state = sharded.with_names(mesh)
-    step, state = sharded.by_hand(mesh, state.params)
-    without = dict.fromkeys(("RESIDUAL", "HIDDEN"), sharded.P())
-    with pytest.MonkeyPatch.context() as patch:
-        full = cost_of(step.lower(state, sharded.tokens(mesh)).compile())
-        for name, spec in without.items():
-            patch.setattr(sharded, name, spec)
-        step, _ = sharded.by_hand(mesh, state[1])
-        assert differences(cost_of(step.lower(state, sharded.tokens(mesh)).compile()), full)
+def test_another_layout_would_be_seen(steps: dict[str, Any]) -> None:
+    """The comparison is sharp: the residual stream laid out otherwise changes the figures."""
+    other = sharded.step_by_hand(sharded.make_mesh(), sharded.P(("data", "fsdp")))
+    other = other.lower(steps["by hand"][1], steps["ids"]).compile()
+    assert "collectives" in differences(cost_of(other), cost_of(steps["by hand"][0]))
 
 
 def test_collectives_are_read_from_hlo() -> None:

@@ -1,0 +1,76 @@
+"""Rows about whole programs: what XLA compiles, and what an import costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+
+from benchmarks import sharded
+from benchmarks.compiled import cost_of, differences
+from benchmarks.report import Row
+from benchmarks.timing import in_turn
+
+__all__ = ["rows"]
+
+ROOT = Path(__file__).parent.parent
+
+_IMPORT = """
+import time, jax, optax
+start = time.process_time()
+import {module}
+print(time.process_time() - start)
+"""
+
+
+def rows(rounds: int) -> list[Row]:
+    """The rows about the compiled step and the import."""
+    return [_compiled(), _import(rounds)]
+
+
+def _compiled() -> Row:
+    mesh = sharded.make_mesh()
+    ids = sharded.tokens(mesh)
+    ours, state = sharded.with_names(mesh)
+    hand, raw_state = sharded.by_hand(mesh, jax.tree.map(lambda x: x.copy(), state.params))
+    cost = cost_of(ours.lower(state, ids).compile())
+    apart = differences(cost, cost_of(hand.lower(raw_state, ids).compile()))
+    return Row(
+        "compiled step, against hand-written JAX: flops, bytes, collectives, memory",
+        budget=0,
+        ours=len(apart),
+        unit="differences",
+        texts={"ours": ", ".join(apart) or "equal", "budget": "equal"},
+        detail={
+            "differences": apart,
+            "flops": cost.flops,
+            "bytes accessed": cost.bytes_accessed,
+            "collectives": sum(cost.collectives.values()),
+            "temporary bytes": cost.temporary_bytes,
+        },
+    )
+
+
+def _import(rounds: int) -> Row:
+    contenders = {
+        "ours": lambda: _seconds("shardflax.nn"),
+        "flax": lambda: _seconds("flax.linen"),
+    }
+    taken = in_turn(contenders, rounds, timed=lambda contender: float(str(contender())))
+    return Row(
+        "import of `shardflax.nn` (of `flax.linen`), beyond jax and optax",
+        budget=0.15,
+        ours=taken.median("ours"),
+        flax=taken.median("flax"),
+        unit="s",
+        detail={"rounds": rounds},
+    )
+
+
+def _seconds(module: str) -> float:
+    """Processor time that the import takes in a process that has imported jax and optax."""
+    argv = [sys.executable, "-c", _IMPORT.format(module=module)]
+    done = subprocess.run(argv, cwd=ROOT, check=True, capture_output=True, text=True)
+    return float(done.stdout)
