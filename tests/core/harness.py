@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
+import flax.core
 import flax.linen as linen
 import jax
 import jax.numpy as jnp
@@ -52,10 +53,10 @@ def quick_key(seed: int) -> jax.Array:
     return jax.random.key(seed, impl=_QUICK)
 
 
-def namespace(base: Any) -> SimpleNamespace:
+def namespace(base: Any, lift: Any) -> SimpleNamespace:
     """`base` with the few small layers that the programs use, written once for both."""
     nn = SimpleNamespace(**{n: getattr(base, n) for n in dir(base) if not n.startswith("__")})
-    for name, layer in layers(nn).items():
+    for name, layer in {"In": lift.In, "Out": lift.Out, **layers(nn)}.items():
         setattr(nn, name, layer)
     return nn
 
@@ -108,12 +109,13 @@ def layers(nn: Any) -> dict[str, Any]:
     return {"uniform": uniform, "zeros": zeros, **{c.__name__: c for c in found}}
 
 
-THEIRS = namespace(linen)
+THEIRS = namespace(linen, flax.core.lift)
 OURS = namespace(
     SimpleNamespace(
         **{n: getattr(partitioning, n) for n in partitioning.__all__},
         **{n: getattr(core, n) for n in core.__all__},
-    )
+    ),
+    core,
 )
 
 
