@@ -20,7 +20,11 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class LayoutOptions:
-    """How the run lies on its devices."""
+    """How the run lies on its devices.
+
+    >>> LayoutOptions(mesh="data=2,fsdp=4").preset
+    'fsdp_tp'
+    """
 
     mesh: str = "data=-1"
     """Axes and sizes of the mesh, such as data=2,fsdp=2,tensor=2; one -1 takes what is left."""
@@ -31,7 +35,11 @@ class LayoutOptions:
 
 @dataclasses.dataclass(frozen=True)
 class ModelOptions:
-    """The decoder."""
+    """The decoder.
+
+    >>> ModelOptions(model="base").dtype
+    'auto'
+    """
 
     model: str = "small"
     """Its size: tiny, small, base, llama3-1b, llama3-8b or llama3-70b."""
@@ -50,7 +58,11 @@ class ModelOptions:
 
 @dataclasses.dataclass(frozen=True)
 class DataOptions:
-    """The text, as bytes."""
+    """The text, as bytes.
+
+    >>> DataOptions().batch * DataOptions().seq_len
+    4096
+    """
 
     data: Path | None = None
     """A text, JSONL or Parquet file, or a folder of them; by default the source code of Python's
@@ -68,7 +80,11 @@ class DataOptions:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerOptions:
-    """AdamW, or another, and its learning rate."""
+    """AdamW, or another, and its learning rate.
+
+    >>> OptimizerOptions().config(steps=100).total_steps
+    100
+    """
 
     optimizer: Literal["adamw", "lion", "sgd"] = "adamw"
     """Which one."""
@@ -96,7 +112,11 @@ class OptimizerOptions:
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
-    """How long, and where it is kept."""
+    """How long, and where it is kept.
+
+    >>> RunOptions().run.name
+    'small'
+    """
 
     steps: int = 400
     """Steps in all: a run that goes on counts those that it has done."""
@@ -135,6 +155,9 @@ class TrainOptions:
 
     Killed at any moment, the same command goes on from the last complete checkpoint, and computes
     the very numbers that it would have computed without.
+
+    >>> TrainOptions().identity()["run"]["seed"]
+    0
     """
 
     layout: LayoutOptions = LayoutOptions()

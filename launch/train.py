@@ -1,16 +1,15 @@
 """Trains a decoder on text: `python -m launch.train --help`.
 
-In acts: what is asked for is checked against the devices, the text and the last checkpoint, on
-abstract shapes; the state is made, or restored, in its layout; steps are taken; what came of it is
-shown.
+In acts: what is asked for is checked (`launch.plan`); the state is made, or restored, in its
+layout; steps are taken; what came of it is shown.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import math
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -25,118 +24,26 @@ from jax.experimental import multihost_utils
 
 from launch.distributed import initialize_from_env, leave_together, progress_mode
 from launch.history import History
-from launch.options import ModelOptions, TrainOptions
+from launch.options import TrainOptions
+from launch.plan import Plan, plan_run
+from launch.preemption import Preemption
 from shardflax import partitioning
 from shardflax.ckpt import CheckpointManager
 from shardflax.core.errors import FlaxError
-from shardflax.models import Decoder, DecoderConfig, decoder_config, generate
-from shardflax.partitioning import AxisRules, Layout
-from shardflax.training import (
-    Progress,
-    TrainState,
-    cross_entropy,
-    make_eval_step,
-    make_optimizer,
-    make_train_step,
-    mfu,
-    model_flops,
-)
+from shardflax.models import generate
+from shardflax.training import Progress, TrainState, make_eval_step, mfu, model_flops
 from shardflax.training import data as text
 
-__all__ = ["Plan", "main", "plan_run", "train"]
+__all__ = ["main"]
+
+_TERMINATED = 128 + signal.SIGTERM
 
 
-# --- act 1: what is asked for
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """A run that fits: its mesh, rules, model, text, and the layout of its state.
-
-    Nothing in it is allocated on a device.
-    """
-
-    options: TrainOptions
-    mesh: jax.sharding.Mesh
-    rules: AxisRules
-    model: Decoder
-    tx: Any
-    windows: text.Windows
-    batches: text.BatchLayout
-    layout: Layout
-
-    def init_state(self, key: jax.Array) -> TrainState:
-        """A state at step 0, with boxed parameters."""
-        return _init_state(self.model, self.tx, self.batches, key)
-
-    def loss(self, params: Any, batch: Any, rngs: Any) -> Any:
-        """The loss of a batch, and metrics."""
-        logits = self.model.apply({"params": params}, batch["inputs"], rngs=rngs)
-        return cross_entropy(logits, batch["targets"], z_loss=self.options.run.z_loss)
-
-    @functools.cached_property
-    def train_step(self) -> Any:
-        """`(state, batch) -> (state, metrics)`, traced, not yet compiled; the state is donated."""
-        step = make_train_step(
-            self.loss, accumulate=self.options.run.accumulate, seed=self.options.run.seed
-        )
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.layout.shardings, None))
-        with partitioning.use(self.mesh, self.rules):
-            return jitted.trace(self.layout.abstract, _abstract_batch(self.batches))
-
-
-def plan_run(options: TrainOptions) -> Plan:
-    """Checks options against the devices and the text, on abstract shapes alone.
-
-    Raises an error that says what does not fit, and what to write, for any option that is wrong.
-    """
-    mesh = partitioning.make_mesh(options.layout.mesh)
-    rules = partitioning.preset(options.layout.preset)
-    model = Decoder(_model_config(options.model))
-    shape = (options.data.batch, options.data.seq_len)
-    batches = text.BatchLayout(*shape, partitioning.batch_sharding(mesh, rules))
-    corpus = text.open_corpus(options.data.data, field=options.data.text_field)
-    windows = text.Windows(corpus, options.data.seq_len)
-    tx = make_optimizer(options.optimizer.config(options.run.steps))
-    key = jax.eval_shape(lambda: jax.random.key(0))
-
-    def init(key: jax.Array) -> TrainState:
-        return _init_state(model, tx, batches, key)
-
-    layout = partitioning.abstract_layout(init, key, mesh=mesh, rules=rules)
-    layout.check()
-    plan = Plan(options, mesh, rules, model, tx, windows, batches, layout)
-    plan.train_step  # noqa: B018  tracing it finds the names and sizes that do not fit
-    return plan
-
-
-def _model_config(options: ModelOptions) -> DecoderConfig:
-    dtype = options.dtype
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    updates: dict[str, Any] = {"dtype": dtype}
-    if options.layers is not None:
-        updates["num_layers"] = options.layers
-    if options.remat != "auto":
-        updates["remat"] = options.remat
-    return decoder_config(options.model, **updates)
-
-
-def _init_state(model: Decoder, tx: Any, batches: text.BatchLayout, key: jax.Array) -> TrainState:
-    params = model.init(key, jnp.zeros(batches.shape, jnp.int32))["params"]
-    return TrainState.create(apply_fn=model.apply, params=params, tx=tx)
-
-
-def _abstract_batch(batches: text.BatchLayout) -> Any:
-    tokens = jax.ShapeDtypeStruct(batches.shape, jnp.int32, sharding=batches.sharding)
-    return {"inputs": tokens, "targets": tokens}
-
-
-# --- act 2: the state, made or restored
+# --- act 1: the state, made or restored
 
 
 @dataclasses.dataclass
-class Run:
+class _Run:
     """What changes while a run goes on."""
 
     plan: Plan
@@ -146,24 +53,24 @@ class Run:
     step: int
 
 
-def start(plan: Plan, manager: CheckpointManager, loader: text.Loader) -> Run:
+def _start(plan: Plan, manager: CheckpointManager, loader: text.Loader) -> _Run:
     """The run at its latest checkpoint, or at step 0.
 
     Raises `CheckpointMismatchError` for the checkpoint of another model, `DataStateError` for one
     of another text, before anything is allocated.
     """
     if manager.latest_step() is None:
-        say(f"{len(plan.layout.leaves)} leaves, {plan.layout.bytes_per_device:,} bytes a device")
+        _say(f"{len(plan.layout.leaves)} leaves, {plan.layout.bytes_per_device:,} bytes a device")
         state, _ = partitioning.init_sharded(
             plan.init_state, _key(plan), mesh=plan.mesh, rules=plan.rules
         )
-        return Run(plan, manager, loader, state, 0)
+        return _Run(plan, manager, loader, state, 0)
     restored = manager.restore(plan.layout.abstract)
     loader.set_state(restored.extras["data"])
-    say(f"going on after step {restored.step}, from {manager.directory}")
+    _say(f"going on after step {restored.step}, from {manager.directory}")
     for change in _changes(restored.extras["options"], plan.options.identity()):
-        say(f"  changed since: {change}")
-    return Run(plan, manager, loader, restored.state, restored.step)
+        _say(f"  changed since: {change}")
+    return _Run(plan, manager, loader, restored.state, restored.step)
 
 
 def _key(plan: Plan) -> jax.Array:
@@ -178,19 +85,19 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
                 yield f"{name} from {before} to {value}"
 
 
-# --- act 3: steps
+# --- act 2: steps
 
 
-def train(run: Run) -> None:
-    """Takes the steps that are left, and saves on the way."""
+def _train(run: _Run, preemption: Preemption) -> None:
+    """Takes the steps that are left, and saves on the way; stops early where it is asked to."""
     plan, steps = run.plan, run.plan.options.run.steps
     if run.step >= steps:
-        say(f"all {steps} steps are done; --steps for more, --run for another run")
+        _say(f"all {steps} steps are done; --steps for more, --run for another run")
         return
-    say("compiling the train step")
+    _say("compiling the train step")
     began = time.monotonic()
     step_fn = plan.train_step.lower().compile()
-    say(f"compiled in {time.monotonic() - began:.1f} s")
+    _say(f"compiled in {time.monotonic() - began:.1f} s")
     path = Path(plan.options.run.run, "losses.jsonl")
     with ExitStack() as stack:
         history = stack.enter_context(History(path, step=run.step, write=_first()))
@@ -200,16 +107,19 @@ def train(run: Run) -> None:
         while run.step < steps:
             run.state, metrics = step_fn(run.state, next(run.loader))
             run.step += 1
-            _save(run, last=run.step == steps)
+            stop = preemption.asked(run.step)
+            _save(run, last=stop or run.step == steps)
             late.append((run.step, metrics))
             if len(late) > 1:
                 _report(*late.popleft(), history, progress)
+            if stop:
+                break
         _report(*late.popleft(), history, progress)
-    say(_speed(plan, progress.tokens_per_second))
+    _say(_speed(plan, progress.tokens_per_second))
     run.manager.wait()
 
 
-def _save(run: Run, last: bool) -> None:
+def _save(run: _Run, last: bool) -> None:
     if last or run.manager.is_due(run.step):
         extras = {"data": run.loader.get_state(), "options": run.plan.options.identity()}
         run.manager.save(run.step, run.state, extras=extras, force=last)
@@ -221,7 +131,7 @@ def _report(step: int, metrics: Any, history: History, progress: Any) -> None:
     progress.update(step, values["cross_entropy"])
 
 
-def _progress(run: Run) -> Any:
+def _progress(run: _Run) -> Any:
     shape = run.plan.batches.shape
     return Progress(
         run.plan.options.run.steps,
@@ -248,25 +158,25 @@ def _speed(plan: Plan, tokens_per_second: float | None) -> str:
     return said if share is None else f"{said}, {share:.1%} of the chips' peak"
 
 
-# --- act 4: what came of it
+# --- act 3: what came of it
 
 
-def conclude(run: Run) -> None:
+def _conclude(run: _Run) -> None:
     """Prints the loss on held-out text beside a unigram model's, a sample, and where it is kept."""
     plan = run.plan
-    loss = evaluate(run)
+    loss = _evaluate(run)
     tokens = plan.windows.corpus.tokens
     unigram = text.unigram_loss(tokens)
-    say(f"held-out loss {loss:.3f} nats a byte; a unigram model of the same text: {unigram:.3f}")
+    _say(f"held-out loss {loss:.3f} nats a byte; a unigram model of the same text: {unigram:.3f}")
     if plan.options.run.sample > 0:
         prompt = plan.options.run.prompt
-        say(f"a sample, after {prompt!r}:")
-        for line in (prompt + sample(run)).split("\n"):
-            say(f"  | {line}")
-    say(f"checkpoint: {run.manager.directory / str(run.manager.latest_step())}")
+        _say(f"a sample, after {prompt!r}:")
+        for line in (prompt + _sample(run)).split("\n"):
+            _say(f"  | {line}")
+    _say(f"checkpoint: {run.manager.directory / str(run.manager.latest_step())}")
 
 
-def evaluate(run: Run) -> float:
+def _evaluate(run: _Run) -> float:
     """The mean loss of some batches of held-out text."""
     plan = run.plan
     step = jax.jit(make_eval_step(plan.loss))
@@ -276,7 +186,7 @@ def evaluate(run: Run) -> float:
     return sum(losses) / max(len(losses), 1)
 
 
-def sample(run: Run) -> str:
+def _sample(run: _Run) -> str:
     """Text that the model writes after the prompt."""
     plan, options = run.plan, run.plan.options.run
     # A row for each device along the batch, so that the mesh divides it; the first is shown.
@@ -292,7 +202,7 @@ def sample(run: Run) -> str:
 # --- the stage
 
 
-def say(line: str) -> None:
+def _say(line: str) -> None:
     """Prints a line, on the first process alone."""
     if _first():
         print(line, flush=True)
@@ -302,28 +212,37 @@ def _first() -> bool:
     return jax.process_index() == 0
 
 
-def _run(options: TrainOptions) -> None:
+def _execute(options: TrainOptions) -> None:
     plan = plan_run(options)
-    say(f"{plan.windows.corpus.name}: {len(plan.windows.corpus.tokens):,} bytes")
+    _say(f"{plan.windows.corpus.name}: {len(plan.windows.corpus.tokens):,} bytes")
     directory = Path(options.run.run, "checkpoints")
     with ExitStack() as stack:
+        preemption = stack.enter_context(Preemption())
         stack.enter_context(partitioning.use(plan.mesh, plan.rules))
         manager = stack.enter_context(
             CheckpointManager(directory, keep=options.run.keep, save_every=options.run.save_every)
         )
         loader = text.Loader(plan.windows, plan.batches, seed=options.run.seed)
         stack.callback(loader.close)
-        run = start(plan, manager, loader)
-        train(run)
-        conclude(run)
+        run = _start(plan, manager, loader)
+        _train(run, preemption)
+        if run.step < options.run.steps:
+            _say(f"stopped after step {run.step}, which is saved: the same command goes on")
+            sys.exit(_TERMINATED)
+        _conclude(run)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line; errors of the library are printed without a traceback, status 2."""
+    """The command line; errors of the library are printed without a traceback, status 2.
+
+    >>> main(["--preset", "fsdp_pt"])
+    Traceback (most recent call last):
+    SystemExit: 2
+    """
     options = tyro.cli(tyro.conf.OmitArgPrefixes[TrainOptions], args=argv)
     initialize_from_env()
     try:
-        _run(options)
+        _execute(options)
     except FlaxError as error:
         first = _first()
         if first:

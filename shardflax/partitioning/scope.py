@@ -60,6 +60,16 @@ class _Scope(threading.local):
 
 _scope = _Scope()
 
+# JAX looks at this when it looks for a trace: a function jitted once is traced anew under new rules.
+_traced_under: Any = jx.make_user_context(None)
+
+
+def _as_key(rules: LogicalRules | None) -> Any:
+    """The rules as something that can be compared and hashed."""
+    if rules is None or isinstance(rules, AxisRules):
+        return rules
+    return tuple((name, tuple(a) if isinstance(a, list | tuple) else a) for name, a in rules)
+
 
 def rules_in_scope() -> LogicalRules | None:
     """The rules in scope, or None where nobody set any."""
@@ -86,6 +96,7 @@ def set_logical_axis_rules(rules: LogicalRules) -> None:
     >>> set_logical_axis_rules(())
     """
     _scope.rules = rules if rules or isinstance(rules, AxisRules) else None
+    _traced_under.set_global(_as_key(_scope.rules))
 
 
 @contextmanager
@@ -98,7 +109,8 @@ def logical_axis_rules(rules: LogicalRules) -> Generator[None]:
     """
     before, _scope.rules = _scope.rules, rules
     try:
-        yield
+        with _traced_under(_as_key(rules)):
+            yield
     finally:
         _scope.rules = before
 
