@@ -1,0 +1,198 @@
+"""Axis metadata through every dim-adding transform and every nesting of two of them."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from shardflax import core
+from shardflax.partitioning import LogicallyPartitioned, Partitioned
+from tests.core.harness import OURS as nn
+from tests.core.harness import quick_key, same
+
+KEY = quick_key(0)
+BOXES = {"partitioned": Partitioned, "logical": LogicallyPartitioned}
+
+
+def boxed(box: Any, names: tuple[str, ...]) -> Any:
+    def init(key: Any, shape: Any) -> Any:
+        return box(jax.random.uniform(key, shape), names=names)
+
+    return init
+
+
+def lift(nn: Any, kind: str, target: Any, axis: int, name: str, size: int) -> Any:
+    """`target`, a class whose call is `(x) -> x`, through a transform."""
+    meta = {"partition_name": name}
+    options = {"variable_axes": {"params": axis}, "split_rngs": {"params": True}}
+    if kind == "vmap":
+        return nn.vmap(target, in_axes=None, axis_size=size, metadata_params=meta, **options)
+    if kind in ("jit", "remat"):
+        return getattr(nn, kind)(target)
+
+    class Step(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any, _: Any) -> Any:
+            return x, target(name="at")(x)
+
+    over = nn.scan(
+        Step, length=size, metadata_params=meta, check_constancy_invariants=False, **options
+    )
+
+    class Scanned(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            return over(name="at")(x, None)[1]
+
+    return Scanned
+
+
+def layer(nn: Any, init: Any) -> Any:
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            return x @ self.param("w", init, (3, 5))
+
+    return Layer
+
+
+def insert(names: tuple[Any, ...], axis: int, name: Any) -> tuple[Any, ...]:
+    at = axis if axis >= 0 else len(names) + 1 + axis
+    return (*names[:at], name, *names[at:])
+
+
+def only(tree: Any) -> Any:
+    """The one leaf (or box) of a tree."""
+    (leaf,) = jax.tree.leaves(tree, is_leaf=core.boxes.is_box)
+    return leaf
+
+
+KINDS = ["vmap", "scan", "jit", "remat"]
+NESTINGS = [
+    (inner, outer, a, b)
+    for inner, outer in itertools.product(KINDS, KINDS)
+    if {inner, outer} & {"vmap", "scan"}
+    for a, b in itertools.product((0, 1, -1), (0, 1, -1))
+    if (inner in ("vmap", "scan") or a == 0) and (outer in ("vmap", "scan") or b == 0)
+]
+
+
+@pytest.mark.parametrize(("inner", "outer", "a", "b"), NESTINGS)
+def test_names_follow_dims(inner: str, outer: str, a: int, b: int) -> None:
+    box = LogicallyPartitioned if (a + b) % 2 else Partitioned
+    names, shape = ("embed", "mlp"), (3, 5)
+    target = layer(nn, boxed(box, names))
+    bare = layer(nn, lambda key, shape: jax.random.uniform(key, shape))
+    for kind, axis, name, size in ((inner, a, "in", 2), (outer, b, "out", 4)):
+        target, bare = (lift(nn, kind, t, axis, name, size) for t in (target, bare))
+        if kind in ("vmap", "scan"):
+            names, shape = insert(names, axis, name), insert(shape, axis, size)
+
+    x = jnp.ones((2, 3))
+    abstract = only(jax.eval_shape(target().init, KEY, x))
+    assert (abstract.names, abstract.value.shape) == (names, shape)
+    variables = jax.jit(target().init)(KEY, x)
+    assert (only(variables).names, only(variables).value.shape) == (names, shape)
+    plain = core.unbox(variables)
+    np.testing.assert_array_equal(only(jax.jit(bare().init)(KEY, x)), only(plain))
+
+    def run(variables: Any) -> Any:
+        return target().apply(variables, x)
+
+    ys, grads = jax.jit(lambda v: (run(v), jax.grad(lambda v: run(v).sum())(v)))(variables)
+    assert only(grads).names == names and only(grads).value.shape == shape
+    expected = expected_output(only(plain), x, [(inner, a), (outer, b)])
+    np.testing.assert_allclose(ys, expected, rtol=1e-5)
+    np.testing.assert_array_equal(ys, jax.jit(run)(plain))
+
+
+def expected_output(w: Any, x: Any, lifts: list[tuple[str, int]]) -> Any:
+    """What raw `jax.vmap` over the same dims gives, from the outside in."""
+    fn = lambda w: x @ w  # noqa: E731
+    for kind, axis in lifts:
+        if kind in ("vmap", "scan"):
+            fn = jax.vmap(fn, in_axes=axis)
+    return fn(w)
+
+
+@pytest.mark.parametrize("kind", ["vmap", "scan"])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("init", ["with_partitioning", "with_logical_partitioning"])
+def test_same_boxes_as_linen(kind: str, axis: int, init: str) -> None:
+    def program(nn: Any) -> Any:
+        wrapped = getattr(nn, init)(nn.uniform, ("embed", "mlp"))
+        model = lift(nn, kind, layer(nn, wrapped), axis, "layers", 4)()
+        variables = model.init(KEY, jnp.ones((2, 3)))
+        grads = jax.grad(lambda v: model.apply(v, jnp.ones((2, 3))).sum())(variables)
+        return variables, grads, jax.eval_shape(model.init, KEY, jnp.ones((2, 3)))
+
+    same(program)
+
+
+@pytest.mark.parametrize("box", BOXES.values(), ids=BOXES)
+def test_no_partition_name_says_none(box: Any) -> None:
+    target = layer(nn, boxed(box, ("embed", "mlp")))
+    model = nn.vmap(
+        target,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=None,
+        axis_size=2,
+        metadata_params={nn.PARTITION_NAME: None},
+    )
+    assert only(model().init(KEY, jnp.ones((2, 3)))).names == (None, "embed", "mlp")
+
+
+def test_state_gets_names_too() -> None:
+    class Body(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any, _: Any) -> Any:
+            v = self.variable("cache", "k", lambda: Partitioned(x, ("batch", "embed")))
+            v.value = v.value + 1
+            return x, v.value
+
+    model = nn.scan(Body, {"cache": 1}, length=4, metadata_params={"partition_name": "layers"})()
+    x = jnp.ones((2, 3))
+    variables = model.init({}, x, None)
+    (_, ys), new = model.apply(variables, x, None, mutable=["cache"])
+    for made in (variables, new):
+        found = only(made)
+        assert (found.names, found.value.shape) == (("batch", "layers", "embed"), (2, 4, 3))
+    np.testing.assert_array_equal(ys, 3 * jnp.ones((4, 2, 3)))
+
+
+def test_a_collection_that_only_goes_in_keeps_its_names() -> None:
+    target = layer(nn, boxed(Partitioned, ("embed", "mlp")))
+    options = {"in_axes": None, "axis_size": 2, "metadata_params": {"partition_name": "layers"}}
+    made = nn.vmap(target, {"params": 0}, split_rngs={"params": True}, **options)()
+    variables = made.init(KEY, jnp.ones((2, 3)))
+    reader = nn.vmap(target, {"params": nn.In(0)}, **options)()
+    y = reader.apply(variables, jnp.ones((2, 3)))
+    np.testing.assert_allclose(y, made.apply(variables, jnp.ones((2, 3))))
+    assert only(variables).names == ("layers", "embed", "mlp")
+
+
+def test_result_shards_as_its_names_say() -> None:
+    mesh = jax.make_mesh((2, 4), ("stage", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    target = layer(nn, boxed(Partitioned, (None, None)))
+    model = nn.vmap(
+        layer(nn, boxed(Partitioned, (None, None))),
+        variable_axes={"params": -1},
+        split_rngs={"params": True},
+        in_axes=None,
+        axis_size=8,
+        metadata_params={"partition_name": "model"},
+    )()
+    del target
+    shapes = jax.eval_shape(model.init, KEY, jnp.ones((2, 3)))
+    specs = nn.get_partition_spec(shapes)
+    shardings = jax.tree.map(lambda s: jax.sharding.NamedSharding(mesh, s), specs)
+    variables = jax.jit(model.init, out_shardings=shardings)(KEY, jnp.ones((2, 3)))
+    value = only(variables).value
+    assert value.sharding.spec == jax.sharding.PartitionSpec(None, None, "model")
+    assert value.addressable_shards[0].data.shape == (3, 5, 2)
