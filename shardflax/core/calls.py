@@ -106,6 +106,7 @@ def wrap_method(fn: Callable[..., Any], function_target: bool = False) -> Callab
     """A method as modules have it; with `function_target`, a function that runs on a module."""
     compact = getattr(fn, "compact", False)
     name = getattr(fn, "__name__", "call")
+    suffix = "" if name == "__call__" else f".{name}"
 
     @functools.wraps(fn)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -121,7 +122,7 @@ def wrap_method(fn: Callable[..., Any], function_target: bool = False) -> Callab
         try:
             if function_target:
                 return fn(self, *args, **kwargs)
-            with jax.named_scope(_profile_name(self, name)):
+            with jax.named_scope((self.name or type(self).__name__) + suffix):
                 if context.interceptors:
                     return _intercepted(fn, self, args, kwargs)
                 return fn(self, *args, **kwargs)
@@ -133,8 +134,3 @@ def wrap_method(fn: Callable[..., Any], function_target: bool = False) -> Callab
 
     method.wrapped = True  # pyright: ignore[reportFunctionMemberAccess]
     return method
-
-
-def _profile_name(module: Any, method: str) -> str:
-    own = module.name or type(module).__name__
-    return own if method == "__call__" else f"{own}.{method}"

@@ -199,7 +199,7 @@ class Module(Crossable, _Typed):
         attrs = self.__dict__
         for name in _field_names(type(self)):
             value = attrs[name]
-            if isinstance(value, _HOLDERS):
+            if isinstance(value, _HOLDERS) and _holds_module(value):
                 attrs[name] = self._adopt(name, value)
 
     def _adopt(self, name: str, value: Any) -> Any:
@@ -324,7 +324,7 @@ class Module(Crossable, _Typed):
         return scope.variable(col, name, init_fn, *init_args, unbox=unbox, **init_kwargs)
 
     def _declares(self, name: str) -> Scope:
-        scope = self._bound()
+        scope = self.scope or self._bound()
         if isinstance(self.__dict__.get(name), Module):
             raise NameInUseError("variable", name, scope.path_text)
         return scope
@@ -494,6 +494,16 @@ class Module(Crossable, _Typed):
             return fn
         is_method = getattr(cls, getattr(fn, "__name__", ""), None) is outer
         return wrap_method(fn, function_target=not is_method)
+
+
+def _holds_module(value: Any) -> bool:
+    """True for a module, and a container with one in it at any depth."""
+    if isinstance(value, Module):
+        return True
+    for item in value.values() if isinstance(value, dict) else value:
+        if isinstance(item, _HOLDERS) and _holds_module(item):
+            return True
+    return False
 
 
 def _detach(value: Any, memo: dict[int, Any]) -> Any:

@@ -183,9 +183,13 @@ class Scope:
         Raises `NameInUseError` if it is taken: a submodule excludes all else, variables of
         different collections may share a name.
         """
-        if self.name_reserved(name, col):
+        taken = self.node.reserved.get(name)
+        if taken is None:
+            self.node.reserved[name] = {col}
+        elif self.name_reserved(name, col):
             raise NameInUseError("submodule" if col is None else "variable", name, self.path_text)
-        self.node.reserved.setdefault(name, set()).add(col)
+        else:
+            taken.add(col)
 
     def auto_name(self, prefix: str) -> str:
         """The next free `prefix_0`, `prefix_1`, ..."""
@@ -284,6 +288,11 @@ class Scope:
         params = self.collection("params")
         if name in params:
             value = params[name]
+            # The common case, and the cheap one: init_fn(key, shape, ...) and an array of that
+            # shape.  Only a tuple is a shape here: comparing with an array would be an array.
+            plain = boxes.unbox(value) if unboxed and boxes.is_box(value) else value
+            if args and type(args[0]) is tuple and getattr(plain, "shape", None) == args[0]:
+                return plain
             _check_shape(value, init_fn, args, kwargs, name, self)
         elif self.is_mutable("params"):
             value = init_fn(self.make_rng("params"), *args, **kwargs)
@@ -354,10 +363,6 @@ def _check_shape(
     scope: Scope,
 ) -> None:
     """Compares a stored parameter with its declaration."""
-    array = value.unbox() if boxes.is_box(value) else value
-    # The common case, and the cheap one: init_fn(key, shape, ...) and the shape is as declared.
-    if args and _is_array(array) and array.shape == args[0]:
-        return
     expected = _abstract_init(init_fn, args, kwargs)
     found = jax.tree.map(np.shape, jax.tree.leaves(boxes.unbox(value)))
     if found != expected:
