@@ -10,7 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from shardflax.core import Module, compact
+from shardflax.core import Module, compact, nowrap
 from shardflax.nn import _names as names
 from shardflax.nn import initializers
 from shardflax.nn._cache import KVCache, open_cache
@@ -129,6 +129,7 @@ class MultiHeadDotProductAttention(Module):
             y = filled.poison(y)
         return self._project_out(y, inputs_q.shape[-1])
 
+    @nowrap
     def _sources(self, q: Array, k: Any, v: Any, kv: Any) -> tuple[Array, Array]:
         """Where keys and values come from."""
         place = where(self)
@@ -155,6 +156,7 @@ class MultiHeadDotProductAttention(Module):
                 raise InputRankError(place, what, "(*batch, length, features)", jnp.shape(x))
         return k, v
 
+    @nowrap
     def _project(self, name: str, x: Array, width: int, length: str) -> Array:
         """The heads of `x`; `length` is the name of its length dim."""
         axes = names.activation_names(4, self.qkv_kernel_axes[1:])
@@ -176,6 +178,7 @@ class MultiHeadDotProductAttention(Module):
             name=name,
         )(x)
 
+    @nowrap
     def _normalize(self, name: str, x: Array) -> Array:
         return LayerNorm(
             name=name,
@@ -186,6 +189,7 @@ class MultiHeadDotProductAttention(Module):
             out_axes=None,
         )(x)
 
+    @nowrap
     def _options(self, deterministic: bool | None, dropout_rng: Array | None) -> dict[str, Any]:
         """The keyword arguments of `attention_fn`, but for mask and module."""
         off = True
@@ -208,12 +212,15 @@ class MultiHeadDotProductAttention(Module):
             options["attn_weights_value_einsum"] = self.attn_weights_value_einsum_cls()
         return options
 
+    @nowrap
     def _attend(
         self, query: Array, key: Array, value: Array, mask: Array | None, options: dict[str, Any]
     ) -> Array:
         """Calls `attention_fn` with those of the arguments that it knows."""
         if mask is not None:
             options["mask"] = mask
+        if self.attention_fn is dot_product_attention:
+            return dot_product_attention(query, key, value, **options)
         known = inspect.signature(self.attention_fn).parameters
         if not any(p.kind is p.VAR_KEYWORD for p in known.values()):
             if mask is not None and "mask" not in known:
@@ -223,6 +230,7 @@ class MultiHeadDotProductAttention(Module):
             options = {name: value for name, value in options.items() if name in known}
         return self.attention_fn(query, key, value, **options)
 
+    @nowrap
     def _project_out(self, x: Array, width: int) -> Array:
         return DenseGeneral(
             features=width if self.out_features is None else self.out_features,

@@ -11,7 +11,10 @@ import numpy as np
 from shardflax.nn.errors import DtypeError
 from shardflax.nn.types import Dtype
 
-__all__ = ["canonicalize_dtype", "promote_dtype"]
+__all__ = ["canonicalize_dtype", "cast", "promote_dtype"]
+
+# What arrays of one of these alone promote to is known without asking.
+_FLOATS = frozenset(np.dtype(d) for d in (jnp.float32, jnp.bfloat16, jnp.float16))
 
 
 def canonicalize_dtype(*args: Any, dtype: Dtype | None = None, inexact: bool = True) -> Dtype:
@@ -27,6 +30,9 @@ def canonicalize_dtype(*args: Any, dtype: Dtype | None = None, inexact: bool = T
     <class 'jax.numpy.bfloat16'>
     """
     if dtype is None:
+        found = {getattr(a, "dtype", None) for a in args if a is not None}
+        if len(found) == 1 and found <= _FLOATS:
+            return found.pop()
         dtype = jnp.result_type(
             *[a if hasattr(a, "dtype") else jnp.asarray(a) for a in _given(args)]
         )
@@ -48,15 +54,20 @@ def promote_dtype(*args: Any, dtype: Dtype | None = None, inexact: bool = True) 
     (dtype('float16'), None)
     """
     dtype = canonicalize_dtype(*args, dtype=dtype, inexact=inexact)
-    return [None if a is None else _cast(a, dtype) for a in args]
+    return [None if a is None else cast(a, dtype) for a in args]
 
 
 def _given(args: tuple[Any, ...]) -> list[Any]:
     return [a for a in args if a is not None]
 
 
-def _cast(x: Any, dtype: Dtype) -> Any:
-    """`jnp.asarray`, without its cost where `x` is what it would return."""
-    if isinstance(x, jax.Array) and x.dtype == np.dtype(dtype) and not x.weak_type:
+def cast(x: Any, dtype: Dtype) -> Any:
+    """`jnp.asarray(x, dtype)`, without its cost where `x` is what it would return.
+
+    >>> cast(1, jnp.bfloat16).dtype
+    dtype(bfloat16)
+    """
+    # Only arrays of JAX have a weak_type.
+    if not getattr(x, "weak_type", True) and x.dtype == dtype:
         return x
     return jnp.asarray(x, dtype)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from shardflax import partitioning
-from shardflax.core import Module, compact
+from shardflax.core import Module, compact, nowrap
 from shardflax.nn import _names as names
 from shardflax.nn import dtypes, initializers
 from shardflax.nn.errors import AxesError, where
@@ -163,6 +163,7 @@ class DenseGeneral(Module):
             return y
         return names.output(y, self.out_axes, kernel_axes[len(kernel_axes) - len(plan.features) :])
 
+    @nowrap
     def _plan(self, shape: tuple[int, ...]) -> _Plan:
         place = where(self)
         features = (self.features,) if isinstance(self.features, int) else tuple(self.features)
@@ -178,6 +179,7 @@ class DenseGeneral(Module):
             )
         return _Plan(batch, contract, features, shape)
 
+    @nowrap
     def _bias(self, plan: _Plan, kernel_axes: Names) -> Array:
         axes = self.bias_axes
         if axes is None:

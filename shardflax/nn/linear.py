@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from shardflax import partitioning
-from shardflax.core import Module, compact
+from shardflax.core import Module, compact, nowrap
 from shardflax.nn import _names as names
 from shardflax.nn import dtypes, initializers
 from shardflax.nn.errors import InputRankError, where
@@ -80,6 +80,7 @@ class Dense(Module):
             y = y + jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
         return names.output(y, self.out_axes, self.kernel_axes[1:])
 
+    @nowrap
     def _bias(self) -> Array:
         axes = names.like_kernel(self.bias_axes, self.kernel_axes, [-1])
         init = partitioning.named(self.bias_init, axes)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from shardflax import partitioning
-from shardflax.core import Module, compact
+from shardflax.core import Module, compact, nowrap
 from shardflax.nn import _names as names
 from shardflax.nn import dtypes, initializers
 from shardflax.nn.errors import MaskShapeError, where
@@ -37,8 +37,8 @@ class _Reduction(NamedTuple):
 
     def cast(self, x: Array) -> Array:
         """`x` in the dtype of its moments."""
-        dtype = jnp.result_type(x) if self.dtype is None else self.dtype
-        return jnp.asarray(x, jnp.promote_types(dtype, jnp.float32) if self.at_least_f32 else dtype)
+        dtype = x.dtype if self.dtype is None else self.dtype
+        return dtypes.cast(x, jnp.promote_types(dtype, jnp.float32) if self.at_least_f32 else dtype)
 
     def mean(self, *xs: Array) -> list[Array]:
         """The means of `xs`, in one collective where they are spread over `axis_name`."""
@@ -72,6 +72,7 @@ def _exact_moments(x: Array, over: _Reduction) -> tuple[Array, Array]:
 class _Norm(Module):
     """What both layers share: the parameters, which lie along `feature_axes`."""
 
+    @nowrap
     def reduction(self, x: Array, mask: Array | None) -> _Reduction:
         this: Any = self
         place = where(self)
@@ -86,6 +87,7 @@ class _Norm(Module):
             at_least_f32=this.force_float32_reductions,
         )
 
+    @nowrap
     def along_features(self, name: str, init: Initializer, axes: Names, x: Array) -> Array:
         """The parameter `name`, shaped to broadcast against `x`."""
         this: Any = self
@@ -151,7 +153,7 @@ class LayerNorm(_Norm):
         if self.use_bias:
             bias = self.along_features("bias", self.bias_init, self.bias_axes, x)
             y = y + bias
-        y = jnp.asarray(y, dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype))
+        y = dtypes.cast(y, dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype))
         return names.output(y, self.out_axes)
 
 
@@ -190,5 +192,5 @@ class RMSNorm(_Norm):
         if self.use_scale:
             scale = self.along_features("scale", self.scale_init, self.scale_axes, x)
             factor = factor * scale
-        y = jnp.asarray(x * factor, dtypes.canonicalize_dtype(x, scale, dtype=self.dtype))
+        y = dtypes.cast(x * factor, dtypes.canonicalize_dtype(x, scale, dtype=self.dtype))
         return names.output(y, self.out_axes)
