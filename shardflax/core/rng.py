@@ -19,7 +19,7 @@ import numpy as np
 
 from shardflax.core.errors import InvalidRngError
 
-__all__ = ["Stream", "fold", "is_key", "open_streams"]
+__all__ = ["Stream", "fold", "is_key", "is_keyless", "open_streams"]
 
 Part = str | int
 
@@ -63,6 +63,21 @@ def _digest(path: tuple[Part, ...]) -> Any:
 
 def _big_endian(count: int) -> bytes:
     return count.to_bytes((count.bit_length() + 7) // 8, "big")
+
+
+def is_keyless(init_fn: Any) -> bool:
+    """True for an initializer that is known to ignore its key.
+
+    These are JAX's `zeros` and `ones`, and what says so by an attribute `keyless`.  The count of
+    keys goes on for them too, but to fold one would take longer than to make their values.
+
+    >>> is_keyless(jax.nn.initializers.zeros), is_keyless(jax.nn.initializers.normal())
+    (True, False)
+    """
+    return init_fn is _ZEROS or init_fn is _ONES or bool(getattr(init_fn, "keyless", False))
+
+
+_ZEROS, _ONES = jax.nn.initializers.zeros, jax.nn.initializers.ones
 
 
 def is_key(x: Any) -> bool:

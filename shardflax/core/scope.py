@@ -28,7 +28,7 @@ from shardflax.core.errors import (
     did_you_mean,
 )
 from shardflax.core.names import Names
-from shardflax.core.rng import Stream
+from shardflax.core.rng import Stream, is_keyless
 
 __all__ = ["Node", "Scope", "Store", "Variable"]
 
@@ -207,13 +207,23 @@ class Scope:
 
         Raises `InvalidRngError` if it has neither.
         """
+        found, path = self._count(stream)
+        return found.draw(path)
+
+    def _init_key(self, init_fn: Callable[..., Any]) -> jax.Array:
+        """A key for an initializer; any, for one that ignores it."""
+        found, path = self._count("params")
+        return found.key if is_keyless(init_fn) else found.draw(path)
+
+    def _count(self, stream: str) -> tuple[Stream, tuple[str | int, ...]]:
+        """Counts one key more: the stream it comes from, and the path to fold in."""
         self.store.check()
         if stream not in self.store.streams:
             if "params" not in self.store.streams:
                 raise InvalidRngError(self._no_stream(stream))
             stream = "params"
         count = self.node.counts[stream] = self.node.counts.get(stream, 0) + 1
-        return self.store.streams[stream].draw((*self.path, count))
+        return self.store.streams[stream], (*self.path, count)
 
     def _no_stream(self, stream: str) -> str:
         known = did_you_mean(stream, self.store.streams) if self.store.streams else "got none."
@@ -295,7 +305,7 @@ class Scope:
                 return plain
             _check_shape(value, init_fn, args, kwargs, name, self)
         elif self.is_mutable("params"):
-            value = init_fn(self.make_rng("params"), *args, **kwargs)
+            value = init_fn(self._init_key(init_fn), *args, **kwargs)
             self.put_variable("params", name, value)
         elif not self.store.collections.get("params"):
             raise ScopeCollectionNotFound("params", name, self.path_text)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from shardflax import partitioning
 from shardflax.core import Module, compact, nowrap
+from shardflax.core.rng import is_keyless
 from shardflax.nn import _names as names
 from shardflax.nn import dtypes, initializers
 from shardflax.nn.errors import AxesError, where
@@ -32,6 +33,11 @@ class _Flattened:
 
     init: Any
     groups: tuple[int, ...]
+
+    @property
+    def keyless(self) -> bool:
+        """Whether the key is ignored: see `shardflax.core.rng.is_keyless`."""
+        return is_keyless(self.init)
 
     def __call__(self, key: Any, shape: Sequence[int], dtype: Dtype = jnp.float32) -> Any:
         flat: list[int] = []

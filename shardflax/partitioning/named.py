@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from shardflax.core.boxes import is_box
+from shardflax.core.rng import is_keyless
 from shardflax.partitioning.boxes import LogicallyPartitioned, Partitioned
 from shardflax.partitioning.defaults import DefaultNames
 from shardflax.partitioning.errors import LayoutError, NamesRankError, RepeatedNameError
@@ -40,6 +41,11 @@ class NamedInit:
 
     fn: Initializer
     names: tuple[Any, ...] | None
+
+    @property
+    def keyless(self) -> bool:
+        """Whether the key is ignored: see `shardflax.core.rng.is_keyless`."""
+        return is_keyless(self.fn)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         rules = rules_in_scope()
@@ -81,6 +87,11 @@ class LogicalInit:
     mesh: Mesh | None = None
     rules: LogicalRules | None = None
 
+    @property
+    def keyless(self) -> bool:
+        """Whether the key is ignored: see `shardflax.core.rng.is_keyless`."""
+        return is_keyless(self.fn)
+
     def __call__(self, *args: Any, **kwargs: Any) -> LogicallyPartitioned:
         rules = rules_in_scope() if self.rules is None else self.rules
         return self.box(call_initializer(self.fn, self.names, rules or (), args, kwargs))
@@ -102,6 +113,11 @@ class MeshInit:
     fn: Initializer
     names: tuple[Any, ...]
     mesh: Mesh | None = None
+
+    @property
+    def keyless(self) -> bool:
+        """Whether the key is ignored: see `shardflax.core.rng.is_keyless`."""
+        return is_keyless(self.fn)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Partitioned:
         return self.box(call_initializer(self.fn, self.names, None, args, kwargs))
