@@ -220,6 +220,8 @@ def cross(
     """Calls `fn(*args, **kwargs)`, a function of a module, through a lift."""
     unbinder = _Unbinder()
     first, rest, kwargs = (unbinder.slots(x) for x in (args[0], tuple(args[1:]), kwargs))
+    if not unbinder.found:
+        raise TransformTargetError(f"{fn!r}, called with {type(args[0]).__name__}, not a module")
     roots = unbinder.roots()
     recipes = unbinder.recipes
     if target is not None:

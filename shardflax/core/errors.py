@@ -7,8 +7,8 @@ write instead.  The names are those of Linen's catalogue.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
 
 __all__ = [
     "ApplyModuleInvalidMethodError",
@@ -17,6 +17,7 @@ __all__ = [
     "AssignSubModuleError",
     "CallCompactUnboundModuleError",
     "CallUnbindOnUnboundModuleError",
+    "DeclareOutsideOfCompactError",
     "FlaxError",
     "ImmutableVariableError",
     "IncorrectPostInitOverrideError",
@@ -192,12 +193,21 @@ class ImmutableVariableError(FlaxError):
 
 
 class ApplyScopeInvalidVariablesTypeError(FlaxError):
-    """The variables passed to `apply` are no dict of collections."""
+    """The variables passed to `apply` are no dict of collections.
+
+    >>> print(ApplyScopeInvalidVariablesTypeError([1]))
+    apply takes a dict of collections, {'params': {...}}; got list.
+    >>> print(ApplyScopeInvalidVariablesTypeError({"params": 3}))
+    apply takes a dict of collections, {'params': {...}}; got int for the collection 'params'.
+    """
 
     def __init__(self, variables: Any) -> None:
-        super().__init__(
-            f"apply takes a dict of collections, {{'params': ...}}; got {type(variables).__name__}."
-        )
+        found = type(variables).__name__
+        if isinstance(variables, Mapping):
+            items = cast("Mapping[str, Any]", variables).items()
+            col, value = next((c, v) for c, v in items if not isinstance(v, Mapping))
+            found = f"{type(value).__name__} for the collection {col!r}"
+        super().__init__(f"apply takes a dict of collections, {{'params': {{...}}}}; got {found}.")
 
 
 class ApplyScopeInvalidVariablesStructureError(FlaxError):
@@ -250,6 +260,20 @@ class CallUnbindOnUnboundModuleError(FlaxError):
         super().__init__(f"{cls} is not bound: only what module.bind(variables) gave has unbind().")
 
 
+class DeclareOutsideOfCompactError(FlaxError, ValueError):
+    """A parameter or variable is declared in a method that is neither `setup` nor compact.
+
+    >>> print(DeclareOutsideOfCompactError("kernel", "/Dense_0"))
+    at /Dense_0: 'kernel' is declared outside of setup and of a compact method. Decorate ...
+    """
+
+    def __init__(self, name: str, where: str) -> None:
+        super().__init__(
+            f"at {where}: {name!r} is declared outside of setup and of a compact method. Decorate "
+            f"the method with @nn.compact, or declare it in setup and keep it as an attribute."
+        )
+
+
 class IncorrectPostInitOverrideError(FlaxError):
     """A module overrides `__post_init__` and does not call that of its base class."""
 
@@ -258,10 +282,18 @@ class IncorrectPostInitOverrideError(FlaxError):
 
 
 class InvalidInstanceModuleError(FlaxError):
-    """`init` or `apply` is called on a class where an instance is needed."""
+    """`init` or `apply` is called on a class where an instance is needed.
 
-    def __init__(self, cls: str) -> None:
-        super().__init__(f"{cls} is a class: make an instance first, {cls}(...).init(key, x).")
+    >>> print(InvalidInstanceModuleError(3))
+    init, init_with_output and apply are methods of an instance; got int: 3. Make an ...
+    """
+
+    def __init__(self, found: Any) -> None:
+        super().__init__(
+            f"init, init_with_output and apply are methods of an instance; got "
+            f"{type(found).__name__}: {found!r}. Make an instance first: "
+            f"Model(...).init(key, x), not Model.init(key, x)."
+        )
 
 
 class MultipleMethodsCompactError(FlaxError):

@@ -22,6 +22,7 @@ from shardflax.core.errors import (
     AssignSubModuleError,
     CallCompactUnboundModuleError,
     CallUnbindOnUnboundModuleError,
+    DeclareOutsideOfCompactError,
     IncorrectPostInitOverrideError,
     MultipleMethodsCompactError,
     NameInUseError,
@@ -229,7 +230,7 @@ class Module(Crossable, _Typed):
 
     def __setattr__(self, name: str, value: Any) -> None:
         progress = self.__dict__.get("_progress")
-        if progress is None:
+        if progress is None or self.scope is None:
             object.__setattr__(self, name, value)
         elif not progress.setup:
             raise SetAttributeFrozenModuleError(type(self).__name__, name)
@@ -324,7 +325,9 @@ class Module(Crossable, _Typed):
         return scope.variable(col, name, init_fn, *init_args, unbox=unbox, **init_kwargs)
 
     def _declares(self, name: str) -> Scope:
-        scope = self.scope or self._bound()
+        scope = self._bound()
+        if not (self._progress.compact or self._progress.setup):
+            raise DeclareOutsideOfCompactError(name, scope.path_text)
         if isinstance(self.__dict__.get(name), Module):
             raise NameInUseError("variable", name, scope.path_text)
         return scope
@@ -408,15 +411,9 @@ class Module(Crossable, _Typed):
         capture_intermediates: Any = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The variables of the module for inputs like `args`; `rngs` is a key, or a dict of keys."""
-        return self.init_with_output(
-            rngs,
-            *args,
-            method=method,
-            mutable=mutable,
-            capture_intermediates=capture_intermediates,
-            **kwargs,
-        )[1]
+        """The variables of the module for inputs like `args`; `rngs` is a key or a dict of keys."""
+        fn = run.method_of(self, method)
+        return run.init(fn, self, mutable, capture_intermediates)(rngs, *args, **kwargs)
 
     def apply(
         self,

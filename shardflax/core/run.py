@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from shardflax.core.calls import context, intercept_methods
+from shardflax.core.cross import Crossable
 from shardflax.core.errors import (
     ApplyModuleInvalidMethodError,
     ApplyScopeInvalidVariablesStructureError,
@@ -41,33 +42,44 @@ def open_scope(
 def _check_variables(variables: Any) -> None:
     if not isinstance(variables, Mapping):
         raise ApplyScopeInvalidVariablesTypeError(variables)
-    params = variables.get("params")
-    if isinstance(params, Mapping) and isinstance(params.get("params"), Mapping):
+    if not all(isinstance(tree, Mapping) for tree in variables.values()):
+        raise ApplyScopeInvalidVariablesTypeError(variables)
+    if isinstance(variables.get("params", {}).get("params"), Mapping):
         raise ApplyScopeInvalidVariablesStructureError(variables)
 
 
 def method_of(module: Any, method: Any) -> Callable[..., Any]:
     """The function of a module that `method` means: a name, a method, a function, `None`.
 
-    Raises `ApplyModuleInvalidMethodError` if there is no such function.
+    Raises `ApplyModuleInvalidMethodError` for anything else, `AttributeError` for a name that the
+    module does not have.
+
+    >>> import shardflax.nn as nn
+    >>> method_of(nn.Dense(2), "__call__") is nn.Dense.__call__
+    True
     """
-    if isinstance(module, type):
-        raise InvalidInstanceModuleError(module.__name__)
-    cls = type(module)
+    if not isinstance(module, Crossable):
+        raise InvalidInstanceModuleError(module)
     if method is None:
-        method = "__call__"
+        return type(module).__call__
     if isinstance(method, str):
-        found = getattr(cls, method, None)
-        if not callable(found):
-            found = getattr(module, method, None)  # a submodule in a field
-        if not callable(found):
-            raise ApplyModuleInvalidMethodError(method, module)
-        if isinstance(getattr(cls, method, None), Callable):
-            return found
-        return lambda m, *args, **kwargs: getattr(m, method)(*args, **kwargs)
+        return _method_named(module, method)
     if not callable(method):
         raise ApplyModuleInvalidMethodError(method, module)
     return getattr(method, "__func__", method)
+
+
+def _method_named(module: Any, name: str) -> Callable[..., Any]:
+    found = getattr(type(module), name, None)
+    if callable(found):
+        return found
+    if not callable(getattr(module, name)):
+        raise ApplyModuleInvalidMethodError(name, module)
+    # A submodule in a field: that of the module which is bound.
+    return lambda bound, *args, **kwargs: getattr(bound, name)(*args, **kwargs)
+
+
+_NOTHING = contextlib.nullcontext()
 
 
 def _run(
@@ -84,9 +96,6 @@ def _run(
     finally:
         context.stack = outer
         scope.store.live = False
-
-
-_NOTHING = contextlib.nullcontext()
 
 
 def _is_call(module: Any, method_name: str) -> bool:

@@ -167,7 +167,7 @@ def same_error(program: Program, name: str) -> str:
     """Asserts that both raise an error of the class `name`; returns our message."""
     with pytest.raises(Exception) as theirs:
         program(THEIRS)
-    assert type(theirs.value).__name__ == name
+    assert type(theirs.value).__name__ == name, repr(theirs.value)
     with pytest.raises(Exception) as ours:
         program(OURS)
     assert type(ours.value).__name__ == name, ours.value
