@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -341,21 +341,23 @@ def jit(
     # nodes come back in the tree structure too, so a cache hit brings them as tracing did.
     def entry(static: staging.Static, state: State, *args: Any, **kwargs: Any) -> Any:
         nodes: list[Any] = []
-        pure = _retargeted(static.value, nodes.append)
+        pure: Pure = replace(static.value, traced=nodes.append)
         result = pure(state, *args, **kwargs)
         return result, staging.Static(nodes[-1])
 
     options = {"device": device, "backend": backend}
     jitted = jax.jit(
         entry,
-        static_argnums=_shifted(static_argnums, 1),
+        static_argnums=_argnums(static_argnums, before=1),
         static_argnames=static_argnames or None,
-        donate_argnums=_shifted(donate_argnums, 1),
+        donate_argnums=_argnums(donate_argnums, before=1),
         **{name: value for name, value in options.items() if value is not None},
     )
 
     def run(pure: Pure, state: State, *args: Any, **kwargs: Any) -> tuple[Any, Groups]:
-        result, nodes = jitted(staging.Static(pure), state, *args, **kwargs)
+        # The compilation outlives this call: it must not keep the scopes outside alive.
+        key = staging.Static(replace(pure, traced=_ignore))
+        result, nodes = jitted(key, state, *args, **kwargs)
         pure.traced(nodes.value)
         return result
 
@@ -363,15 +365,18 @@ def jit(
     return Lift(run, group, group, Names.of(rngs), rekey=True)
 
 
-def _retargeted(pure: Pure, traced: Callable[[Any], None]) -> Pure:
-    return Pure(pure.fn, pure.entries, pure.outs, traced)
+def _ignore(nodes: Any) -> None:
+    """Stands for `Pure.traced` where nobody waits for it."""
 
 
-def _shifted(argnums: int | Iterable[int], by: int) -> tuple[int, ...]:
-    """Users count the module as argument 0; `by` is where it stands among ours, plus one... less
-    the module itself."""
+def _argnums(argnums: int | Iterable[int], before: int) -> tuple[int, ...]:
+    """Users' positions of arguments, as positions in a call of a transformed pure function.
+
+    Users count the module as argument 0.  There, the state stands in its place, after `before`
+    arguments of ours.
+    """
     nums = (argnums,) if isinstance(argnums, int) else tuple(argnums)
-    return tuple(n + by if n >= 0 else n for n in nums)
+    return tuple(n + before if n >= 0 else n for n in nums)
 
 
 # --- remat
@@ -402,7 +407,7 @@ def remat(
     policy: Any = None,
 ) -> Lift:
     """`jax.checkpoint`."""
-    nums = _shifted(static_argnums, 0)
+    nums = _argnums(static_argnums, before=0)
     policy = remat_policy(policy)
 
     def run(pure: Pure, state: State, *args: Any, **kwargs: Any) -> tuple[Any, Groups]:
