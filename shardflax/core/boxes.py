@@ -60,7 +60,11 @@ def map_boxes(fn: Callable[[AxisMetadata], Any], tree: Any) -> Any:
     >>> map_boxes(lambda box: box.unbox(), {"a": 1.0})
     {'a': 1.0}
     """
-    return jax.tree.map(lambda x: fn(x) if is_box(x) else x, tree, is_leaf=is_box)
+
+    def visit(x: Any) -> Any:
+        return fn(x) if is_box(x) else x
+
+    return jax.tree.map(visit, tree, is_leaf=is_box)
 
 
 def unbox(tree: Any) -> Any:
@@ -92,7 +96,7 @@ def rebox(tree: Any, values: Any) -> Any:
 def add_axis(tree: Any, index: int, params: Mapping[Any, Any]) -> Any:
     """Tells every box of `tree` that its value gained a dim at `index`.
 
-    A negative `index` counts from the end of the array *with* the new dim.
+    The values have it already; a negative `index` counts from their end.
 
     >>> from shardflax.partitioning import Partitioned
     >>> import jax.numpy as jnp
@@ -100,7 +104,7 @@ def add_axis(tree: Any, index: int, params: Mapping[Any, Any]) -> Any:
     >>> add_axis(w, 0, {"partition_name": "layers"}).names
     ('layers', 'embed', 'mlp')
     """
-    return map_boxes(lambda box: box.add_axis(_dim(box, index, 0), params), tree)
+    return map_boxes(lambda box: box.add_axis(_dim(box, index), params), tree)
 
 
 def remove_axis(tree: Any, index: int, params: Mapping[Any, Any]) -> Any:
@@ -112,11 +116,11 @@ def remove_axis(tree: Any, index: int, params: Mapping[Any, Any]) -> Any:
     >>> remove_axis(w, -2, {"partition_name": "layers"}).names
     ('embed',)
     """
-    return map_boxes(lambda box: box.remove_axis(_dim(box, index, 0), params), tree)
+    return map_boxes(lambda box: box.remove_axis(_dim(box, index), params), tree)
 
 
-def _dim(box: AxisMetadata, index: int, extra: int) -> int:
+def _dim(box: AxisMetadata, index: int) -> int:
     """`index` counted from the front, so that no box ever sees a negative one."""
     if index >= 0:
         return index
-    return index + len(jax.tree.leaves(unbox(box))[0].shape) + extra
+    return index + len(jax.tree.leaves(unbox(box))[0].shape)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +54,7 @@ class InterceptorContext:
 
 
 @contextlib.contextmanager
-def intercept_methods(interceptor: Callable[..., Any]) -> Iterator[None]:
+def intercept_methods(interceptor: Callable[..., Any]) -> Generator[None]:
     """Within this context, method calls of modules go through `interceptor`.
 
     `interceptor(next_fun, args, kwargs, context)` returns what the call returns;
@@ -95,7 +95,8 @@ def run_setup(module: Any) -> None:
     context.stack.append(module)
     try:
         if context.interceptors:
-            _intercepted(type(module).setup, module, (), {})
+            cls: Any = type(module)
+            _intercepted(cls.setup, module, (), {})
         else:
             module.setup()
     finally:
@@ -132,5 +133,5 @@ def wrap_method(fn: Callable[..., Any], function_target: bool = False) -> Callab
                 progress.compact = False
                 self.scope.node.rewind()
 
-    method.wrapped = True  # pyright: ignore[reportFunctionMemberAccess]
+    vars(method)["wrapped"] = True
     return method

@@ -12,7 +12,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import jax
 
@@ -138,7 +138,11 @@ class _Unbinder:
         """`tree` with slots for modules and variables."""
         if not isinstance(tree, Crossable | Variable | tuple | list | dict):
             return tree
-        return jax.tree.map(lambda x: self._slot(x) if _crosses(x) else x, tree, is_leaf=_crosses)
+
+        def visit(x: Any) -> Any:
+            return self._slot(x) if _crosses(x) else x
+
+        return jax.tree.map(visit, tree, is_leaf=_crosses)
 
     def _slot(self, x: Any) -> _Slot:
         i = self.index.get(id(x))
@@ -151,7 +155,7 @@ class _Unbinder:
 
     def _recipe(self, x: Any) -> Any:
         if isinstance(x, Variable):
-            return _VariableRecipe(x.collection, x.name, x._unbox, _Place(-1, ()))
+            return _VariableRecipe(x.collection, x.name, x.unbox, _Place(-1, ()))
         if x.scope is None:
             return _Constant(x)
         x._before_crossing()
@@ -180,6 +184,10 @@ def _place(roots: list[Scope], scope: Scope) -> _Place | None:
     return None
 
 
+def _is_slot(x: Any) -> bool:
+    return isinstance(x, _Slot)
+
+
 def _crosses(x: Any) -> bool:
     return isinstance(x, Crossable | Variable)
 
@@ -198,11 +206,10 @@ class _Inside:
         built: dict[int, Any] = {}
 
         def fill(tree: Any) -> Any:
-            return jax.tree.map(
-                lambda x: get(x.index) if isinstance(x, _Slot) else x,
-                tree,
-                is_leaf=lambda x: isinstance(x, _Slot),
-            )
+            return jax.tree.map(visit, tree, is_leaf=_is_slot)
+
+        def visit(x: Any) -> Any:
+            return get(x.index) if isinstance(x, _Slot) else x
 
         def get(i: int) -> Any:
             if i not in built:
@@ -210,7 +217,9 @@ class _Inside:
             return built[i]
 
         first = fill(self.first)
-        fn = type(first)._inner_call(self.fn, self.outer) if _crosses(first) else self.fn
+        fn = self.fn
+        if isinstance(first, Crossable):
+            fn = first._inner_call(fn, self.outer)
         return fn(first, *fill(args), **fill(kwargs))
 
 
@@ -275,7 +284,7 @@ def lifted(factory: Callable[..., Lift], prefix: str) -> Lifted:
         *signature.parameters.values(),
         inspect.Parameter("methods", inspect.Parameter.KEYWORD_ONLY, default=None),
     ]
-    transform.__signature__ = signature.replace(parameters=extra)  # pyright: ignore
+    vars(transform)["__signature__"] = signature.replace(parameters=extra)
     return transform
 
 
@@ -286,7 +295,7 @@ def _lift_class(
     names = ("__call__",) if methods is None else methods
     names = (names,) if isinstance(names, str) else tuple(names)
     try:
-        return _cached_class(target, factory, prefix, names, _Frozen.of(args), _Frozen.of(kwargs))
+        return _cached_class(target, factory, prefix, names, _Frozen(args), _Frozen(kwargs))
     except TypeError:  # an option is not hashable
         return _new_class(target, prefix, names, factory(*args, **kwargs))
 
@@ -298,8 +307,6 @@ class _Frozen:
         self.value = value
         self.key = _key(value)
 
-    of = classmethod(lambda cls, value: cls(value))
-
     def __hash__(self) -> int:
         return hash(self.key)
 
@@ -309,10 +316,12 @@ class _Frozen:
 
 def _key(value: Any) -> Any:
     if isinstance(value, dict):
-        return ("dict", tuple((_key(k), _key(v)) for k, v in value.items()))
+        items = cast("dict[Any, Any]", value).items()
+        return ("dict", tuple((_key(k), _key(v)) for k, v in items))
     if isinstance(value, list | tuple):
-        return (type(value), tuple(_key(v) for v in value))
-    return (type(value), value)
+        items = cast("list[Any]", value)
+        return (type(items), tuple(_key(v) for v in items))
+    return (cast("type[Any]", type(value)), value)
 
 
 @functools.lru_cache(maxsize=512)
@@ -338,5 +347,5 @@ def _lift_function(fn: Callable[..., Any], lift: Lift, target: Any = None) -> An
             raise TransformTargetError(f"{fn!r}, called without a module")
         return cross(lift, fn, lifted_fn, target, args, kwargs)
 
-    lifted_fn.lifted = True  # pyright: ignore[reportFunctionMemberAccess]
+    vars(lifted_fn)["lifted"] = True
     return lifted_fn

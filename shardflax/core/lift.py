@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 
@@ -209,9 +209,10 @@ class Pure:
 def copy_dicts(tree: Any) -> Any:
     """A copy of the dicts of `tree`, sharing its arrays."""
     if isinstance(tree, dict):
-        return {name: copy_dicts(child) for name, child in tree.items()}
+        return {name: copy_dicts(child) for name, child in cast("dict[str, Any]", tree).items()}
     if isinstance(tree, Mapping):
-        return {name: copy_dicts(tree[name]) for name in tree}
+        mapping = cast("Mapping[str, Any]", tree)
+        return {name: copy_dicts(mapping[name]) for name in mapping}
     return tree
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from types import FunctionType
-from typing import Any, ClassVar, TypeVar, dataclass_transform
+from typing import Any, ClassVar, TypeVar, cast, dataclass_transform
 
 import jax
 
@@ -30,7 +30,7 @@ from shardflax.core.errors import (
     SetAttributeFrozenModuleError,
     SetAttributeInModuleSetupError,
 )
-from shardflax.core.names import CollectionFilter, DenyList
+from shardflax.core.names import CollectionFilter
 from shardflax.core.scope import Scope, Variable
 
 __all__ = ["Module", "compact", "nowrap"]
@@ -119,7 +119,7 @@ class Module(Crossable, _Typed):
     parent: Any = dataclasses.field(default=_UNSET, kw_only=True, repr=False, compare=False)
     name: str | None = dataclasses.field(default=None, kw_only=True)
 
-    scope: ClassVar[Scope | None] = None
+    scope = None
     _progress: ClassVar[_Progress]
 
     # --- classes
@@ -393,7 +393,7 @@ class Module(Crossable, _Typed):
         rngs: Any,
         *args: Any,
         method: Any = None,
-        mutable: CollectionFilter = DenyList("intermediates"),
+        mutable: CollectionFilter = run.INIT_MUTABLE,
         capture_intermediates: Any = False,
         **kwargs: Any,
     ) -> tuple[Any, dict[str, Any]]:
@@ -407,7 +407,7 @@ class Module(Crossable, _Typed):
         rngs: Any,
         *args: Any,
         method: Any = None,
-        mutable: CollectionFilter = DenyList("intermediates"),
+        mutable: CollectionFilter = run.INIT_MUTABLE,
         capture_intermediates: Any = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
@@ -506,17 +506,18 @@ def _holds_module(value: Any) -> bool:
 def _detach(value: Any, memo: dict[int, Any]) -> Any:
     """`value` with a copy that belongs to no run in the place of each bound module in it."""
     if isinstance(value, Module):
-        return value if value.scope is None else value._detached(memo)
+        return value if value.scope is None else Module._detached(value, memo)
     return _map_items(value, lambda _, item: _detach(item, memo))
 
 
 def _map_items(value: Any, fn: Callable[[Any, Any], Any]) -> Any:
     """Applies `fn(key, item)` to the items of a list, tuple or dict; leaves other values alone."""
     if isinstance(value, dict):
-        return {k: fn(k, v) for k, v in value.items()}
+        return {k: fn(k, v) for k, v in cast("dict[Any, Any]", value).items()}
     if isinstance(value, list | tuple):
-        items = [fn(i, v) for i, v in enumerate(value)]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        items = [fn(i, v) for i, v in enumerate(cast("list[Any]", value))]
+        cls: Any = cast("Any", value).__class__
+        return cls(*items) if hasattr(cls, "_fields") else cls(items)
     return value
 
 

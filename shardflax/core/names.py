@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any, cast
 
 from shardflax.core.errors import InvalidFilterError
 
@@ -57,9 +58,7 @@ class Names:
             return cls(frozenset((spec,)))
         if isinstance(spec, DenyList):
             return ~cls.of(spec.deny)
-        if isinstance(spec, Collection):
-            return cls(frozenset(spec))
-        raise InvalidFilterError(spec)
+        return cls(_checked(spec))
 
     def __contains__(self, name: str) -> bool:
         return (name in self.items) != self.cofinite
@@ -84,6 +83,12 @@ class Names:
 
     def __sub__(self, other: Names) -> Names:
         return self & ~other
+
+
+def _checked(spec: Any) -> frozenset[str]:
+    if isinstance(spec, Collection):
+        return frozenset(cast("Collection[str]", spec))
+    raise InvalidFilterError(spec)
 
 
 ALL = Names(frozenset(), cofinite=True)

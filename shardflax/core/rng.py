@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -106,10 +106,11 @@ def open_streams(rngs: Any) -> dict[str, Stream]:
         return {}
     if not isinstance(rngs, Mapping):
         rngs = {"params": rngs}
-    for name, key in rngs.items():
+    keys = cast("Mapping[str, Any]", rngs)
+    for name, key in keys.items():
         if not is_key(key):
             raise InvalidRngError(
                 f"the stream {name!r} is seeded with {key!r}; expected a key: "
                 f"jax.random.key(seed), or a dict of streams to keys."
             )
-    return {name: Stream(key) for name, key in rngs.items()}
+    return {name: Stream(key) for name, key in keys.items()}

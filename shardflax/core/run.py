@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from shardflax.core.calls import context, intercept_methods
 from shardflax.core.cross import Crossable
@@ -20,13 +20,15 @@ from shardflax.core.names import CollectionFilter, DenyList, Names
 from shardflax.core.rng import open_streams
 from shardflax.core.scope import Scope, Store
 
-__all__ = ["apply", "init", "init_with_output", "method_of", "open_scope"]
+__all__ = ["INIT_MUTABLE", "apply", "init", "init_with_output", "method_of", "open_scope"]
+
+INIT_MUTABLE = DenyList("intermediates")  # what may change in init unless said otherwise
 
 
 def open_scope(
     variables: Mapping[str, Any],
     rngs: Any,
-    mutable: CollectionFilter,
+    mutable: CollectionFilter | Names,
     flags: Mapping[str, Any] | None = None,
 ) -> Scope:
     """The root scope of a new run.
@@ -39,9 +41,10 @@ def open_scope(
     return Scope(Store(collections, open_streams(rngs), names, (), flags))
 
 
-def _check_variables(variables: Any) -> None:
-    if not isinstance(variables, Mapping):
-        raise ApplyScopeInvalidVariablesTypeError(variables)
+def _check_variables(given: Any) -> None:
+    if not isinstance(given, Mapping):
+        raise ApplyScopeInvalidVariablesTypeError(given)
+    variables = cast("Mapping[str, Any]", given)
     if not all(isinstance(tree, Mapping) for tree in variables.values()):
         raise ApplyScopeInvalidVariablesTypeError(variables)
     if isinstance(variables.get("params", {}).get("params"), Mapping):
@@ -61,7 +64,7 @@ def method_of(module: Any, method: Any) -> Callable[..., Any]:
     if not isinstance(module, Crossable):
         raise InvalidInstanceModuleError(module)
     if method is None:
-        return type(module).__call__
+        return _method_named(module, "__call__")
     if isinstance(method, str):
         return _method_named(module, method)
     if not callable(method):
@@ -75,8 +78,12 @@ def _method_named(module: Any, name: str) -> Callable[..., Any]:
         return found
     if not callable(getattr(module, name)):
         raise ApplyModuleInvalidMethodError(name, module)
+
     # A submodule in a field: that of the module which is bound.
-    return lambda bound, *args, **kwargs: getattr(bound, name)(*args, **kwargs)
+    def call(bound: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(bound, name)(*args, **kwargs)
+
+    return call
 
 
 _NOTHING = contextlib.nullcontext()
@@ -147,7 +154,7 @@ def apply(
 def init_with_output(
     fn: Callable[..., Any],
     module: Any,
-    mutable: CollectionFilter = DenyList("intermediates"),
+    mutable: CollectionFilter = INIT_MUTABLE,
     capture_intermediates: Any = False,
 ) -> Callable[..., tuple[Any, dict[str, Any]]]:
     """`fn(module, *args)` as a pure function of `(rngs, *args)`: its result and the variables.
@@ -171,7 +178,7 @@ def init_with_output(
 def init(
     fn: Callable[..., Any],
     module: Any,
-    mutable: CollectionFilter = DenyList("intermediates"),
+    mutable: CollectionFilter = INIT_MUTABLE,
     capture_intermediates: Any = False,
 ) -> Callable[..., dict[str, Any]]:
     """`init_with_output` without the output.
@@ -182,4 +189,8 @@ def init(
     ['bias', 'kernel']
     """
     both = init_with_output(fn, module, mutable, capture_intermediates)
-    return lambda rngs, *args, **kwargs: both(rngs, *args, **kwargs)[1]
+
+    def call(rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return both(rngs, *args, **kwargs)[1]
+
+    return call

@@ -240,7 +240,7 @@ class Scope:
         found = self._reads.get(col)
         if found is not None:
             return found
-        found = self.store.collections.get(col) or {}
+        found: Any = self.store.collections.get(col) or {}
         for name in self.path:
             found = found.get(name)
             if found is None:
@@ -328,24 +328,24 @@ class Variable:
     (5, {'state': {'count': 5}})
     """
 
-    __slots__ = ("_unbox", "collection", "name", "scope")
+    __slots__ = ("collection", "name", "scope", "unbox")
 
     def __init__(self, scope: Scope, collection: str, name: str, unbox: bool = True) -> None:
         self.scope = scope
         self.collection = collection
         self.name = name
-        self._unbox = unbox
+        self.unbox = unbox
 
     @property
     def value(self) -> Any:
         """The value; without its box if the variable was made with `unbox=True`."""
         value = self.scope.get_variable(self.collection, self.name)
-        return boxes.unbox(value) if self._unbox else value
+        return boxes.unbox(value) if self.unbox else value
 
     @value.setter
     def value(self, value: Any) -> None:
         old = self.scope.get_variable(self.collection, self.name)
-        if self._unbox and old is not None and not _is_array(old):
+        if self.unbox and old is not None and not _is_array(old):
             value = _rebox_like(old, value)
         self.scope.put_variable(self.collection, self.name, value)
 
@@ -398,6 +398,8 @@ def _cached_abstract_init(
 def _shapes(
     init_fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[tuple[int, ...]]:
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    tree = jax.eval_shape(lambda k: init_fn(k, *args, **kwargs), key)
+    def init(key: Any) -> Any:
+        return init_fn(key, *args, **kwargs)
+
+    tree = staging.jx.eval_shape(init, staging.jx.eval_shape(lambda: jax.random.key(0)))
     return [leaf.shape for leaf in jax.tree.leaves(boxes.unbox(tree))]

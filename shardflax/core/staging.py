@@ -9,7 +9,10 @@ from typing import Any
 import jax
 import jax.extend.core as jex
 
-__all__ = ["Static", "current_trace", "hoist"]
+__all__ = ["Static", "current_trace", "hoist", "jx"]
+
+_jex: Any = jex
+jx: Any = jax  # JAX as an untyped value: some of its functions are half typed
 
 
 @jax.tree_util.register_static
@@ -33,30 +36,30 @@ def current_trace() -> Any:
     >>> _ = jax.jit(lambda x: print(current_trace() == outside))(1.0)
     False
     """
-    return jex.get_opaque_trace_state(convention="flax")
+    return _jex.get_opaque_trace_state(convention="flax")
 
 
 def hoist(
     body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any
 ) -> tuple[Any, Callable[[Any, Any], Any], list[str]]:
-    """Splits `body(carry, xs) -> (changing, invariant)` into what a loop needs to do once and a step.
+    """Splits a loop body into what needs to be done once and a step.
 
-    `carry` and `xs` hold shapes (`jax.ShapeDtypeStruct`); the body is traced once.  Returns the
+    `body(carry, xs)` gives `(changing, invariant)`; `carry` and `xs` hold shapes (`jax.ShapeDtypeStruct`); the body is traced once.  Returns the
     invariant values, a function `step(carry, xs) -> changing`, and the paths of those leaves that
     were to be invariant and are not (the values and the step are then meaningless).
     """
-    closed, (changing, invariant) = jax.make_jaxpr(body, return_shape=True)(carry, xs)
+    closed, (changing, invariant) = jx.make_jaxpr(body, return_shape=True)(carry, xs)
     jaxpr = closed.jaxpr
-    n_changing = len(jax.tree.leaves(changing))
+    n_changing = len(jx.tree.leaves(changing))
     varying = _reachable(jaxpr)
     inside = [eqn for eqn in jaxpr.eqns if eqn.effects or varying.intersection(eqn.outvars)]
     outside = [
         eqn for eqn in jaxpr.eqns if not eqn.effects and not varying.intersection(eqn.outvars)
     ]
-    paths, treedef = jax.tree.flatten_with_path(invariant)
+    paths, treedef = jx.tree.flatten_with_path(invariant)
     invariant_vars = jaxpr.outvars[n_changing:]
     bad = [
-        jax.tree_util.keystr(path)
+        jx.tree_util.keystr(path)
         for (path, _), var in zip(paths, invariant_vars, strict=True)
         if isinstance(var, jex.Var) and var in varying
     ]
@@ -66,20 +69,20 @@ def hoist(
     shared = [v for v in made if any(v in _inputs(eqn) for eqn in inside)]
     shared += [v for v in jaxpr.outvars[:n_changing] if v in made and v not in shared]
     once = _part(jaxpr, outside, jaxpr.constvars, [*invariant_vars, *shared])
-    values = jax.core.eval_jaxpr(once, closed.consts)
+    values = jx.core.eval_jaxpr(once, closed.consts)
     n = len(invariant_vars)
     rest = _part(jaxpr, inside, jaxpr.constvars, jaxpr.outvars[:n_changing])
     rest = rest.replace(
         invars=[*shared, *jaxpr.invars],
         debug_info=_debug(jaxpr, len(shared) + len(jaxpr.invars), n_changing),
     )
-    tree = jax.tree.structure(changing)
+    tree = jx.tree.structure(changing)
 
     def step(carry: Any, xs: Any) -> Any:
-        flat = jax.core.eval_jaxpr(rest, closed.consts, *values[n:], *jax.tree.leaves((carry, xs)))
-        return jax.tree.unflatten(tree, flat)
+        flat = jx.core.eval_jaxpr(rest, closed.consts, *values[n:], *jx.tree.leaves((carry, xs)))
+        return jx.tree.unflatten(tree, flat)
 
-    return jax.tree.unflatten(treedef, values[:n]), step, []
+    return jx.tree.unflatten(treedef, values[:n]), step, []
 
 
 def _part(jaxpr: Any, eqns: list[Any], constvars: Any, outvars: list[Any]) -> Any:

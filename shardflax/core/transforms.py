@@ -100,10 +100,10 @@ def _spread(axes: Any, tree: Any) -> list[Any]:
     out: list[Any] = []
 
     def put(axis: Any, subtree: Any) -> None:
-        out.extend([axis] * len(jax.tree.leaves(subtree)))
+        out.extend([axis] * len(staging.jx.tree.leaves(subtree)))
 
     axes = tuple(axes) if isinstance(axes, list) and isinstance(tree, tuple) else axes
-    jax.tree.map(put, axes, tree, is_leaf=lambda a: a is None or a is broadcast)
+    staging.jx.tree.map(put, axes, tree, is_leaf=lambda a: a is None or a is broadcast)
     return out
 
 
@@ -132,7 +132,7 @@ def _state_dims(groups: tuple[Group, ...], state: State) -> list[tuple[Any, Any]
     return [
         (group.axis, leaf)
         for group, trees in zip(groups, state.groups, strict=True)
-        for leaf in jax.tree.leaves(trees)
+        for leaf in staging.jx.tree.leaves(trees)
     ]
 
 
@@ -154,7 +154,7 @@ def vmap(
     splits = _Splits.of(split_rngs)
 
     def run(pure: Pure, state: State, *args: Any, **kwargs: Any) -> tuple[Any, Groups]:
-        dims = [*zip(_spread(in_axes, args), jax.tree.leaves(args), strict=True)]
+        dims = [*zip(_spread(in_axes, args), staging.jx.tree.leaves(args), strict=True)]
         size = _size("vmap", axis_size, [*dims, *_state_dims(ins, state)])
         split, kept = splits.apply(state.keys, size)
 
@@ -201,7 +201,7 @@ def scan(
 
     def run(pure: Pure, state: State, carry: Any, *args: Any, **kwargs: Any) -> tuple[Any, Groups]:
         axes = _spread(in_axes, args)
-        leaves, treedef = jax.tree.flatten(args)
+        leaves, treedef = staging.jx.tree.flatten(args)
         size = _size("scan", length, [*zip(axes, leaves, strict=True), *_scanned(ins, state)])
         split, kept = splits.apply(state.keys, size)
         body = _Body(pure, treedef, axes, leaves, out_axes, kept, kwargs, data_transform)
@@ -236,7 +236,7 @@ def _move(groups: Any, axes: list[Any], to_front: bool) -> Any:
         return lambda x: jnp.moveaxis(x, axis, 0) if to_front else jnp.moveaxis(x, 0, axis)
 
     return tuple(
-        g if axis == 0 else jax.tree.map(move(axis), g)
+        g if axis == 0 else staging.jx.tree.map(move(axis), g)
         for g, axis in zip(groups, axes, strict=True)
     )
 
@@ -271,13 +271,13 @@ class _Body:
         leaves = [
             next(items) if _is_axis(a) else x for a, x in zip(self.axes, self.leaves, strict=True)
         ]
-        args = jax.tree.unflatten(self.treedef, leaves)
+        args = staging.jx.tree.unflatten(self.treedef, leaves)
         (carry, y), out = self.pure(state, carry, *args, **self.kwargs)
         ys, fixed = self._split_outputs(y)
         return ((out[1], carry), (ys, out[2:])), (out[0], fixed)
 
     def _split_outputs(self, y: Any) -> tuple[list[Any], list[Any]]:
-        leaves, treedef = jax.tree.flatten(y)
+        leaves, treedef = staging.jx.tree.flatten(y)
         axes = _spread(self.out_axes, y)
         self.out = (treedef, axes)
         pairs = [*zip(axes, leaves, strict=True)]
@@ -287,7 +287,7 @@ class _Body:
         treedef, axes = self.out
         stacked, single = iter(ys), iter(fixed)
         leaves = [jnp.moveaxis(next(stacked), 0, a) if _is_axis(a) else next(single) for a in axes]
-        return jax.tree.unflatten(treedef, leaves)
+        return staging.jx.tree.unflatten(treedef, leaves)
 
 
 def _is_axis(axis: Any) -> bool:
@@ -303,12 +303,15 @@ def _hoist(body: _Body, pure: Pure, out_axes: Any, carry: Any, xs: Any) -> tuple
         any(c in e.mutable for c in cols) or (e.mutable & pure.outs[0])
         for cols, e in zip(body.broadcast, pure.entries, strict=True)
     )
-    fixed_output = any(not _is_axis(a) for a in jax.tree.leaves(out_axes, is_leaf=_is_none))
+    fixed_output = any(not _is_axis(a) for a in staging.jx.tree.leaves(out_axes, is_leaf=_is_none))
     if not writes and not fixed_output:
         nothing = (tuple({} for _ in pure.entries), [])
         return nothing, lambda carry, xs: body(carry, xs)[0]
 
-    abstract = jax.tree.map(_abstract, carry), jax.tree.map(lambda x: _abstract(x[0]), xs)
+    abstract = (
+        staging.jx.tree.map(_abstract, carry),
+        staging.jx.tree.map(lambda x: _abstract(x[0]), xs),
+    )
     invariant, step, varying = staging.hoist(body, *abstract)
     if varying:
         raise LoopVariantBroadcastError(varying)
@@ -320,7 +323,7 @@ def _is_none(x: Any) -> bool:
 
 
 def _abstract(x: Any) -> Any:
-    return jax.eval_shape(lambda: x)
+    return staging.jx.eval_shape(lambda: x)
 
 
 # --- jit
@@ -346,7 +349,7 @@ def jit(
         return result, staging.Static(nodes[-1])
 
     options = {"device": device, "backend": backend}
-    jitted = jax.jit(
+    jitted = staging.jx.jit(
         entry,
         static_argnums=_argnums(static_argnums, before=1),
         static_argnames=static_argnames or None,
@@ -411,7 +414,7 @@ def remat(
     policy = remat_policy(policy)
 
     def run(pure: Pure, state: State, *args: Any, **kwargs: Any) -> tuple[Any, Groups]:
-        checkpointed = jax.checkpoint(
+        checkpointed = staging.jx.checkpoint(
             pure, prevent_cse=prevent_cse, static_argnums=nums, policy=policy
         )
         return checkpointed(state, *args, **kwargs)

@@ -121,9 +121,7 @@ def scan_broadcast_mutable(nn: Any) -> Any:
             w = self.param("w", nn.uniform, (3,))
             return c + table.value * w, c * x
 
-    model = nn.scan(
-        Body, variable_broadcast=["params", "consts"], split_rngs={"params": False}
-    )
+    model = nn.scan(Body, variable_broadcast=["params", "consts"], split_rngs={"params": False})
     return given(model(), X, XS)
 
 
@@ -226,9 +224,7 @@ def scan_nested(nn: Any) -> Any:
             x = nn.Drop()(x)
             return inner()(nn.Lin()(x), None)
 
-    model = nn.scan(
-        Mid, axes, split_rngs={"params": True, "dropout": False}, length=3, **FIXED
-    )
+    model = nn.scan(Mid, axes, split_rngs={"params": True, "dropout": False}, length=3, **FIXED)
     return both(model(), X, None)
 
 
@@ -237,9 +233,7 @@ def scan_method_decorator(nn: Any) -> Any:
     class M(nn.Module):
         features: int = 3
 
-        @functools.partial(
-            nn.scan, variable_broadcast="params", split_rngs={"params": False}
-        )
+        @functools.partial(nn.scan, variable_broadcast="params", split_rngs={"params": False})
         @nn.compact
         def __call__(self, c: Any, x: Any) -> Any:
             c = nn.Lin(self.features)(c) + x
@@ -348,9 +342,7 @@ def vmap_ensemble(nn: Any) -> Any:
 
 @program
 def vmap_shared(nn: Any) -> Any:
-    model = nn.vmap(
-        nn.Lin, variable_axes={"params": None}, split_rngs={"params": False}, in_axes=1
-    )
+    model = nn.vmap(nn.Lin, variable_axes={"params": None}, split_rngs={"params": False}, in_axes=1)
     return both(model(), XS)
 
 
@@ -440,9 +432,7 @@ def vmap_with_shared_outer_module(nn: Any) -> Any:
         def __call__(self, x: Any) -> Any:
             shared = nn.Lin(name="shared")
             shared(x[0])
-            wide = nn.vmap(
-                Inner, variable_axes={"params": None}, split_rngs={"params": False}
-            )
+            wide = nn.vmap(Inner, variable_axes={"params": None}, split_rngs={"params": False})
             return wide(shared)(x)
 
     return both(M(), XS)
@@ -512,7 +502,9 @@ def test_jit_and_remat(lift: str, form: str) -> None:
 def jit_partly_mutable(nn: Any) -> Any:
     model = nn.jit(block(nn))()
     variables = model.init(KEY, X)
-    return [model.apply(variables, X, mutable=m) for m in (["state"], ["state", "intermediates"], True)]
+    return [
+        model.apply(variables, X, mutable=m) for m in (["state"], ["state", "intermediates"], True)
+    ]
 
 
 @program
