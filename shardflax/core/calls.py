@@ -95,8 +95,7 @@ def run_setup(module: Any) -> None:
     context.stack.append(module)
     try:
         if context.interceptors:
-            cls: Any = type(module)
-            _intercepted(cls.setup, module, (), {})
+            _intercepted(module.__class__.setup, module, (), {})
         else:
             module.setup()
     finally:

@@ -219,7 +219,7 @@ class _Inside:
         first = fill(self.first)
         fn = self.fn
         if isinstance(first, Crossable):
-            fn = first._inner_call(fn, self.outer)
+            fn = first._inner_call(fn, self.outer)  # pyright: ignore[reportPrivateUsage]
         return fn(first, *fill(args), **fill(kwargs))
 
 

@@ -238,21 +238,17 @@ class Module(Crossable, _Typed):
             raise SetAttributeInModuleSetupError(type(self).__name__, name)
         else:
             value = self._adopt(name, value)
-            object.__setattr__(self, name, tuple(value) if type(value) is list else value)
+            object.__setattr__(self, name, _frozen_list(value))
 
     def __getattr__(self, name: str) -> Any:
         # Only called for what is not there: setup may be about to make it.
         progress = self.__dict__.get("_progress")
-        if progress is not None and not name.startswith("__"):
-            if self.scope is not None and not progress.ready and not progress.setup:
-                self._prepare()
-                if name in self.__dict__:
-                    return self.__dict__[name]
-        hint = (
-            ""
-            if self.scope is not None
-            else (" If setup defines it: the module is not bound, see module.bind(variables).")
-        )
+        if progress is not None and not name.startswith("__") and not progress.ready:
+            self._prepare()
+            if name in self.__dict__:
+                return self.__dict__[name]
+        hint = " If setup defines it: the module is not bound, see module.bind(variables)."
+        hint = hint if self.scope is None else ""
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}.{hint}")
 
     def clone(self: M, *, parent: Any = None, **updates: Any) -> M:
@@ -493,11 +489,16 @@ class Module(Crossable, _Typed):
         return wrap_method(fn, function_target=not is_method)
 
 
+def _frozen_list(value: Any) -> Any:
+    return tuple(cast("list[Any]", value)) if type(value) is list else value
+
+
 def _holds_module(value: Any) -> bool:
     """True for a module, and a container with one in it at any depth."""
     if isinstance(value, Module):
         return True
-    for item in value.values() if isinstance(value, dict) else value:
+    items: Any = cast("dict[Any, Any]", value).values() if isinstance(value, dict) else value
+    for item in items:
         if isinstance(item, _HOLDERS) and _holds_module(item):
             return True
     return False
@@ -506,7 +507,7 @@ def _holds_module(value: Any) -> bool:
 def _detach(value: Any, memo: dict[int, Any]) -> Any:
     """`value` with a copy that belongs to no run in the place of each bound module in it."""
     if isinstance(value, Module):
-        return value if value.scope is None else Module._detached(value, memo)
+        return value if value.scope is None else value._detached(memo)  # pyright: ignore[reportPrivateUsage]
     return _map_items(value, lambda _, item: _detach(item, memo))
 
 

@@ -73,7 +73,7 @@ def method_of(module: Any, method: Any) -> Callable[..., Any]:
 
 
 def _method_named(module: Any, name: str) -> Callable[..., Any]:
-    found = getattr(type(module), name, None)
+    found = getattr(module.__class__, name, None)
     if callable(found):
         return found
     if not callable(getattr(module, name)):

@@ -8,10 +8,12 @@ from typing import Any
 
 import jax
 import jax.extend.core as jex
+from jax.interpreters import partial_eval
 
 __all__ = ["Static", "current_trace", "hoist", "jx"]
 
 _jex: Any = jex
+_partial_eval: Any = partial_eval
 jx: Any = jax  # JAX as an untyped value: some of its functions are half typed
 
 
@@ -44,63 +46,72 @@ def hoist(
 ) -> tuple[Any, Callable[[Any, Any], Any], list[str]]:
     """Splits a loop body into what needs to be done once and a step.
 
-    `body(carry, xs)` gives `(changing, invariant)`; `carry` and `xs` hold shapes (`jax.ShapeDtypeStruct`); the body is traced once.  Returns the
-    invariant values, a function `step(carry, xs) -> changing`, and the paths of those leaves that
-    were to be invariant and are not (the values and the step are then meaningless).
+    `body(carry, xs)` gives `(changing, invariant)`; `carry` and `xs` hold shapes
+    (`jax.ShapeDtypeStruct`), and the body is traced once.  Returns the invariant values, a function
+    `step(carry, xs) -> changing`, and the paths of those leaves that were to be invariant and are
+    not (the values and the step are then meaningless).
+
+    >>> def body(carry, x):
+    ...     table = jax.numpy.arange(2.0)
+    ...     return carry + table * x, table
+    >>> shape = jax.ShapeDtypeStruct((2,), "float32")
+    >>> table, step, varying = hoist(body, shape, shape)
+    >>> table.tolist(), step(table, table).tolist(), varying
+    ([0.0, 1.0], [0.0, 2.0], [])
     """
     closed, (changing, invariant) = jx.make_jaxpr(body, return_shape=True)(carry, xs)
-    jaxpr = closed.jaxpr
-    n_changing = len(jx.tree.leaves(changing))
-    varying = _reachable(jaxpr)
-    inside = [eqn for eqn in jaxpr.eqns if eqn.effects or varying.intersection(eqn.outvars)]
-    outside = [
-        eqn for eqn in jaxpr.eqns if not eqn.effects and not varying.intersection(eqn.outvars)
-    ]
-    paths, treedef = jx.tree.flatten_with_path(invariant)
-    invariant_vars = jaxpr.outvars[n_changing:]
-    bad = [
-        jx.tree_util.keystr(path)
-        for (path, _), var in zip(paths, invariant_vars, strict=True)
-        if isinstance(var, jex.Var) and var in varying
-    ]
-    if bad:
+    jaxpr, tree = closed.jaxpr, jx.tree.structure(changing)
+    stays = jaxpr.outvars[tree.num_leaves :]
+    paths = [jx.tree_util.keystr(path) for path, _ in jx.tree.flatten_with_path(invariant)[0]]
+    if _needs_inputs(jaxpr, stays):
+        bad = [p for p, v in zip(paths, stays, strict=True) if _needs_inputs(jaxpr, [v])]
         return invariant, lambda carry, xs: changing, bad
-    made = {v for eqn in outside for v in eqn.outvars}
-    shared = [v for v in made if any(v in _inputs(eqn) for eqn in inside)]
-    shared += [v for v in jaxpr.outvars[:n_changing] if v in made and v not in shared]
-    once = _part(jaxpr, outside, jaxpr.constvars, [*invariant_vars, *shared])
-    values = jx.core.eval_jaxpr(once, closed.consts)
-    n = len(invariant_vars)
-    rest = _part(jaxpr, inside, jaxpr.constvars, jaxpr.outvars[:n_changing])
-    rest = rest.replace(
+
+    reached = _reachable(jaxpr)
+    inside = [eqn for eqn in jaxpr.eqns if eqn.effects or reached.intersection(eqn.outvars)]
+    shared = _shared(jaxpr, inside, jaxpr.outvars[: tree.num_leaves])
+    once, _ = _sliced(jaxpr, [*stays, *shared])
+    values = jx.core.eval_jaxpr(once.replace(invars=[]), closed.consts)
+    rest = jaxpr.replace(
+        eqns=inside,
         invars=[*shared, *jaxpr.invars],
-        debug_info=_debug(jaxpr, len(shared) + len(jaxpr.invars), n_changing),
+        outvars=jaxpr.outvars[: tree.num_leaves],
+        debug_info=_debug(jaxpr, len(shared) + len(jaxpr.invars), tree.num_leaves),
     )
-    tree = jx.tree.structure(changing)
 
     def step(carry: Any, xs: Any) -> Any:
-        flat = jx.core.eval_jaxpr(rest, closed.consts, *values[n:], *jx.tree.leaves((carry, xs)))
-        return jx.tree.unflatten(tree, flat)
+        inputs = (*values[len(stays) :], *jx.tree.leaves((carry, xs)))
+        return jx.tree.unflatten(tree, jx.core.eval_jaxpr(rest, closed.consts, *inputs))
 
-    return jx.tree.unflatten(treedef, values[:n]), step, []
+    return jx.tree.unflatten(jx.tree.structure(invariant), values[: len(stays)]), step, []
 
 
-def _part(jaxpr: Any, eqns: list[Any], constvars: Any, outvars: list[Any]) -> Any:
-    return jaxpr.replace(
-        eqns=eqns,
-        constvars=constvars,
-        invars=[],
-        outvars=outvars,
-        debug_info=_debug(jaxpr, 0, len(outvars)),
-    )
+def _sliced(jaxpr: Any, outvars: list[Any]) -> tuple[Any, list[bool]]:
+    """What of `jaxpr` makes `outvars`, also within calls, and which inputs that needs."""
+    info = _debug(jaxpr, len(jaxpr.invars), len(outvars))
+    jaxpr = jaxpr.replace(outvars=outvars, debug_info=info)
+    return _partial_eval.dce_jaxpr(jaxpr, [True] * len(outvars))
+
+
+def _needs_inputs(jaxpr: Any, outvars: list[Any]) -> bool:
+    return any(_sliced(jaxpr, outvars)[1])
+
+
+def _shared(jaxpr: Any, inside: list[Any], outvars: list[Any]) -> list[Any]:
+    """Variables that the equations outside of the loop make for those inside and for `outvars`."""
+    ids = {id(eqn) for eqn in inside}
+    made = {v for eqn in jaxpr.eqns if id(eqn) not in ids for v in eqn.outvars}
+    used = [v for eqn in inside for v in _inputs(eqn)]
+    used += [v for v in outvars if isinstance(v, jex.Var)]
+    return [v for v in dict.fromkeys(used) if v in made]
 
 
 def _debug(jaxpr: Any, n_in: int, n_out: int) -> Any:
     return jaxpr.debug_info._replace(arg_names=("",) * n_in, result_paths=("",) * n_out)
 
 
-def _inputs(eqn: Any) -> set[Any]:
-    return {v for v in eqn.invars if isinstance(v, jex.Var)}
+def _inputs(eqn: Any) -> list[Any]:
+    return [v for v in eqn.invars if isinstance(v, jex.Var)]
 
 
 def _reachable(jaxpr: Any) -> set[Any]:

@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -102,8 +102,9 @@ def _spread(axes: Any, tree: Any) -> list[Any]:
     def put(axis: Any, subtree: Any) -> None:
         out.extend([axis] * len(staging.jx.tree.leaves(subtree)))
 
-    axes = tuple(axes) if isinstance(axes, list) and isinstance(tree, tuple) else axes
-    staging.jx.tree.map(put, axes, tree, is_leaf=lambda a: a is None or a is broadcast)
+    if isinstance(axes, list) and isinstance(tree, tuple):
+        axes = tuple(cast("list[Any]", axes))
+    staging.jx.tree.map(put, axes, tree, is_leaf=_is_none)
     return out
 
 
@@ -112,13 +113,15 @@ def _size(what: str, given: int | None, dims: Iterable[tuple[Any, Any]]) -> int:
 
     `dims` are pairs of an axis (`None` or `broadcast`: not mapped) and a leaf.
     """
-    mapped = [(a, jnp.shape(x)) for a, x in dims if a is not None and a is not broadcast]
+    mapped: list[tuple[int, tuple[int, ...]]] = [
+        (a, jnp.shape(x)) for a, x in dims if a is not None and a is not broadcast
+    ]
     for axis, shape in mapped:
         if not -len(shape) <= axis < len(shape):
             raise TransformAxisError(
                 f"{what}: axis {axis} of an array of shape {shape} does not exist."
             )
-    sizes = {shape[axis] for axis, shape in mapped} | ({given} if given is not None else set())
+    sizes = {shape[axis] for axis, shape in mapped} | ({given} - {None})
     if len(sizes) != 1:
         found = "there is none" if not sizes else f"found {sorted(sizes)}"
         raise TransformAxisError(
@@ -276,6 +279,9 @@ class _Body:
         ys, fixed = self._split_outputs(y)
         return ((out[1], carry), (ys, out[2:])), (out[0], fixed)
 
+    def step(self, carry: Any, xs: Any) -> Any:
+        return self(carry, xs)[0]
+
     def _split_outputs(self, y: Any) -> tuple[list[Any], list[Any]]:
         leaves, treedef = staging.jx.tree.flatten(y)
         axes = _spread(self.out_axes, y)
@@ -305,13 +311,10 @@ def _hoist(body: _Body, pure: Pure, out_axes: Any, carry: Any, xs: Any) -> tuple
     )
     fixed_output = any(not _is_axis(a) for a in staging.jx.tree.leaves(out_axes, is_leaf=_is_none))
     if not writes and not fixed_output:
-        nothing = (tuple({} for _ in pure.entries), [])
-        return nothing, lambda carry, xs: body(carry, xs)[0]
+        nothing: Any = tuple({} for _ in pure.entries), []
+        return nothing, body.step
 
-    abstract = (
-        staging.jx.tree.map(_abstract, carry),
-        staging.jx.tree.map(lambda x: _abstract(x[0]), xs),
-    )
+    abstract = staging.jx.tree.map(_abstract, (carry, staging.jx.tree.map(_first, xs)))
     invariant, step, varying = staging.hoist(body, *abstract)
     if varying:
         raise LoopVariantBroadcastError(varying)
@@ -320,6 +323,10 @@ def _hoist(body: _Body, pure: Pure, out_axes: Any, carry: Any, xs: Any) -> tuple
 
 def _is_none(x: Any) -> bool:
     return x is None or x is broadcast
+
+
+def _first(x: Any) -> Any:
+    return staging.jx.eval_shape(lambda: x[0])
 
 
 def _abstract(x: Any) -> Any:
@@ -344,7 +351,7 @@ def jit(
     # nodes come back in the tree structure too, so a cache hit brings them as tracing did.
     def entry(static: staging.Static, state: State, *args: Any, **kwargs: Any) -> Any:
         nodes: list[Any] = []
-        pure: Pure = replace(static.value, traced=nodes.append)
+        pure = replace(cast("Pure", static.value), traced=nodes.append)
         result = pure(state, *args, **kwargs)
         return result, staging.Static(nodes[-1])
 
