@@ -119,6 +119,31 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
     assert losses(tmp_path) == undisturbed  # bit for bit
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_that_is_asked_to_stop_saves_first(
+    processes: int,
+    undisturbed: list[float],
+    corpus: Path,
+    tmp_path: Path,
+    start_local: Callable[..., subprocess.Popen[str]],
+    run_local: Callable[..., Any],
+) -> None:
+    args = command(corpus, tmp_path, *MESH)  # no save is due before the end
+    launcher = start_local(processes, 8 // processes, *args)
+    wait_for_step(tmp_path, 4, launcher)
+    launcher.send_signal(signal.SIGTERM)
+    out, err = launcher.communicate(timeout=120)
+    stopped = re.search(r"stopped after step (\d+), which is saved", out)
+    assert stopped and 4 <= int(stopped[1]) < STEPS, out + err
+    assert launcher.returncode != 0
+    again = run_local(processes, 8 // processes, *args, timeout=400)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"going on after step {stopped[1]}" in again.stdout
+    assert losses(tmp_path) == pytest.approx(undisturbed, rel=1e-4)
+    if processes == 2:
+        assert losses(tmp_path) == undisturbed
+
+
 def test_a_finished_run_has_nothing_left_to_do(
     corpus: Path, tmp_path: Path, run_local: Callable[..., Any]
 ) -> None:
