@@ -17,7 +17,14 @@ import jax
 
 from shardflax.core.errors import CallCompactUnboundModuleError
 
-__all__ = ["InterceptorContext", "context", "current_module", "intercept_methods", "wrap_method"]
+__all__ = [
+    "InterceptorContext",
+    "context",
+    "current_module",
+    "intercept_methods",
+    "run_setup",
+    "wrap_method",
+]
 
 
 class _Context(threading.local):
@@ -91,7 +98,15 @@ def _link(
 
 
 def run_setup(module: Any) -> None:
-    """Calls `setup`: the modules made in it find `module` on the stack, interceptors see it."""
+    """Calls `setup`: the modules made in it find `module` on the stack, interceptors see it.
+
+    >>> import shardflax.nn as nn
+    >>> class Hello(nn.Module):
+    ...     def setup(self):
+    ...         print("in", type(current_module()).__name__)
+    >>> run_setup(Hello())
+    in Hello
+    """
     context.stack.append(module)
     try:
         if context.interceptors:

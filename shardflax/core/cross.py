@@ -20,7 +20,7 @@ from shardflax.core.errors import TransformTargetError
 from shardflax.core.lift import Boundary, Lift
 from shardflax.core.scope import Scope, Variable
 
-__all__ = ["Crossable", "Lifted", "lifted"]
+__all__ = ["Crossable", "Lifted", "cross", "lifted"]
 
 T = TypeVar("T")
 
@@ -226,7 +226,18 @@ class _Inside:
 def cross(
     lift: Lift, fn: Callable[..., Any], outer: Any, target: Any, args: Any, kwargs: Any
 ) -> Any:
-    """Calls `fn(*args, **kwargs)`, a function of a module, through a lift."""
+    """Calls `fn(*args, **kwargs)`, a function of a module, through a lift.
+
+    `outer` is what was called outside, `target` the class that the module is built as inside, if
+    not its own.
+
+    >>> import shardflax.nn as nn
+    >>> def fn(dense):
+    ...     lift = Lift(lambda pure, state: pure(state))
+    ...     return cross(lift, lambda m: m.features, None, None, (dense,), {})
+    >>> nn.apply(fn, nn.Dense(2))({})
+    2
+    """
     unbinder = _Unbinder()
     first, rest, kwargs = (unbinder.slots(x) for x in (args[0], tuple(args[1:]), kwargs))
     if not unbinder.found:

@@ -19,7 +19,6 @@ __all__ = [
     "CallUnbindOnUnboundModuleError",
     "DeclareOutsideOfCompactError",
     "FlaxError",
-    "ImmutableVariableError",
     "IncorrectPostInitOverrideError",
     "InvalidFilterError",
     "InvalidInstanceModuleError",
@@ -87,14 +86,22 @@ class InvalidFilterError(FlaxError):
 
 
 class InvalidRngError(FlaxError):
-    """A key is needed from a stream that the run does not have, or a seed is no key."""
+    """A key is needed from a stream that the run does not have, or a seed is no key.
+
+    >>> print(InvalidRngError("at /drop: no stream"))
+    at /drop: no stream
+    """
 
 
 # --- scopes and their variables
 
 
 class InvalidScopeError(FlaxError):
-    """A module or variable is used after its run, or the transform it was made in, has ended."""
+    """A module or variable is used after its run, or the transform it was made in, has ended.
+
+    >>> print(InvalidScopeError(("block",)))
+    at /block: this module belongs to an init, apply or transform that has ended. ...
+    """
 
     def __init__(self, path: tuple[str, ...]) -> None:
         super().__init__(
@@ -105,7 +112,11 @@ class InvalidScopeError(FlaxError):
 
 
 class JaxTransformError(FlaxError):
-    """A module is used inside of a JAX transform that it was not made in."""
+    """A module is used inside of a JAX transform that it was not made in.
+
+    >>> print(JaxTransformError(("block",)))
+    below /block: a module is used inside of a JAX transform ...
+    """
 
     def __init__(self, path: tuple[str, ...]) -> None:
         super().__init__(
@@ -118,7 +129,11 @@ class JaxTransformError(FlaxError):
 
 
 class NameInUseError(FlaxError):
-    """A submodule or variable has a name that its module uses already."""
+    """A submodule or variable has a name that its module uses already.
+
+    >>> print(NameInUseError("submodule", "out", "/block"))
+    at /block: the name 'out' of this submodule is in use in the same module. ...
+    """
 
     def __init__(self, kind: str, name: str, where: str) -> None:
         super().__init__(
@@ -128,7 +143,11 @@ class NameInUseError(FlaxError):
 
 
 class ScopeParamNotFoundError(FlaxError):
-    """A parameter is missing from the variables passed to `apply`."""
+    """A parameter is missing from the variables passed to `apply`.
+
+    >>> print(ScopeParamNotFoundError("kernel", "/block", ["kernal"]))
+    at /block: the variables have no parameter 'kernel'; did you mean 'kernal'? ...
+    """
 
     def __init__(self, name: str, where: str, found: Iterable[str]) -> None:
         super().__init__(
@@ -139,7 +158,11 @@ class ScopeParamNotFoundError(FlaxError):
 
 
 class ScopeCollectionNotFound(FlaxError):
-    """A whole collection is missing from the variables passed to `apply`."""
+    """A whole collection is missing from the variables passed to `apply`.
+
+    >>> print(ScopeCollectionNotFound("state", "count", "/"))
+    at /: the variable 'count' is looked for in the collection 'state', ...
+    """
 
     def __init__(self, col: str, name: str, where: str) -> None:
         super().__init__(
@@ -150,7 +173,11 @@ class ScopeCollectionNotFound(FlaxError):
 
 
 class ScopeVariableNotFoundError(FlaxError):
-    """A variable is missing from a collection that may not change."""
+    """A variable is missing from a collection that may not change.
+
+    >>> print(ScopeVariableNotFoundError("count", "state", "/", []))
+    at /: the collection 'state' has no variable 'count'; known: none. ...
+    """
 
     def __init__(self, name: str, col: str, where: str, found: Iterable[str]) -> None:
         super().__init__(
@@ -161,7 +188,11 @@ class ScopeVariableNotFoundError(FlaxError):
 
 
 class ScopeParamShapeError(FlaxError):
-    """A parameter passed to `apply` has another shape than the module declares."""
+    """A parameter passed to `apply` has another shape than the module declares.
+
+    >>> print(ScopeParamShapeError("kernel", "/", [(3, 4)], [(5, 4)]))
+    at /: the parameter 'kernel' is declared as 3x4 and the variables hold 5x4 (dim 0: ...
+    """
 
     def __init__(self, name: str, where: str, expected: list[Any], found: list[Any]) -> None:
         want, got = (", ".join(map(_shape, shapes)) for shapes in (expected, found))
@@ -178,7 +209,11 @@ class ScopeParamShapeError(FlaxError):
 
 
 class ModifyScopeVariableError(FlaxError):
-    """A variable is written whose collection may not change in this run."""
+    """A variable is written whose collection may not change in this run.
+
+    >>> print(ModifyScopeVariableError("state", "count", "/"))
+    at /: cannot write the variable 'count': ...
+    """
 
     def __init__(self, col: str, name: str, where: str) -> None:
         super().__init__(
@@ -186,10 +221,6 @@ class ModifyScopeVariableError(FlaxError):
             f"change here. Call apply with mutable=[{col!r}]; inside of a transform, list the "
             f"collection among those that it carries out."
         )
-
-
-class ImmutableVariableError(FlaxError):
-    """A variable is written through a module that is not bound to any run."""
 
 
 class ApplyScopeInvalidVariablesTypeError(FlaxError):
@@ -211,7 +242,11 @@ class ApplyScopeInvalidVariablesTypeError(FlaxError):
 
 
 class ApplyScopeInvalidVariablesStructureError(FlaxError):
-    """The variables passed to `apply` hold a collection `params` inside of `params`."""
+    """The variables passed to `apply` hold a collection `params` inside of `params`.
+
+    >>> print(ApplyScopeInvalidVariablesStructureError({"params": {"params": {}}}))
+    apply got {'params': {'params': ...}}...
+    """
 
     def __init__(self, variables: Any) -> None:
         super().__init__(
@@ -224,7 +259,11 @@ class ApplyScopeInvalidVariablesStructureError(FlaxError):
 
 
 class ApplyModuleInvalidMethodError(FlaxError):
-    """`method=` names or holds nothing that can be called on the module."""
+    """`method=` names or holds nothing that can be called on the module.
+
+    >>> print(ApplyModuleInvalidMethodError(3, "model"))
+    method=3 cannot be called on str. ...
+    """
 
     def __init__(self, method: Any, module: Any) -> None:
         super().__init__(
@@ -234,7 +273,11 @@ class ApplyModuleInvalidMethodError(FlaxError):
 
 
 class AssignSubModuleError(FlaxError):
-    """A submodule is made in a method that is neither `setup` nor compact."""
+    """A submodule is made in a method that is neither `setup` nor compact.
+
+    >>> print(AssignSubModuleError("Dense", "/block"))
+    at /block: a submodule Dense is made outside of setup and of a compact method. ...
+    """
 
     def __init__(self, cls: str, where: str) -> None:
         super().__init__(
@@ -244,7 +287,11 @@ class AssignSubModuleError(FlaxError):
 
 
 class CallCompactUnboundModuleError(FlaxError):
-    """A compact method is called on a module that is bound to no run."""
+    """A compact method is called on a module that is bound to no run.
+
+    >>> print(CallCompactUnboundModuleError("Dense"))
+    Dense is bound to no variables, ...
+    """
 
     def __init__(self, cls: str) -> None:
         super().__init__(
@@ -254,7 +301,11 @@ class CallCompactUnboundModuleError(FlaxError):
 
 
 class CallUnbindOnUnboundModuleError(FlaxError):
-    """`unbind` is called on a module that is bound to no run."""
+    """`unbind` is called on a module that is bound to no run.
+
+    >>> print(CallUnbindOnUnboundModuleError("Dense"))
+    Dense is not bound: ...
+    """
 
     def __init__(self, cls: str) -> None:
         super().__init__(f"{cls} is not bound: only what module.bind(variables) gave has unbind().")
@@ -275,7 +326,11 @@ class DeclareOutsideOfCompactError(FlaxError, ValueError):
 
 
 class IncorrectPostInitOverrideError(FlaxError):
-    """A module overrides `__post_init__` and does not call that of its base class."""
+    """A module overrides `__post_init__` and does not call that of its base class.
+
+    >>> print(IncorrectPostInitOverrideError("MLP"))
+    MLP.__post_init__ must call super().__post_init__().
+    """
 
     def __init__(self, cls: str) -> None:
         super().__init__(f"{cls}.__post_init__ must call super().__post_init__().")
@@ -297,7 +352,11 @@ class InvalidInstanceModuleError(FlaxError):
 
 
 class MultipleMethodsCompactError(FlaxError):
-    """A class has more than one compact method."""
+    """A class has more than one compact method.
+
+    >>> print(MultipleMethodsCompactError("MLP", ["encode", "decode"]))
+    MLP has the compact methods encode, decode: ...
+    """
 
     def __init__(self, cls: str, methods: list[str]) -> None:
         super().__init__(
@@ -308,7 +367,11 @@ class MultipleMethodsCompactError(FlaxError):
 
 
 class ReservedModuleAttributeError(FlaxError):
-    """A module declares a field with a name that every module has."""
+    """A module declares a field with a name that every module has.
+
+    >>> print(ReservedModuleAttributeError("MLP", "name"))
+    MLP declares a field 'name'; ...
+    """
 
     def __init__(self, cls: str, name: str) -> None:
         super().__init__(
@@ -318,7 +381,11 @@ class ReservedModuleAttributeError(FlaxError):
 
 
 class SetAttributeFrozenModuleError(FlaxError):
-    """An attribute of a module is set outside of `setup`."""
+    """An attribute of a module is set outside of `setup`.
+
+    >>> print(SetAttributeFrozenModuleError("MLP", "width"))
+    MLP.width cannot be set: ...
+    """
 
     def __init__(self, cls: str, name: str) -> None:
         super().__init__(
@@ -328,7 +395,11 @@ class SetAttributeFrozenModuleError(FlaxError):
 
 
 class SetAttributeInModuleSetupError(FlaxError):
-    """`setup` overwrites a field of the module."""
+    """`setup` overwrites a field of the module.
+
+    >>> print(SetAttributeInModuleSetupError("MLP", "width"))
+    MLP.setup sets 'width', a field of the module. ...
+    """
 
     def __init__(self, cls: str, name: str) -> None:
         super().__init__(
@@ -340,7 +411,11 @@ class SetAttributeInModuleSetupError(FlaxError):
 
 
 class TransformTargetError(FlaxError):
-    """The target of a lifted transform is neither a module class nor a function of a module."""
+    """The target of a lifted transform is neither a module class nor a function of a module.
+
+    >>> print(TransformTargetError(3))
+    a lifted transform takes a Module class, ...
+    """
 
     def __init__(self, target: Any) -> None:
         super().__init__(
@@ -350,11 +425,19 @@ class TransformTargetError(FlaxError):
 
 
 class TransformAxisError(FlaxError):
-    """The size of a mapped or scanned dim cannot be found out, or sizes differ."""
+    """The size of a mapped or scanned dim cannot be found out, or sizes differ.
+
+    >>> print(TransformAxisError("vmap: axis 2 does not exist"))
+    vmap: axis 2 does not exist
+    """
 
 
 class LoopVariantBroadcastError(FlaxError):
-    """A broadcast variable or output of `scan` depends on what the loop changes."""
+    """A broadcast variable or output of `scan` depends on what the loop changes.
+
+    >>> print(LoopVariantBroadcastError(["['mean']"]))
+    scan: these broadcast values depend on the carry or on a scanned input, ...
+    """
 
     def __init__(self, paths: list[str]) -> None:
         super().__init__(
@@ -365,7 +448,11 @@ class LoopVariantBroadcastError(FlaxError):
 
 
 class RematPolicyError(FlaxError):
-    """A rematerialisation policy has a name that does not exist."""
+    """A rematerialisation policy has a name that does not exist.
+
+    >>> print(RematPolicyError("dots_savable", ["dots_saveable"]))
+    remat has no policy 'dots_savable'; did you mean 'dots_saveable'?
+    """
 
     def __init__(self, policy: str, known: Iterable[str]) -> None:
         super().__init__(f"remat has no policy {policy!r}; {did_you_mean(policy, known)}")

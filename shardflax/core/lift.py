@@ -24,7 +24,7 @@ from shardflax.core.names import ALL, NONE, Names
 from shardflax.core.rng import Stream
 from shardflax.core.scope import Frozen, Node, Scope, Store
 
-__all__ = ["Boundary", "Entry", "Group", "Lift", "Pure", "State"]
+__all__ = ["Boundary", "Entry", "Group", "Lift", "Pure", "State", "copy_dicts"]
 
 Groups = tuple[tuple[dict[str, Any], ...], ...]
 
@@ -50,6 +50,9 @@ class State(NamedTuple):
 
     `groups` holds for each group of the lift, and each root scope, its collections; `keys` holds
     for each root scope the keys of its streams.
+
+    >>> sorted(State(({"params": {}},), ())._asdict())
+    ['groups', 'keys']
     """
 
     groups: Groups
@@ -77,7 +80,13 @@ class Lift:
 
 @dataclass(frozen=True)
 class Entry:
-    """The Python-side part of one root scope as it crosses: hashable, compared by equality."""
+    """The Python-side part of one root scope as it crosses: hashable, compared by equality.
+
+    >>> Entry(("block",), NONE, (), (), ((), (), ())) == Entry(
+    ...     ("block",), NONE, (), (), ((), (), ())
+    ... )
+    True
+    """
 
     path: tuple[str, ...]
     mutable: Names
@@ -87,7 +96,13 @@ class Entry:
 
 
 class Boundary:
-    """One crossing of some root scopes, none of which lies below another."""
+    """One crossing of some root scopes, none of which lies below another.
+
+    >>> scope = Scope(Store({"params": {"w": 1.0}}, {}, ALL))
+    >>> lift = Lift(lambda pure, state: pure(state))
+    >>> Boundary(lift, [scope]).call(lambda scopes: scopes[0].get_variable("params", "w"))
+    1.0
+    """
 
     def __init__(self, lift: Lift, roots: Sequence[Scope]) -> None:
         for scope in roots:
@@ -166,6 +181,12 @@ class Pure:
     """The inside of a boundary: a pure function of `(state, *args, **kwargs)`.
 
     Returns the result of `fn(scopes, *args, **kwargs)` and the groups that come out.
+
+    >>> entry = Entry((), ALL, (), (), ((), (), ()))
+    >>> pure = Pure(lambda scopes, x: scopes[0].put_variable("a", "b", x), (entry,), (ALL,), print)
+    >>> pure(State(((({},)),), ({},)), 3)
+    (((), (), ()),)
+    (None, (({'a': {'b': 3}},),))
     """
 
     fn: Callable[..., Any]
@@ -207,7 +228,12 @@ class Pure:
 
 
 def copy_dicts(tree: Any) -> Any:
-    """A copy of the dicts of `tree`, sharing its arrays."""
+    """A copy of the dicts of `tree`, sharing its arrays.
+
+    >>> tree = {"a": {"w": [1.0]}}
+    >>> copy_dicts(tree)["a"] is tree["a"], copy_dicts(tree)["a"]["w"] is tree["a"]["w"]
+    (False, True)
+    """
     if isinstance(tree, dict):
         return {name: copy_dicts(child) for name, child in cast("dict[str, Any]", tree).items()}
     if isinstance(tree, Mapping):

@@ -90,7 +90,7 @@ class _Progress:
         self.compact = compact  # in a compact method
 
 
-@dataclass_transform(kw_only_default=False)
+@dataclass_transform(kw_only_default=False, field_specifiers=(dataclasses.field,))
 class _Typed:
     """Makes type checkers see modules as dataclasses."""
 
@@ -498,10 +498,7 @@ def _holds_module(value: Any) -> bool:
     if isinstance(value, Module):
         return True
     items: Any = cast("dict[Any, Any]", value).values() if isinstance(value, dict) else value
-    for item in items:
-        if isinstance(item, _HOLDERS) and _holds_module(item):
-            return True
-    return False
+    return any(isinstance(item, _HOLDERS) and _holds_module(item) for item in items)
 
 
 def _detach(value: Any, memo: dict[int, Any]) -> Any:

@@ -34,6 +34,9 @@ def open_scope(
     """The root scope of a new run.
 
     Collections that may change are copied (their dicts, not their arrays), the others shared.
+
+    >>> open_scope({"params": {"w": 1.0}}, None, False).get_variable("params", "w")
+    1.0
     """
     _check_variables(variables)
     names = Names.of(mutable)

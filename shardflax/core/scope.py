@@ -36,7 +36,13 @@ Path = tuple[str, ...]
 
 
 class Node:
-    """The Python-side state of one module path: nothing of it is ever traced."""
+    """The Python-side state of one module path: nothing of it is ever traced.
+
+    >>> node = Node()
+    >>> node.counts["params"] = 2
+    >>> Node.thaw(node.freeze()).counts
+    {'params': 2}
+    """
 
     __slots__ = ("children", "counts", "cursor", "reserved")
 
@@ -90,7 +96,11 @@ Frozen = tuple[Any, Any, Any]
 
 
 class Store:
-    """The array state of one run, or of the inside of one lift, below one path."""
+    """The array state of one run, or of the inside of one lift, below one path.
+
+    >>> Store({"params": {"w": 1.0}, "cache": {}}, {}, Names.of(True)).writable()
+    {'params': {'w': 1.0}}
+    """
 
     __slots__ = (
         "adopted",

@@ -121,7 +121,8 @@ def _size(what: str, given: int | None, dims: Iterable[tuple[Any, Any]]) -> int:
             raise TransformAxisError(
                 f"{what}: axis {axis} of an array of shape {shape} does not exist."
             )
-    sizes = {shape[axis] for axis, shape in mapped} | ({given} - {None})
+    sizes = {shape[axis] for axis, shape in mapped}
+    sizes |= set() if given is None else {given}
     if len(sizes) != 1:
         found = "there is none" if not sizes else f"found {sorted(sizes)}"
         raise TransformAxisError(
@@ -152,7 +153,11 @@ def vmap(
     spmd_axis_name: Any = None,
     metadata_params: Mapping[Any, Any] = _NO_AXES,
 ) -> Lift:
-    """`jax.vmap` over some collections, streams and arguments."""
+    """`jax.vmap` over some collections, streams and arguments.
+
+    >>> vmap(variable_axes={"params": 0}, split_rngs={"params": True}).ins[-1].axis
+    0
+    """
     ins, outs = _groups(variable_axes, metadata_params)
     splits = _Splits.of(split_rngs)
 
@@ -194,7 +199,11 @@ def scan(
     _split_transpose: bool = False,
     check_constancy_invariants: bool = True,
 ) -> Lift:
-    """`jax.lax.scan` over some collections, streams and arguments; the body is traced once."""
+    """`jax.lax.scan` over some collections, streams and arguments; the body is traced once.
+
+    >>> scan(variable_axes={"params": 0}, length=2).ins[-1].axis
+    0
+    """
     fixed = (Group(Names.of(variable_broadcast)), Group(Names.of(variable_carry)))
     ins, outs = (fixed + groups for groups in _groups(variable_axes, metadata_params))
     splits = _Splits.of(split_rngs)
@@ -311,7 +320,7 @@ def _hoist(body: _Body, pure: Pure, out_axes: Any, carry: Any, xs: Any) -> tuple
     )
     fixed_output = any(not _is_axis(a) for a in staging.jx.tree.leaves(out_axes, is_leaf=_is_none))
     if not writes and not fixed_output:
-        nothing: Any = tuple({} for _ in pure.entries), []
+        nothing: Any = tuple(dict[str, Any]() for _ in pure.entries), []
         return nothing, body.step
 
     abstract = staging.jx.tree.map(_abstract, (carry, staging.jx.tree.map(_first, xs)))
@@ -345,7 +354,11 @@ def jit(
     device: Any = None,
     backend: str | None = None,
 ) -> Lift:
-    """`jax.jit`; what tracing did on the Python side is kept, and repeated on cache hits."""
+    """`jax.jit`; what tracing did on the Python side is kept, and repeated on cache hits.
+
+    >>> jit().ins[0].axis is None
+    True
+    """
 
     # The pure function rides in the tree structure, so equal calls share one compilation; the
     # nodes come back in the tree structure too, so a cache hit brings them as tracing did.
@@ -416,7 +429,11 @@ def remat(
     static_argnums: int | Iterable[int] = (),
     policy: Any = None,
 ) -> Lift:
-    """`jax.checkpoint`."""
+    """`jax.checkpoint`.
+
+    >>> remat(policy="dots_saveable").ins[0].axis is None
+    True
+    """
     nums = _argnums(static_argnums, before=0)
     policy = remat_policy(policy)
 

@@ -1,6 +1,6 @@
 """The oracle: one model source, run on Linen and on ours.
 
-A *program* is a function of a namespace `nn`; what it returns is compared leaf by leaf, bit for bit.
+A *program* is a function of a namespace `nn`; what it returns is compared bit for bit.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def calling(body: Any) -> Any:
 def test_used_after_its_run() -> None:
     kept: list[Any] = []
     calling(lambda self, x: kept.append(self)).init(KEY, X)
-    with pytest.raises(errors.InvalidScopeError, match="at /: .* ended"):
+    with pytest.raises(errors.InvalidScopeError, match=r"at /: .* ended"):
         kept[0].put_variable("params", "a", X)
 
 
@@ -81,7 +81,7 @@ def test_declaration_outside_of_compact() -> None:
         def __call__(self, x: Any) -> Any:
             return self.param("w", nn.uniform, (3,))
 
-    with pytest.raises(errors.DeclareOutsideOfCompactError, match="at /: 'w' is declared"):
+    with pytest.raises(errors.DeclareOutsideOfCompactError, match=r"at /: 'w' is declared"):
         M().init(KEY, X)
 
 
@@ -120,7 +120,7 @@ def test_sizes_that_differ(kind: str) -> None:
 
 
 def test_no_size() -> None:
-    with pytest.raises(errors.TransformAxisError, match="vmap: .* there is none.* axis_size="):
+    with pytest.raises(errors.TransformAxisError, match=r"vmap: .* there is none.* axis_size="):
         nn.vmap(nn.Lin, in_axes=None)().apply({}, X)
 
 
@@ -137,7 +137,7 @@ def test_broadcast_that_varies() -> None:
             return c + 1, x
 
     model = nn.scan(Body, variable_broadcast="consts", length=2)()
-    with pytest.raises(errors.LoopVariantBroadcastError, match="'c'.*variable_carry"):
+    with pytest.raises(errors.LoopVariantBroadcastError, match=r"'c'.*variable_carry"):
         model.apply({}, X, X, mutable=["consts"])
 
 

@@ -140,7 +140,7 @@ def test_instances_in_other_places_share_a_compilation_only_if_equal() -> None:
             TRACED["plain"] += 1
             return x * self.tag
 
-    Tagged = nn.jit(Plain)  # noqa: N806
+    Tagged = nn.jit(Plain)
     TRACED.clear()
     assert hash(-1) == hash(-2)
     y = Holder((-1, -2, -1, 3, True, 1, 1.0)).apply({}, X)

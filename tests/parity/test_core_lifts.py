@@ -187,10 +187,28 @@ def scan_broadcast_output(nn: Any) -> Any:
     return given(model(), X, XS)
 
 
+@pytest.mark.parametrize("lift", ["remat", "jit"])
+def test_broadcast_variables_made_in_a_call(lift: str) -> None:
+    """What is made once is found also where a call computes it together with what changes."""
+
+    def program(nn: Any) -> Any:
+        class Body(nn.Module):
+            @nn.compact
+            def __call__(self, c: Any, x: Any) -> Any:
+                return nn.Lin()(c) + x, c.sum()
+
+        model = nn.scan(
+            getattr(nn, lift)(Body), variable_broadcast="params", split_rngs={"params": False}
+        )
+        return given(model(), X, XS)
+
+    same_arrays(program)
+
+
 @program
 def scan_reverse_unroll(nn: Any) -> Any:
     return [
-        both(stack(nn, length=4, **{"reverse": r, "unroll": u})(), X, None)
+        both(stack(nn, length=4, reverse=r, unroll=u)(), X, None)
         for r, u in ((True, 1), (False, 2))
     ]
 
@@ -460,7 +478,7 @@ def vmap_function(nn: Any) -> Any:
 def test_jit_and_remat(lift: str, form: str) -> None:
     def program(nn: Any) -> Any:
         transform = getattr(nn, lift)
-        Block = block(nn)  # noqa: N806
+        Block = block(nn)
 
         class Method(nn.Module):
             @transform
