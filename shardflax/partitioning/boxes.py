@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from shardflax.core.boxes import AxisMetadata
@@ -19,6 +17,7 @@ from shardflax.partitioning.errors import (
     RepeatedNameError,
 )
 from shardflax.partitioning.rules import LogicalRules
+from shardflax.partitioning.untyped import jx
 
 __all__ = ["PARTITION_NAME", "LogicallyPartitioned", "Partitioned"]
 
@@ -32,9 +31,6 @@ def _partition_name(box: Partitioned, params: Mapping[Any, Any]) -> Any:
     return params[PARTITION_NAME]
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=["names", "mesh"]
-)
 @dataclass(frozen=True)
 class Partitioned(AxisMetadata):
     """A value whose dims are named by mesh axes.
@@ -117,11 +113,6 @@ class Partitioned(AxisMetadata):
         return NamedSharding(self.mesh or mesh, self.get_partition_spec())
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["value"],
-    meta_fields=["names", "mesh", "rules"],
-)
 @dataclass(frozen=True)
 class LogicallyPartitioned(Partitioned):
     """A value whose dims have logical names.
@@ -144,3 +135,45 @@ class LogicallyPartitioned(Partitioned):
         if not apply_constraint:
             return self.value
         return constrain_box(self.value, self.names, self.rules, self.mesh)
+
+
+# Boxes as pytree nodes, written out: a jitted step takes a box apart and makes one for each
+# parameter at each call, and `register_dataclass` goes through the constructor, which is slower.
+
+_VALUE = jx.tree_util.GetAttrKey("value")
+
+
+def _take_partitioned(box: Partitioned) -> tuple[Any, Any]:
+    return (box.value,), (box.names, box.mesh)
+
+
+def _make_partitioned(meta: Any, children: Any) -> Any:
+    box: Any = object.__new__(Partitioned)
+    fields = box.__dict__
+    (fields["value"],) = children
+    fields["names"], fields["mesh"] = meta
+    return box
+
+
+def _take_logical(box: LogicallyPartitioned) -> tuple[Any, Any]:
+    return (box.value,), (box.names, box.mesh, box.rules)
+
+
+def _make_logical(meta: Any, children: Any) -> Any:
+    box: Any = object.__new__(LogicallyPartitioned)
+    fields = box.__dict__
+    (fields["value"],) = children
+    fields["names"], fields["mesh"], fields["rules"] = meta
+    return box
+
+
+def _register(cls: type, take: Any, make: Any) -> None:
+    def with_key(box: Any) -> tuple[Any, Any]:
+        (value,), meta = take(box)
+        return ((_VALUE, value),), meta
+
+    jx.tree_util.register_pytree_with_keys(cls, with_key, make, take)
+
+
+_register(Partitioned, _take_partitioned, _make_partitioned)
+_register(LogicallyPartitioned, _take_logical, _make_logical)

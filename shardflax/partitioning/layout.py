@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.sharding import AxisType, NamedSharding
-from rich.table import Table
 
 from shardflax.core.boxes import is_box
 from shardflax.core.errors import did_you_mean
@@ -24,6 +23,9 @@ from shardflax.partitioning.scope import AnyMesh, InitTrace
 from shardflax.partitioning.spec_check import spec_axes
 from shardflax.partitioning.table import layout_table, layout_text
 from shardflax.partitioning.untyped import jx
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 __all__ = ["Layout"]
 

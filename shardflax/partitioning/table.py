@@ -6,10 +6,9 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-from rich.text import Text
-
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from shardflax.partitioning.layout import Layout
     from shardflax.partitioning.leaf import Leaf
 
@@ -32,6 +31,9 @@ def bytes_text(count: int) -> str:
 
 def layout_table(layout: Layout) -> Table:
     """A layout as a rich table: red where something is wrong, yellow where nothing says names."""
+    from rich.table import Table  # slow to import, and seldom needed
+    from rich.text import Text
+
     table = Table(title=_title(layout), title_justify="left", caption_justify="left")
     for column in _COLUMNS[:-1]:
         table.add_column(column, overflow="fold")
