@@ -10,8 +10,7 @@ import jax.numpy as jnp
 
 from benchmarks.models import linen_models
 from benchmarks.report import Row
-from benchmarks.timing import in_turn, wall_clock
-from benchmarks.tracing import cpu_time
+from benchmarks.timing import cpu_time, in_turn
 from shardflax.training.train_state import TrainState
 
 __all__ = ["rows"]
@@ -35,10 +34,11 @@ def _noop(ours: Any, flax: Any, rounds: int, count: int = 100) -> Row:
             model = models.Children(children)
             contenders[f"{name} {children}"] = lambda model=model: model.apply({}, 1.0)
     taken = in_turn(contenders, rounds, cpu_time)
-    cost = {
-        name: taken.extra(f"{name} {count}", f"{name} 0") / count * 1e6 for name in ("ours", "flax")
-    }
-    return Row("a submodule that does nothing, made and called", 15, **cost, unit="us")
+    ours_us, flax_us = (
+        taken.extra(f"{name} {count}", f"{name} 0") / count * 1e6 for name in ("ours", "flax")
+    )
+    text = "a submodule that does nothing, made and called"
+    return Row(text, 15, ours_us, flax_us, unit="us", detail={"rounds": rounds})
 
 
 def _eager(ours: Any, flax: Any, rounds: int, calls: int = 5) -> Row:
@@ -51,7 +51,7 @@ def _eager(ours: Any, flax: Any, rounds: int, calls: int = 5) -> Row:
         for name, layer in layers.items()
     }
     contenders["raw"] = _repeated(lambda: x @ kernel + bias, calls)
-    taken = in_turn(contenders, rounds, wall_clock)
+    taken = in_turn(contenders, rounds, cpu_time)
     return Row.of_ratio("eager `Dense.apply`, over `x @ k + b`", 15, taken, over="raw")
 
 
@@ -80,10 +80,10 @@ def _dispatch(ours: Any, flax: Any, rounds: int, leaves: int = 400) -> list[Row]
         "ours": {**raw, "params": boxed(ours.LogicallyPartitioned)},
         "flax": {**raw, "params": boxed(flax.LogicallyPartitioned)},
     }
-    with_boxes = in_turn({n: _looped(_step, s) for n, s in states.items()}, rounds, wall_clock)
+    with_boxes = in_turn({n: _looped(_step, s) for n, s in states.items()}, rounds, cpu_time)
     state = TrainState(step=raw["step"], apply_fn=_step, params=plain, tx=None, opt_state=())  # pyright: ignore[reportArgumentType]
     loops = {"ours": _looped(_state_step, state), "raw": _looped(_step, raw)}
-    without = in_turn(loops, rounds, wall_clock)
+    without = in_turn(loops, rounds, cpu_time)
     text = f"dispatch of a jitted step over {leaves} leaves, over raw dicts"
     return [
         Row.of_ratio(f"{text}: boxed", 1.25, with_boxes, over="raw"),

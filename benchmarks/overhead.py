@@ -39,7 +39,9 @@ def measure(groups: tuple[str, ...], rounds: int) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description="What the library costs, beside hand-written JAX and Flax."
+    )
     parser.add_argument("--rounds", type=int, default=15, help="rounds of the slowest rows")
     parser.add_argument("--only", choices=GROUPS, help="one group of rows; writes nothing")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where to write the result")

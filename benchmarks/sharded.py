@@ -96,7 +96,7 @@ def with_names(mesh: Mesh) -> tuple[Callable[..., Any], Any]:
     def step(state: TrainState, ids: jax.Array) -> tuple[TrainState, jax.Array]:
         def objective(params: Any) -> jax.Array:
             with partitioning.use(mesh, rules):
-                return loss(state.apply_fn({"params": params}, ids), ids)
+                return loss(model.apply({"params": params}, ids), ids)
 
         value, grads = jax.value_and_grad(objective)(state.params)
         return state.apply_gradients(grads=grads), value

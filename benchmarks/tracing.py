@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 from benchmarks import raw
 from benchmarks.models import SIZES, count_body_traces, linen_models
 from benchmarks.report import Row
-from benchmarks.timing import in_turn
+from benchmarks.timing import cpu_time, in_turn
 
 __all__ = ["rows"]
 
@@ -56,13 +55,6 @@ def _tracer(fn: Callable[..., Any], *args: Any) -> Callable[[], object]:
 def _row(what: str, budget: float, contenders: dict[str, Any], rounds: int) -> Row:
     taken = in_turn(contenders, rounds, cpu_time)
     return Row.of_ratio(what, budget, taken, over="raw")
-
-
-def cpu_time(fn: Callable[[], object]) -> float:
-    """Seconds of this thread on the processor: tracing is one thread's work, waiting is not."""
-    start = time.thread_time()
-    fn()
-    return time.thread_time() - start
 
 
 def _body_traces(ours: Any, flax: Any) -> Row:
