@@ -68,7 +68,9 @@ def _as_key(rules: LogicalRules | None) -> Any:
     """The rules as something that can be compared and hashed."""
     if rules is None or isinstance(rules, AxisRules):
         return rules
-    return tuple((name, tuple(a) if isinstance(a, list | tuple) else a) for name, a in rules)
+    return tuple(
+        (name, axes if isinstance(axes, str) else tuple(axes or ())) for name, axes in rules
+    )
 
 
 def rules_in_scope() -> LogicalRules | None:
