@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import doctest
+import io
 import re
 from pathlib import Path
 
@@ -20,16 +22,20 @@ def examples(text: str) -> str:
     for block in BLOCK.finditer(text):
         first = text.count("\n", 0, block.start(1))
         lines = block[1].splitlines()
-        if not block[1].startswith(">>>"):  # a program: one example without output
-            lines = [">>> if True:", *(f"...     {line}" for line in lines)]
+        if not block[1].startswith(">>>"):  # a program: one example, whatever it prints
+            lines = [">>> with _quiet():", *(f"...     {line}" for line in lines)]
             first -= 1
         kept[first : first + len(lines)] = lines
     return "\n".join(kept) + "\n"
 
 
+def quiet() -> contextlib.redirect_stdout[io.StringIO]:
+    return contextlib.redirect_stdout(io.StringIO())
+
+
 def run(text: str, name: str) -> doctest.TestResults:
     test = doctest.DocTestParser().get_doctest(
-        examples(text), {"__name__": "__main__"}, name, name, 0
+        examples(text), {"__name__": "__main__", "_quiet": quiet}, name, name, 0
     )
     runner = doctest.DocTestRunner(optionflags=FLAGS)
     runner.run(test)

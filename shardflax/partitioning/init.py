@@ -46,12 +46,14 @@ def init_sharded(
     layout = abstract_layout(init_fn, *args, mesh=mesh, rules=rules)
     raise_problems(layout.problems)
 
-    def placed(*inputs: Any) -> Any:
-        return layout.place(unboxed(init_fn(*inputs)))
+    # Only the leaves go through jit: what is static in a state (an optimizer made in `init_fn`, say)
+    # is another object at each trace, and JAX would not take the two trees for the same.
+    def placed(*inputs: Any) -> list[Any]:
+        return jx.tree.leaves(layout.place(unboxed(init_fn(*inputs))))
 
     with use(mesh, rules), init_tracing(InitTrace()):
-        state = jx.jit(placed, out_shardings=layout.shardings)(*args)
-    return state, layout
+        leaves = jx.jit(placed, out_shardings=jx.tree.leaves(layout.shardings))(*args)
+    return layout.rebuild(leaves), layout
 
 
 def abstract_layout(

@@ -193,6 +193,10 @@ class Layout:
             lower(x, leaf.spec, self.mesh) for x, leaf in zip(values, self.leaves, strict=True)
         )
 
+    def rebuild(self, leaves: Iterable[Any]) -> Any:
+        """A tree like the state, from its leaves in order."""
+        return self._tree(leaves)
+
     def _tree(self, values: Iterable[Any]) -> Any:
         return jx.tree.unflatten(self._treedef, list(values))
 

@@ -96,19 +96,20 @@ def test_names_follow_dims(inner: str, outer: str, a: int, b: int) -> None:
     x = jnp.ones((2, 3))
     abstract = only(jax.eval_shape(target().init, KEY, x))
     assert (abstract.names, abstract.value.shape) == (names, shape)
-    variables = jax.jit(target().init)(KEY, x)
+
+    def everything() -> Any:
+        variables, others = target().init(KEY, x), bare().init(KEY, x)
+        run = lambda v: target().apply(v, x)  # noqa: E731
+        grads = jax.grad(lambda v: run(v).sum())(variables)
+        return variables, others, run(variables), run(others), grads
+
+    variables, others, ys, plain_ys, grads = jax.jit(everything)()
     assert (only(variables).names, only(variables).value.shape) == (names, shape)
-    plain = core.unbox(variables)
-    np.testing.assert_array_equal(only(jax.jit(bare().init)(KEY, x)), only(plain))
-
-    def run(variables: Any) -> Any:
-        return target().apply(variables, x)
-
-    ys, grads = jax.jit(lambda v: (run(v), jax.grad(lambda v: run(v).sum())(v)))(variables)
-    assert only(grads).names == names and only(grads).value.shape == shape
-    expected = expected_output(only(plain), x, [(inner, a), (outer, b)])
+    assert (only(grads).names, only(grads).value.shape) == (names, shape)
+    np.testing.assert_array_equal(only(others), only(variables).value)
+    np.testing.assert_array_equal(ys, plain_ys)
+    expected = expected_output(only(others), x, [(inner, a), (outer, b)])
     np.testing.assert_allclose(ys, expected, rtol=1e-5)
-    np.testing.assert_array_equal(ys, jax.jit(run)(plain))
 
 
 def expected_output(w: Any, x: Any, lifts: list[tuple[str, int]]) -> Any:
@@ -179,7 +180,6 @@ def test_a_collection_that_only_goes_in_keeps_its_names() -> None:
 
 def test_result_shards_as_its_names_say() -> None:
     mesh = jax.make_mesh((2, 4), ("stage", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    target = layer(nn, boxed(Partitioned, (None, None)))
     model = nn.vmap(
         layer(nn, boxed(Partitioned, (None, None))),
         variable_axes={"params": -1},
@@ -188,7 +188,6 @@ def test_result_shards_as_its_names_say() -> None:
         axis_size=8,
         metadata_params={"partition_name": "model"},
     )()
-    del target
     shapes = jax.eval_shape(model.init, KEY, jnp.ones((2, 3)))
     specs = nn.get_partition_spec(shapes)
     shardings = jax.tree.map(lambda s: jax.sharding.NamedSharding(mesh, s), specs)

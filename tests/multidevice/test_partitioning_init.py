@@ -30,6 +30,7 @@ from shardflax.partitioning import (
     with_logical_partitioning,
     with_partitioning,
 )
+from shardflax.training import TrainState
 
 INITS = jax.nn.initializers
 KEY = jax.random.key(0)
@@ -185,3 +186,17 @@ def test_batches() -> None:
         batch_sharding(mesh, rules, shape=(6, 128))
     with pytest.raises(UnknownNameError, match="batch: no rule for the name 'lenght'"):
         batch_sharding(mesh, rules, ("batch", "lenght"))
+
+
+def test_an_optimizer_that_is_made_in_the_init_function() -> None:
+    """Static parts that differ from one trace to the next do not matter."""
+
+    def state(key: jax.Array) -> TrainState:
+        params = {"w": named(INITS.lecun_normal(), ("embed", "mlp"))(key, (16, 24))}
+        return TrainState.create(apply_fn=lambda: None, params=params, tx=optax.adamw(1e-3))
+
+    made, layout = init_sharded(
+        state, KEY, mesh=make_mesh("fsdp=4,tensor=2"), rules=preset("fsdp_tp")
+    )
+    assert jax.tree.structure(made) == jax.tree.structure(layout.abstract)
+    assert made.params["w"].sharding.spec == P("fsdp", "tensor")

@@ -157,8 +157,14 @@ def model_of(nn: Any, lift: Any, form: str, name: str) -> Any:
     return Model()
 
 
-@pytest.mark.parametrize("form", ["class", "method", "function"])
-@pytest.mark.parametrize("name", LIFTS)
+OTHER_FORMS = ("jit", "remat", "vmap_split", "scan_split")  # the forms share all but the target
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [(name, "class") for name in LIFTS]
+    + [(name, form) for form in ("method", "function") for name in OTHER_FORMS],
+)
 def test_draws_around_a_transform(name: str, form: str) -> None:
     def program(nn: Any) -> Any:
         model = model_of(nn, LIFTS[name], form, name)
