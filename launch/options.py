@@ -45,15 +45,13 @@ class ModelOptions:
     """Its size: tiny, small, base, llama3-1b, llama3-8b or llama3-70b."""
 
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Of the computation; auto is float32 on CPUs, which are slow at bfloat16, and bfloat16
-    elsewhere. Parameters are float32."""
+    """Of the computation; auto is float32 on CPUs, else bfloat16. Parameters are float32."""
 
     layers: int | None = None
     """Number of blocks, if not that of the size."""
 
     remat: str | None = "auto"
-    """What the forward pass keeps for the backward pass: a policy of jax.checkpoint_policies, None
-    to keep all; auto is the size's own."""
+    """What is kept for the backward pass: a policy of jax.checkpoint_policies, or None for all."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +63,7 @@ class DataOptions:
     """
 
     data: Path | None = None
-    """A text, JSONL or Parquet file, or a folder of them; by default the source code of Python's
-    standard library."""
+    """A text, JSONL or Parquet file, or a folder of them; None is Python's standard library."""
 
     text_field: str = "text"
     """Where the text is in JSONL and Parquet files."""
@@ -161,10 +158,19 @@ class TrainOptions:
     """
 
     layout: LayoutOptions = LayoutOptions()
+    """How the run lies on its devices."""
+
     model: ModelOptions = ModelOptions()
+    """The decoder."""
+
     data: DataOptions = DataOptions()
+    """The text, as bytes."""
+
     optimizer: OptimizerOptions = OptimizerOptions()
+    """The optimizer and its learning rate."""
+
     run: RunOptions = RunOptions()
+    """How long the run is, and where it is kept."""
 
     def identity(self) -> dict[str, Any]:
         """Everything that the numbers depend on, as JSON."""

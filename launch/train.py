@@ -37,6 +37,9 @@ from shardflax.training import data as text
 __all__ = ["main"]
 
 _TERMINATED = 128 + signal.SIGTERM
+_HELP = """Trains a decoder language model on text, sharded over a mesh of devices. Killed at any \
+moment, the same command goes on from the last complete checkpoint, and computes the very numbers \
+that it would have computed without."""
 
 
 # --- act 1: the state, made or restored
@@ -239,7 +242,12 @@ def main(argv: list[str] | None = None) -> None:
     Traceback (most recent call last):
     SystemExit: 2
     """
-    options = tyro.cli(tyro.conf.OmitArgPrefixes[TrainOptions], args=argv)
+    options = tyro.cli(
+        tyro.conf.OmitArgPrefixes[TrainOptions],
+        args=argv,
+        prog="python -m launch.train",
+        description=_HELP,
+    )
     initialize_from_env()
     try:
         _execute(options)
