@@ -18,11 +18,11 @@ from pathlib import Path
 import flax.linen
 
 import shardflax.nn
-from benchmarks import calling, programs, tracing
+from benchmarks import calling, loop, programs, tracing
 from benchmarks.report import Row, machine, markdown, write
 
 RESULTS = Path(__file__).parent / "results" / "overhead.json"
-GROUPS = ("tracing", "calling", "programs")
+GROUPS = ("tracing", "calling", "programs", "loop")
 
 
 def measure(groups: tuple[str, ...], rounds: int) -> list[Row]:
@@ -35,6 +35,8 @@ def measure(groups: tuple[str, ...], rounds: int) -> list[Row]:
         rows += calling.rows(*spaces, rounds)
     if "programs" in groups:
         rows += programs.rows(rounds)
+    if "loop" in groups:
+        rows += loop.rows(max(3, rounds // 2))
     return rows
 
 
