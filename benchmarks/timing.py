@@ -1,6 +1,6 @@
 """Timing in turn: on a machine that others use too, only ratios taken side by side mean anything.
 
-Contenders run one after the other in each round (A B C, A B C, ...), so that whatever slows the
+Contenders run one after the other in each round (A B C, B C A, ...), so that whatever slows the
 machine down slows all of them; a result is the median over the rounds of their ratio.
 """
 
@@ -64,10 +64,12 @@ def in_turn(
     gc.collect()
     gc.disable()
     try:
+        order = list(contenders)
         for _ in range(rounds):
-            for name, contender in contenders.items():
-                seconds[name].append(timed(contender))
+            for name in order:
+                seconds[name].append(timed(contenders[name]))
             gc.collect()
+            order = [*order[1:], order[0]]  # whoever comes first finds cold caches
     finally:
         gc.enable()
     return Rounds(seconds)
