@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 __all__ = ["Cost", "cost_of", "differences"]
@@ -60,5 +60,5 @@ def collectives(hlo: str) -> Counter[str]:
 
 def differences(a: Cost, b: Cost) -> dict[str, tuple[Any, Any]]:
     """The figures in which two programs differ."""
-    left, right = asdict(a), asdict(b)
+    left, right = vars(a), vars(b)
     return {name: (left[name], right[name]) for name in left if left[name] != right[name]}
