@@ -115,7 +115,7 @@ class RunOptions:
     'small'
     """
 
-    steps: int = 400
+    steps: int = 200
     """Steps in all: a run that goes on counts those that it has done."""
 
     accumulate: int = 1
@@ -130,7 +130,7 @@ class RunOptions:
     run: Path = Path("runs/small")
     """Folder of the run: checkpoints and losses. The same folder again: it goes on."""
 
-    save_every: int = 50
+    save_every: int = 25
     """Steps between checkpoints."""
 
     keep: int = 3
