@@ -13,7 +13,13 @@ import jax.numpy as jnp
 
 import shardflax.nn as nn
 from shardflax.models.config import DecoderConfig
-from shardflax.partitioning import PARTITION_NAME, constrain, default_names
+from shardflax.partitioning import (
+    PARTITION_NAME,
+    AxisRules,
+    constrain,
+    default_names,
+    get_logical_axis_rules,
+)
 
 __all__ = ["Decoder", "DecoderBlock", "FeedForward"]
 
@@ -50,9 +56,10 @@ class FeedForward(nn.Module):
                 name=name,
             )
 
-        gate = dense("gate", cfg.mlp_dim, ("embed", "mlp"), _HIDDEN)(x)
-        up = dense("up", cfg.mlp_dim, ("embed", "mlp"), _HIDDEN)(x)
-        return dense("down", cfg.embed_dim, ("mlp", "embed"), _RESIDUAL)(nn.silu(gate) * up)
+        gate = dense("gate", cfg.mlp_dim, ("embed", "mlp"), _strict(_HIDDEN))(x)
+        up = dense("up", cfg.mlp_dim, ("embed", "mlp"), _strict(_HIDDEN))(x)
+        down = dense("down", cfg.embed_dim, ("mlp", "embed"), _strict(_RESIDUAL))
+        return down(nn.silu(gate) * up)
 
 
 class DecoderBlock(nn.Module):
@@ -82,12 +89,12 @@ class DecoderBlock(nn.Module):
             param_dtype=jnp.dtype(cfg.param_dtype),
             decode=self.decode,
             cache_length=cfg.max_length if self.decode else None,
-            out_axes=_RESIDUAL,
+            out_axes=_strict(_RESIDUAL),
             name="attention",
         )
         x = x + attention(_norm(cfg, "attention_norm")(x))
         x = x + FeedForward(cfg, name="mlp")(_norm(cfg, "mlp_norm")(x))
-        return constrain(x, _RESIDUAL), None
+        return constrain(x, _strict(_RESIDUAL)), None
 
 
 class Decoder(nn.Module):
@@ -118,8 +125,8 @@ class Decoder(nn.Module):
             param_dtype=param_dtype,
             embedding_init=nn.initializers.normal(1.0 if not cfg.tie_embeddings else 0.02),
             lookup="one_hot" if cfg.vocab_size <= 1024 else "gather",
-            out_axes=_RESIDUAL,
-            attend_axes=_LOGITS,
+            out_axes=_strict(_RESIDUAL),
+            attend_axes=_strict(_LOGITS),
             name="embed",
         )
         x = self._layers(embed(tokens))
@@ -132,7 +139,7 @@ class Decoder(nn.Module):
             dtype=dtype,
             param_dtype=param_dtype,
             kernel_axes=default_names("vocab_embed", "vocab"),
-            out_axes=_LOGITS,
+            out_axes=_strict(_LOGITS),
             name="head",
         )
         return head(x).astype(jnp.float32)
@@ -163,6 +170,11 @@ def _norm(cfg: DecoderConfig, name: str) -> nn.RMSNorm:
         epsilon=cfg.norm_epsilon,
         dtype=jnp.dtype(cfg.dtype),
         param_dtype=jnp.dtype(cfg.param_dtype),
-        out_axes=_RESIDUAL,
+        out_axes=_strict(_RESIDUAL),
         name=name,
     )
+
+
+def _strict(names: tuple[str, ...]) -> tuple[str, ...] | None:
+    """`names` of an output, to be held to under strict rules; None elsewhere."""
+    return names if isinstance(get_logical_axis_rules(), AxisRules) else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from shardflax import partitioning
 from shardflax.core import Module, compact
 from shardflax.nn import _names as names
+from shardflax.nn import _weights as weights
 from shardflax.nn import dtypes, initializers
 from shardflax.nn.errors import EinsumError, InputRankError, where
 from shardflax.nn.types import Array, Dtype, Initializer, Names, Precision
@@ -109,13 +110,14 @@ class Einsum(Module):
         kernel = self.param("kernel", init, tuple(self.shape), self.param_dtype)
         bias = self._bias(equation, axes) if self.use_bias else None
         x, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
-        y = jnp.einsum(
+        multiply = partial(
+            jnp.einsum,
             text,
-            x,
-            kernel,
             precision=self.precision,
             preferred_element_type=self.preferred_element_type,
         )
+        stored = weights.stored_names(self.kernel_init, axes)
+        y = weights.product(multiply, x, kernel, stored)
         if bias is not None:
             y = y + jnp.reshape(bias, equation.broadcast(kernel.shape))
         return self._laid_out(y, equation, axes)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from shardflax import partitioning
 from shardflax.core import Module
 from shardflax.nn import _names as names
+from shardflax.nn import _weights as weights
 from shardflax.nn import dtypes, initializers
 from shardflax.nn.errors import InputDtypeError, InputRankError, InputShapeError, where
 from shardflax.nn.types import Array, Dtype, Initializer, Names
@@ -69,7 +70,8 @@ class Embed(Module):
             # Linen's answer: a single row is every row, whatever the id.
             y = jnp.broadcast_to(table, (*ids.shape, self.features))
         elif self.lookup == "one_hot":
-            y = _one_hot_rows(table, ids)
+            stored = weights.stored_names(self.embedding_init, self.embedding_axes)
+            y = weights.product(_one_hot_rows, ids, table, stored)
         else:
             y = jnp.take(table, ids, axis=0)
         return names.output(y, self.out_axes)
@@ -88,10 +90,15 @@ class Embed(Module):
                 why="`features`",
             )
         query, table = self.promote_dtype(query, self.embedding, dtype=self.dtype)
-        return names.output(jnp.dot(query, table.T), self.attend_axes)
+        stored = weights.stored_names(self.embedding_init, self.embedding_axes)
+        return names.output(weights.product(_scores, query, table, stored), self.attend_axes)
 
 
-def _one_hot_rows(table: Array, ids: Array) -> Array:
+def _scores(query: Array, table: Array) -> Array:
+    return jnp.dot(query, table.T)
+
+
+def _one_hot_rows(ids: Array, table: Array) -> Array:
     """Rows of `table` as a product, with the gather's answers for ids outside of it."""
     count = table.shape[0]
     ids = jnp.where(ids < 0, ids + count, ids)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import field
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -15,6 +16,7 @@ from shardflax import partitioning
 from shardflax.core import Module, compact, nowrap
 from shardflax.core.rng import is_keyless
 from shardflax.nn import _names as names
+from shardflax.nn import _weights as weights
 from shardflax.nn import dtypes, initializers
 from shardflax.nn.errors import AxesError, where
 from shardflax.nn.linear import choose_dot_general
@@ -162,7 +164,9 @@ class DenseGeneral(Module):
         bias = self._bias(plan, kernel_axes) if self.use_bias else None
         x, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
         dot = choose_dot_general(self.dot_general, self.dot_general_cls)
-        y = dot(x, kernel, plan.dimension_numbers, precision=self.precision)
+        multiply = partial(dot, dimension_numbers=plan.dimension_numbers, precision=self.precision)
+        stored = weights.stored_names(self.kernel_init, kernel_axes)
+        y = weights.product(multiply, x, kernel, stored, dot)
         if bias is not None:
             y = y + jnp.reshape(bias, plan.bias_shape)
         if plan.batch and names.is_default(self.out_axes):

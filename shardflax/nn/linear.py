@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import field
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax import lax
 from shardflax import partitioning
 from shardflax.core import Module, compact, nowrap
 from shardflax.nn import _names as names
+from shardflax.nn import _weights as weights
 from shardflax.nn import dtypes, initializers
 from shardflax.nn.errors import InputRankError, where
 from shardflax.nn.types import Array, DotGeneral, Dtype, Initializer, Names, Precision
@@ -75,7 +77,10 @@ class Dense(Module):
         bias = self._bias() if self.use_bias else None
         x, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
         dot = choose_dot_general(self.dot_general, self.dot_general_cls)
-        y = dot(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), precision=self.precision)
+        dims = (((x.ndim - 1,), (0,)), ((), ()))
+        multiply = partial(dot, dimension_numbers=dims, precision=self.precision)
+        stored = weights.stored_names(self.kernel_init, self.kernel_axes)
+        y = weights.product(multiply, x, kernel, stored, dot)
         if bias is not None:
             y = y + jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
         return names.output(y, self.out_axes, self.kernel_axes[1:])

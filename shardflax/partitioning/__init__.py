@@ -3,6 +3,7 @@
 *axis* is a mesh axis, *dim* a dimension of an array, *name* the logical name of a dim.
 """
 
+from shardflax.partitioning.at_use import at_use, with_weight
 from shardflax.partitioning.batch import batch_axes, batch_sharding
 from shardflax.partitioning.boxes import PARTITION_NAME, LogicallyPartitioned, Partitioned
 from shardflax.partitioning.constraints import constrain, with_logical_constraint
@@ -87,6 +88,7 @@ __all__ = [
     "UnknownNameError",
     "UnknownPresetError",
     "abstract_layout",
+    "at_use",
     "batch_axes",
     "batch_sharding",
     "constrain",
@@ -108,4 +110,5 @@ __all__ = [
     "with_logical_constraint",
     "with_logical_partitioning",
     "with_partitioning",
+    "with_weight",
 ]

@@ -1,0 +1,155 @@
+"""The layout in which weights are used: without the axes over which the activations are spread.
+
+A weight is stored over as many axes as possible, those of the batch included (`embed` over `fsdp`).
+A product of such a weight and a batch over `fsdp` has two claims on one axis, and only one of its
+results can have it.  The usual answer is to gather the weight over those axes first: said here,
+once, and not left to the compiler, which also finds worse ones (docs/layouts.md).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from shardflax.partitioning.constraints import lower
+from shardflax.partitioning.defaults import DefaultNames, in_force
+from shardflax.partitioning.errors import raise_problems
+from shardflax.partitioning.resolve import MeshAxes, resolve
+from shardflax.partitioning.rules import AxisRules
+from shardflax.partitioning.scope import (
+    AnyMesh,
+    free_axes,
+    init_trace,
+    mesh_in_scope,
+    rules_in_scope,
+)
+from shardflax.partitioning.spec_check import make_spec, spec_axes
+from shardflax.partitioning.untyped import jx
+
+__all__ = ["at_use", "with_weight"]
+
+Names = tuple[Any, ...]
+
+_BESIDE = ("batch", "length")
+
+
+def at_use(weight: Any, names: Names | None, beside: tuple[str, ...] = _BESIDE) -> Any:
+    """Lays a weight out for its use: without the axes that the rules give to the dims `beside` it.
+
+    `names` are those of the stored weight (explicit or default), `beside` those of the dims that
+    the activations have and the weight lacks: a layer of experts says `("moe_batch", "length")`.
+    Gradients come back in the stored layout.  It does something only under strict rules, with a
+    mesh, outside of the init that `init_sharded` traces, and where such an axis is taken;
+    anywhere else it returns `weight` and leaves no trace.
+
+    A product that is differentiated keeps its operands: `with_weight` keeps the stored weight.
+
+    Raises a `LayoutError` for explicit names that do not fit the weight, the rules, or the mesh.
+
+    >>> import jax.numpy as jnp
+    >>> from shardflax.partitioning import make_mesh, preset, use
+    >>> with use(make_mesh("fsdp=4,tensor=2"), preset("fsdp_tp")):
+    ...     kernel = at_use(jnp.ones((8, 6)), ("embed", "mlp"))
+    >>> kernel.sharding.spec
+    P(None, 'tensor')
+    """
+    change = _change(weight, names, beside)
+    return weight if change is None else change(weight)
+
+
+def with_weight(
+    fn: Callable[[Any, Any], Any],
+    x: Any,
+    weight: Any,
+    names: Names | None,
+    beside: tuple[str, ...] = _BESIDE,
+) -> Any:
+    """`fn(x, at_use(weight, names, beside))`, where the backward pass lays the weight out again.
+
+    So what is kept between the passes is the stored weight, not the gathered one: a stack of
+    layers needs the room of one gathered weight at a time.  `fn` must be a pure function of two
+    arrays; what it computes besides products is computed again in the backward pass.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from shardflax.partitioning import make_mesh, preset, use
+    >>> x, kernel = jnp.ones((8, 8)), jnp.ones((8, 6))
+    >>> with use(make_mesh("fsdp=4,tensor=2"), preset("fsdp_tp")):
+    ...     y = jax.jit(lambda x, k: with_weight(jnp.dot, x, k, ("embed", "mlp")))(x, kernel)
+    >>> y.shape
+    (8, 6)
+    """
+    change = _change(weight, names, beside)
+    if change is None:
+        return fn(x, weight)
+    # The barrier is for the weight: or XLA would merge the two gathers, and keep their result.
+    return jx.checkpoint(_Product(fn, change), prevent_cse=(False, True))(x, weight)
+
+
+@dataclass(frozen=True)
+class _Change:
+    """From the layout `stored` to the layout `used`, on one mesh."""
+
+    stored: PartitionSpec
+    used: PartitionSpec
+    mesh: AnyMesh
+
+    def __call__(self, weight: Any) -> Any:
+        # The first constraint is for the way back: the gradient of the second has its layout.
+        return lower(lower(weight, self.stored, self.mesh), self.used, self.mesh)
+
+
+@dataclass(frozen=True)
+class _Product:
+    """A function of an array and a weight, with the weight laid out for it."""
+
+    fn: Callable[[Any, Any], Any]
+    change: _Change
+
+    def __call__(self, x: Any, weight: Any) -> Any:
+        return self.fn(x, self.change(weight))
+
+
+def _change(weight: Any, names: Names | None, beside: tuple[str, ...]) -> _Change | None:
+    """What has to be done to `weight` under the rules and the mesh in scope, if anything."""
+    rules = rules_in_scope()
+    if names is None or not isinstance(rules, AxisRules) or init_trace() is not None:
+        return None
+    mesh, said = mesh_in_scope(), in_force(names, np.ndim(weight), rules)
+    if mesh is None or said is None:
+        return None
+    advice = isinstance(names, DefaultNames)
+    specs = _specs(tuple(said), rules, tuple(np.shape(weight)), free_axes(mesh), beside, advice)
+    return None if specs is None else _Change(*specs, mesh)
+
+
+@functools.lru_cache(maxsize=4096)
+def _specs(
+    names: Names,
+    rules: AxisRules,
+    shape: tuple[int, ...],
+    axes: MeshAxes,
+    beside: tuple[str, ...],
+    advice: bool,
+) -> tuple[PartitionSpec, PartitionSpec] | None:
+    """The stored and the used spec, or None where they are equal.
+
+    Names that nobody wrote are `advice`: where they do not fit, nothing is done.
+    """
+    found = resolve(names, rules, shape, axes)
+    if not advice:
+        raise_problems(found.problems)
+    busy = {axis.rstrip("?") for name in beside for axis in rules.get(name) or ()}
+    used = make_spec(_without(entry, busy) for entry in found.spec)
+    return None if found.problems or used == found.spec else (found.spec, used)
+
+
+def _without(entry: Any, axes: set[str]) -> Any:
+    """One entry of a spec without `axes`."""
+    if entry is PartitionSpec.UNCONSTRAINED:
+        return entry
+    return tuple(axis for axis in spec_axes(entry) if axis not in axes)
