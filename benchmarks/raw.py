@@ -26,9 +26,14 @@ def layer_norm(p: Any, x: jax.Array) -> jax.Array:
     return y * (factor * jnp.reshape(p["scale"], shape)) + jnp.reshape(p["bias"], shape)
 
 
-def dense(p: Any, x: jax.Array, n_in: int = 1) -> jax.Array:
-    dims = tuple(range(x.ndim - n_in, x.ndim)), tuple(range(n_in))
-    y = lax.dot_general(x, p["kernel"], (dims, ((), ())))
+def dense(p: Any, x: jax.Array, n_in: int = 1, product: Any = None) -> jax.Array:
+    """`product(fn, x, kernel)` calls `fn(x, kernel)`, with the kernel laid out as it likes."""
+    dims = (tuple(range(x.ndim - n_in, x.ndim)), tuple(range(n_in))), ((), ())
+
+    def multiply(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return lax.dot_general(x, kernel, dims)
+
+    y = multiply(x, p["kernel"]) if product is None else product(multiply, x, p["kernel"])
     bias = p["bias"]
     return y + jnp.reshape(bias, (1,) * (y.ndim - bias.ndim) + bias.shape)
 

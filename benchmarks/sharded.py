@@ -8,6 +8,7 @@ is compared in `compiled.py`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -132,26 +133,56 @@ PARAMS = {
 }
 
 
-def _attention(p: Any, x: jax.Array, put: Callable[..., jax.Array]) -> jax.Array:
-    query, key, value = (put(raw.dense(p[name], x), HEADS) for name in ("query", "key", "value"))
+@dataclass(frozen=True)
+class _Hand:
+    """What one writes by hand around the products: where their operands and results lie."""
+
+    mesh: Mesh
+    residual: P
+
+    def put(self, x: jax.Array, spec: P) -> jax.Array:
+        spec = self.residual if spec == RESIDUAL else spec
+        return lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
+    def dense(self, p: Any, x: jax.Array, stored: P, n_in: int = 1) -> jax.Array:
+        """A product whose kernel is gathered over `fsdp` for it, in the backward pass again."""
+        used = P(*(None if axis == "fsdp" else axis for axis in stored))
+
+        def product(multiply: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
+            def gathered(x: jax.Array, kernel: jax.Array) -> jax.Array:
+                return multiply(x, self.put(self.put(kernel, stored), used))
+
+            return jax.checkpoint(gathered, prevent_cse=(False, True))(x, kernel)  # pyright: ignore[reportArgumentType]
+
+        return raw.dense(p, x, n_in, product)
+
+
+def _attention(p: Any, x: jax.Array, hand: _Hand) -> jax.Array:
+    heads, put = _IN["kernel"], hand.put
+    query, key, value = (
+        put(hand.dense(p[name], x, heads), HEADS) for name in ("query", "key", "value")
+    )
     query = query / jnp.sqrt(query.shape[-1]).astype(query.dtype)
     weights = jax.nn.softmax(jnp.einsum("...qhd,...khd->...hqk", query, key))
     y = jnp.einsum("...hqk,...khd->...qhd", weights, value)
-    return put(raw.dense(p["out"], y, n_in=2), RESIDUAL)
+    out = _BLOCK["MultiHeadDotProductAttention_0"]["out"]["kernel"]
+    return put(hand.dense(p["out"], y, out, n_in=2), RESIDUAL)
 
 
-def _forward(params: Any, ids: jax.Array, put: Callable[..., jax.Array]) -> jax.Array:
+def _forward(params: Any, ids: jax.Array, hand: _Hand) -> jax.Array:
+    put = hand.put
+
     def block(x: jax.Array, p: Any) -> tuple[jax.Array, None]:
         h = put(raw.layer_norm(p["LayerNorm_0"], x), RESIDUAL)
-        x = x + _attention(p["MultiHeadDotProductAttention_0"], h, put)
+        x = x + _attention(p["MultiHeadDotProductAttention_0"], h, hand)
         h = put(raw.layer_norm(p["LayerNorm_1"], x), RESIDUAL)
-        h = jax.nn.gelu(put(raw.dense(p["Dense_0"], h), HIDDEN))
-        return x + put(raw.dense(p["Dense_1"], h), RESIDUAL), None
+        h = jax.nn.gelu(put(hand.dense(p["Dense_0"], h, P("fsdp", "tensor")), HIDDEN))
+        return x + put(hand.dense(p["Dense_1"], h, P("tensor", "fsdp")), RESIDUAL), None
 
     x = put(jnp.take(params["Embed_0"]["embedding"], ids, axis=0), RESIDUAL)
     x = lax.scan(block, x, params["blocks"])[0]
     x = put(raw.layer_norm(params["norm"], x), RESIDUAL)
-    return put(raw.dense(params["logits"], x), HIDDEN)
+    return put(hand.dense(params["logits"], x, P("fsdp", "tensor")), HIDDEN)
 
 
 def by_hand(mesh: Mesh, params: Any) -> tuple[Callable[..., Any], Any]:
@@ -166,15 +197,11 @@ def by_hand(mesh: Mesh, params: Any) -> tuple[Callable[..., Any], Any]:
 
 def step_by_hand(mesh: Mesh, residual: P = RESIDUAL) -> Callable[..., Any]:
     """The jitted step; `residual` is the layout of the residual stream."""
-    tx = optimizer()
-
-    def put(x: jax.Array, spec: P) -> jax.Array:
-        spec = residual if spec == RESIDUAL else spec
-        return lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+    tx, hand = optimizer(), _Hand(mesh, residual)
 
     def step(state: Any, ids: jax.Array) -> tuple[Any, jax.Array]:
         count, params, opt_state = state
-        value, grads = jax.value_and_grad(lambda p: loss(_forward(p, ids, put), ids))(params)
+        value, grads = jax.value_and_grad(lambda p: loss(_forward(p, ids, hand), ids))(params)
         updates, opt_state = tx.update(grads, opt_state, params)
         return (count + 1, optax.apply_updates(params, updates), opt_state), value
 
