@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.extend.core as jex
+from jax._src import core as jax_core  # jax.extend.core has the same, and imports all of Pallas
 from jax.interpreters import partial_eval
 
 __all__ = ["Static", "current_trace", "hoist", "jx"]
 
-_jex: Any = jex
+_core: Any = jax_core
 _partial_eval: Any = partial_eval
 jx: Any = jax  # JAX as an untyped value: some of its functions are half typed
 
@@ -38,7 +38,7 @@ def current_trace() -> Any:
     >>> _ = jax.jit(lambda x: print(current_trace() == outside))(1.0)
     False
     """
-    return _jex.get_opaque_trace_state(convention="flax")
+    return _core.get_opaque_trace_state(convention="flax")
 
 
 def hoist(
@@ -102,7 +102,7 @@ def _shared(jaxpr: Any, inside: list[Any], outvars: list[Any]) -> list[Any]:
     ids = {id(eqn) for eqn in inside}
     made = {v for eqn in jaxpr.eqns if id(eqn) not in ids for v in eqn.outvars}
     used = [v for eqn in inside for v in _inputs(eqn)]
-    used += [v for v in outvars if isinstance(v, jex.Var)]
+    used += [v for v in outvars if isinstance(v, _core.Var)]
     return [v for v in dict.fromkeys(used) if v in made]
 
 
@@ -111,7 +111,7 @@ def _debug(jaxpr: Any, n_in: int, n_out: int) -> Any:
 
 
 def _inputs(eqn: Any) -> list[Any]:
-    return [v for v in eqn.invars if isinstance(v, jex.Var)]
+    return [v for v in eqn.invars if isinstance(v, _core.Var)]
 
 
 def _reachable(jaxpr: Any) -> set[Any]:
