@@ -46,8 +46,8 @@ def init_sharded(
     layout = abstract_layout(init_fn, *args, mesh=mesh, rules=rules)
     raise_problems(layout.problems)
 
-    # Only the leaves go through jit: what is static in a state (an optimizer made in `init_fn`, say)
-    # is another object at each trace, and JAX would not take the two trees for the same.
+    # Only the leaves go through jit: what is static in a state (an optimizer made in `init_fn`,
+    # say) is another object at each trace, and JAX would not take the two trees for the same.
     def placed(*inputs: Any) -> list[Any]:
         return jx.tree.leaves(layout.place(unboxed(init_fn(*inputs))))
 

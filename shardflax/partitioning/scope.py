@@ -60,7 +60,7 @@ class _Scope(threading.local):
 
 _scope = _Scope()
 
-# JAX looks at this when it looks for a trace: a function jitted once is traced anew under new rules.
+# JAX looks traces up by this too: a function jitted once is traced anew under other rules.
 _traced_under: Any = jx.make_user_context(None)
 
 
