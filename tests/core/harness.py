@@ -43,7 +43,7 @@ _QUICK = jex_random.define_prng_impl(
     seed=lambda seed: _mix(jnp.uint32(1), jnp.asarray(seed).astype(jnp.uint32)).reshape(1),
     split=lambda key, shape: _numbered(key, shape, 77).reshape(*shape, 1),
     random_bits=lambda key, width, shape: _numbered(key, shape, 7777).reshape(shape),
-    fold_in=lambda key, data: _mix(key, data.astype(jnp.uint32)),
+    fold_in=lambda key, data: _mix(key, jnp.asarray(data).astype(jnp.uint32)),
     name="quick",
 )
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shardflax import core
+from shardflax.core.boxes import is_box
 from shardflax.partitioning import LogicallyPartitioned, Partitioned
 from tests.core.harness import OURS as nn
 from tests.core.harness import quick_key, same
@@ -19,7 +19,7 @@ KEY = quick_key(0)
 BOXES = {"partitioned": Partitioned, "logical": LogicallyPartitioned}
 
 
-def boxed(box: Any, names: tuple[str, ...]) -> Any:
+def boxed(box: Any, names: tuple[str | None, ...]) -> Any:
     def init(key: Any, shape: Any) -> Any:
         return box(jax.random.uniform(key, shape), names=names)
 
@@ -68,7 +68,7 @@ def insert(names: tuple[Any, ...], axis: int, name: Any) -> tuple[Any, ...]:
 
 def only(tree: Any) -> Any:
     """The one leaf (or box) of a tree."""
-    (leaf,) = jax.tree.leaves(tree, is_leaf=core.boxes.is_box)
+    (leaf,) = jax.tree.leaves(tree, is_leaf=is_box)
     return leaf
 
 

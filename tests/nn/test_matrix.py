@@ -80,12 +80,14 @@ def gradients(row: Row, variables: Any, inputs: Any, namespace: Any = nn) -> Any
 def facts(row: Row) -> tuple[Any, Any, Any, Any]:
     """Inputs, variables, output and gradients of a row: computed once, with no rules in scope."""
     inputs, variables = row.inputs(), row.init()
-    return inputs, variables, row.apply(variables, *inputs), gradients(row, variables, inputs)
+    return inputs, variables, *everything(row, variables, inputs)
 
 
-def everything(row: Row, variables: Any, inputs: Any) -> tuple[Any, Any]:
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def everything(row: Row, variables: Any, inputs: Any, namespace: Any = nn) -> tuple[Any, Any]:
     """Output and gradients, as one program to compile."""
-    return row.apply(variables, *inputs), gradients(row, variables, inputs)
+    y = row.apply(variables, *inputs, namespace=namespace)
+    return y, gradients(row, variables, inputs, namespace)
 
 
 def test_every_layer_has_a_row() -> None:
@@ -97,8 +99,7 @@ def test_every_layer_has_a_row() -> None:
 def test_parity_with_flax(row: Row) -> None:
     inputs, variables, y, grads = facts(row)
     same(variables, row.init(flax.linen))
-    same(y, row.apply(variables, *inputs, namespace=flax.linen))
-    same(grads, gradients(row, variables, inputs, flax.linen))
+    same((y, grads), everything(row, variables, inputs, flax.linen))
 
 
 @rows(flax=True)
@@ -231,7 +232,7 @@ def on_a_mesh(row: Row, rules: str, with_gradients: bool) -> None:
         assert x.sharding.is_equivalent_to(jax.NamedSharding(mesh, leaf.spec), x.ndim), path
     with use(mesh, axis_rules):
         if with_gradients:
-            close(jax.jit(functools.partial(everything, row))(state, inputs), (y, grads))
+            close(everything(row, state, inputs), (y, grads))
         else:
             close(jax.jit(row.apply)(state, *inputs), y)
 

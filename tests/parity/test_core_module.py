@@ -298,7 +298,7 @@ def inheritance(nn: Any) -> Any:
 
 @program
 def kw_only(nn: Any) -> Any:
-    class Base(nn.Module, kw_only=True):
+    class Base(nn.Module, kw_only=True):  # pyright: ignore[reportGeneralTypeIssues, reportCallIssue]
         a: int = 1
         b: int
 
@@ -306,7 +306,7 @@ def kw_only(nn: Any) -> Any:
         def __call__(self, x: Any) -> Any:
             return nn.Lin(self.a + self.b)(x)
 
-    class Derived(Base, kw_only=True):
+    class Derived(Base, kw_only=True):  # pyright: ignore[reportGeneralTypeIssues, reportCallIssue]
         c: int
 
     return Derived(b=1, c=2).init_with_output(KEY, X)
