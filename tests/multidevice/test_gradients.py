@@ -32,6 +32,7 @@ from shardflax.partitioning import (
     with_weight,
 )
 from shardflax.partitioning.errors import IndivisibleDimError
+from tests.nn.conftest import quick_compiler  # noqa: F401  (a fixture)
 
 RULES = [*PRESETS, "default"]
 CUBE = "data=2,fsdp=2,tensor=2"
@@ -41,6 +42,8 @@ ON = [
     *[("data=4,tensor=2", rules) for rules in ("dp", "tp_sp", "fsdp_tp")],
     *[(CUBE, rules) for rules in RULES],
 ]
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 X = jnp.asarray(np.random.RandomState(0).randn(8, 4, 8), jnp.float32)
 
 

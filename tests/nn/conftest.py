@@ -11,7 +11,7 @@ import pytest
 @pytest.fixture(autouse=True, scope="package")
 def quick_compiler() -> Iterator[None]:
     """XLA without most of its optimizations."""
-    before = jax.config.jax_disable_most_optimizations  # pyright: ignore[reportAttributeAccessIssue]
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
