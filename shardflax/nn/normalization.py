@@ -116,7 +116,7 @@ class LayerNorm(_Norm):
 
     >>> import jax, jax.numpy as jnp, shardflax.nn as nn
     >>> y, variables = nn.LayerNorm().init_with_output(jax.random.key(0), jnp.arange(4.0))
-    >>> y.round(2).tolist()
+    >>> [round(v, 2) for v in y.tolist()]
     [-1.34, -0.45, 0.45, 1.34]
     """
 
@@ -164,7 +164,7 @@ class RMSNorm(_Norm):
 
     >>> import jax, jax.numpy as jnp, shardflax.nn as nn
     >>> y, variables = nn.RMSNorm().init_with_output(jax.random.key(0), jnp.array([3.0, 4.0]))
-    >>> y.round(2).tolist()
+    >>> [round(v, 2) for v in y.tolist()]
     [0.85, 1.13]
     """
 

@@ -17,7 +17,8 @@ def rotary_angles(positions: Array, head_dim: int, theta: float = 10_000.0) -> A
     `i` (section 3.2.2 of the paper).  An odd `head_dim` is a `RotaryError`.
 
     >>> import jax.numpy as jnp
-    >>> rotary_angles(jnp.array([0, 3]), head_dim=4, theta=100.0).round(2).tolist()
+    >>> angles = rotary_angles(jnp.array([0, 3]), head_dim=4, theta=100.0)
+    >>> [[round(v, 2) for v in row] for row in angles.tolist()]
     [[0.0, 0.0], [3.0, 0.3]]
     """
     if head_dim % 2:
