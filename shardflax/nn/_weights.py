@@ -30,6 +30,13 @@ def stored_names(init: Any, axes: Names | None) -> Names | None:
     return axes
 
 
+def bias_at_use(bias: Array, init: Any, axes: Names | None) -> Array:
+    """A bias laid out for its sum with an output whose other dims are the batch's."""
+    if not isinstance(bias, jax.Array):
+        return bias
+    return partitioning.at_use(bias, stored_names(init, axes))
+
+
 def product(
     fn: Callable[[Array, Any], Array], x: Array, weight: Any, names: Names | None, dot: Any = None
 ) -> Array:

@@ -134,7 +134,9 @@ class Einsum(Module):
         if axes is None:
             axes = names.like_kernel(None, kernel_axes, equation.shared)
         shape = tuple(self.shape[d] for d in equation.shared)
-        return self.param("bias", partitioning.named(self.bias_init, axes), shape, self.param_dtype)
+        init = partitioning.named(self.bias_init, axes)
+        bias = self.param("bias", init, shape, self.param_dtype)
+        return weights.bias_at_use(bias, self.bias_init, axes)
 
     def _laid_out(self, y: Array, equation: _Equation, axes: Names) -> Array:
         """Default output names only where the output ends in the kernel's own dims."""

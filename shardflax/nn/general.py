@@ -196,4 +196,5 @@ class DenseGeneral(Module):
             axes = names.like_kernel(None, kernel_axes, plan.bias_dims)
         shape = (*plan.batch_shape, *plan.features)
         init = partitioning.named(_Flattened(self.bias_init, plan.bias_groups), axes)
-        return self.param("bias", init, shape, self.param_dtype)
+        bias = self.param("bias", init, shape, self.param_dtype)
+        return weights.bias_at_use(bias, self.bias_init, axes)

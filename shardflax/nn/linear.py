@@ -89,4 +89,5 @@ class Dense(Module):
     def _bias(self) -> Array:
         axes = names.like_kernel(self.bias_axes, self.kernel_axes, [-1])
         init = partitioning.named(self.bias_init, axes)
-        return self.param("bias", init, (self.features,), self.param_dtype)
+        bias = self.param("bias", init, (self.features,), self.param_dtype)
+        return weights.bias_at_use(bias, self.bias_init, axes)

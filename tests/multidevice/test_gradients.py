@@ -280,3 +280,24 @@ def test_an_initializer_s_names_win() -> None:
         params = {"params": {"kernel": jnp.ones((8, 8)), "bias": jnp.ones(8)}}
         text = str(jax.make_jaxpr(lambda p: layer.apply(p, X))(params))
     assert "PartitionSpec('tensor', None)" in text or "P('tensor',)" in text
+
+
+def test_layers_run_on_explicit_axes() -> None:
+    """There an axis claimed twice is an error of types: of kernels, and of biases too."""
+    mesh, rules = make_mesh("data=2,fsdp=4", axis_types="explicit"), preset("fsdp")
+    model = nn.Sequential([nn.Dense(16), nn.gelu, nn.Dense(8, kernel_axes=("mlp", "embed"))])
+
+    def loss(params: Any, x: jax.Array) -> jax.Array:
+        return jnp.sum(model.apply({"params": params}, x) ** 2)
+
+    def init(key: jax.Array) -> Any:
+        return model.init(key, X)["params"]
+
+    wanted = jax.jit(jax.grad(loss))(jax.jit(init)(jax.random.key(0)), X)
+    params, _ = init_sharded(init, jax.random.key(0), mesh=mesh, rules=rules)
+    with use(mesh, rules):
+        x = jax.device_put(X, batch_sharding(mesh, rules, ("batch", "length", None)))
+        found = jax.jit(jax.grad(loss))(params, x)
+    assert found["layers_2"]["bias"].sharding.spec == jax.P("fsdp")
+    assert found["layers_2"]["kernel"].sharding.spec == jax.P(None, "fsdp")
+    close(jax.device_get(found), jax.device_get(wanted))
