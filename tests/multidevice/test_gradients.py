@@ -32,7 +32,6 @@ from shardflax.partitioning import (
     with_weight,
 )
 from shardflax.partitioning.errors import IndivisibleDimError
-from tests.nn.conftest import quick_compiler  # noqa: F401  (a fixture)
 
 RULES = [*PRESETS, "default"]
 CUBE = "data=2,fsdp=2,tensor=2"
