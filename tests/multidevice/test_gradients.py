@@ -41,7 +41,6 @@ ON = [
     *[("data=4,tensor=2", rules) for rules in ("dp", "tp_sp", "fsdp_tp")],
     *[(CUBE, rules) for rules in RULES],
 ]
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 X = jnp.asarray(np.random.RandomState(0).randn(8, 4, 8), jnp.float32)
 
