@@ -42,8 +42,8 @@ class CheckpointFolderError(CheckpointError):
 class CheckpointNotFoundError(CheckpointError):
     """No committed step, or not the one asked for.
 
-    >>> print(CheckpointNotFoundError("/tmp/run", 3, [10, 20]))
-    Checkpoint folder '/tmp/run' has no committed step 3; it has: 10, 20.
+    >>> print(CheckpointNotFoundError("/data/run", 3, [10, 20]))
+    Checkpoint folder '/data/run' has no committed step 3; it has: 10, 20.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class CheckpointNotFoundError(CheckpointError):
 class CheckpointExistsError(CheckpointError):
     """A step is already in the folder, and this run neither wrote nor restored it.
 
-    >>> CheckpointExistsError("/tmp/run", 20).step
+    >>> CheckpointExistsError("/data/run", 20).step
     20
     """
 
@@ -88,8 +88,8 @@ class CheckpointMismatchError(CheckpointError):
 
     `differences` has one line per leaf.
 
-    >>> print(CheckpointMismatchError("/tmp/run", 20, ["missing  w"]))
-    Step 20 of '/tmp/run' does not fit the target state: 1 difference.
+    >>> print(CheckpointMismatchError("/data/run", 20, ["missing  w"]))
+    Step 20 of '/data/run' does not fit the target state: 1 difference.
       missing  w
     Nothing was read. ...
     """
@@ -118,8 +118,8 @@ class CheckpointSaveError(CheckpointError):
 
     The cause is chained.
 
-    >>> print(CheckpointSaveError("/tmp/run", 20, OSError("disk full")))
-    Saving step 20 to '/tmp/run' failed: OSError: disk full. ...
+    >>> print(CheckpointSaveError("/data/run", 20, OSError("disk full")))
+    Saving step 20 to '/data/run' failed: OSError: disk full. ...
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class CheckpointSaveError(CheckpointError):
 class CheckpointReadError(CheckpointError):
     """A committed step cannot be read back.
 
-    >>> CheckpointReadError("/tmp/run", 20, "the manifest is empty").step
+    >>> CheckpointReadError("/data/run", 20, "the manifest is empty").step
     20
     """
 
