@@ -115,7 +115,7 @@ class RunOptions:
     'small'
     """
 
-    steps: int = 200
+    steps: int = 150
     """Steps in all: a run that goes on counts those that it has done."""
 
     accumulate: int = 1
