@@ -42,10 +42,10 @@ SMALL: dict[str, set[str]] = {
 CORE = [
     {"names", "boxes", "rng", "staging", "errors"},
     {"scope"},
-    {"lift"},
+    {"boundary"},
     {"transforms"},
     {"cross"},
-    {"module", "calls", "run", "lifted"},
+    {"module", "calls", "run", "lift"},
 ]
 
 PRIVATE_JAX = ("jax._src", "jax.interpreters", "jax.extend")

@@ -3,7 +3,7 @@
 from shardflax.core.boxes import AxisMetadata, unbox
 from shardflax.core.calls import intercept_methods
 from shardflax.core.cross import lifted
-from shardflax.core.lifted import checkpoint, jit, remat, scan, vmap
+from shardflax.core.lift import checkpoint, jit, remat, scan, vmap
 from shardflax.core.module import Module, compact, nowrap
 from shardflax.core.names import CollectionFilter, DenyList
 from shardflax.core.run import apply, init, init_with_output

@@ -16,8 +16,8 @@ from typing import Any, Protocol, TypeVar, cast
 
 import jax
 
+from shardflax.core.boundary import Boundary, Lift
 from shardflax.core.errors import TransformTargetError
-from shardflax.core.lift import Boundary, Lift
 from shardflax.core.scope import Scope, Variable
 
 __all__ = ["Crossable", "Lifted", "cross", "lifted"]
@@ -267,7 +267,7 @@ def lifted(factory: Callable[..., Lift], prefix: str) -> Lifted:
     This is how to write a transform of one's own: see `docs/design.md`.
 
     >>> import jax, jax.numpy as jnp, shardflax.nn as nn
-    >>> from shardflax.core.lift import Lift
+    >>> from shardflax.core.boundary import Lift
     >>> def logged():
     ...     def run(pure, state, *args, **kwargs):
     ...         print("in with", [sorted(root) for root in state.groups[0]])

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
+from shardflax.core.boundary import copy_dicts
 from shardflax.core.calls import context, intercept_methods
 from shardflax.core.cross import Crossable
 from shardflax.core.errors import (
@@ -15,7 +16,6 @@ from shardflax.core.errors import (
     ApplyScopeInvalidVariablesTypeError,
     InvalidInstanceModuleError,
 )
-from shardflax.core.lift import copy_dicts
 from shardflax.core.names import CollectionFilter, DenyList, Names
 from shardflax.core.rng import open_streams
 from shardflax.core.scope import Scope, Store

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from shardflax.core import staging
+from shardflax.core.boundary import Group, Groups, Lift, Pure, State
 from shardflax.core.errors import LoopVariantBroadcastError, RematPolicyError, TransformAxisError
-from shardflax.core.lift import Group, Groups, Lift, Pure, State
 from shardflax.core.names import NONE, CollectionFilter, Names
 
 __all__ = ["In", "Out", "broadcast", "jit", "remat", "remat_policy", "scan", "vmap"]

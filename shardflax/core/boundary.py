@@ -1,0 +1,256 @@
+"""Lifting: take state out of its trace, run pure functions of it, put it back.
+
+A JAX transform wants pure functions of pytrees; a module reads and writes the state of its run.
+A `Boundary` joins the two.  It *takes* the variables and keys of some scopes out as a pytree; a
+`Lift` runs a pure function of that tree under a JAX transform; inside, the boundary *opens* the
+tree as new scopes and afterwards *closes* them into a tree again; at last it *publishes* what came
+out into the scopes outside.
+
+Collections that travel together form a `Group`.  If a group loses a dim on the way in, it gains
+the dim on the way out, and the boxes of its variables are told so here and nowhere else: every
+transform, those written later included, has right axis metadata for free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
+
+import jax
+
+from shardflax.core import boxes
+from shardflax.core.names import ALL, NONE, Names
+from shardflax.core.rng import Stream
+from shardflax.core.scope import Frozen, Node, Scope, Store
+
+__all__ = ["Boundary", "Entry", "Group", "Lift", "Pure", "State", "copy_dicts"]
+
+Groups = tuple[tuple[dict[str, Any], ...], ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Collections that cross a boundary together.
+
+    `axis` is the dim that their variables lose going in and gain coming out; `meta` is what the
+    boxes are told then.
+
+    >>> Group(Names.of("params"), 0, {"partition_name": "layers"}).axis
+    0
+    """
+
+    cols: Names
+    axis: int | None = None
+    meta: Mapping[Any, Any] = field(default_factory=dict[Any, Any])
+
+
+class State(NamedTuple):
+    """What crosses a boundary inwards, as a pytree.
+
+    `groups` holds for each group of the lift, and each root scope, its collections; `keys` holds
+    for each root scope the keys of its streams.
+
+    >>> sorted(State(({"params": {}},), ())._asdict())
+    ['groups', 'keys']
+    """
+
+    groups: Groups
+    keys: tuple[dict[str, jax.Array], ...]
+
+
+@dataclass(frozen=True)
+class Lift:
+    """How scopes cross into one JAX transform.
+
+    `run(pure, state, *args, **kwargs)` calls the transform on `pure`, a function of `(state,
+    *args, **kwargs)` that returns its result and the groups that come out, and returns both.
+    `ins` and `outs` say which collections go in and come out, the first match counts; `streams`
+    says which RNG streams go in; with `rekey`, each stream goes in as a key drawn from it.
+
+    `shardflax.core.transforms` builds all of the library's transforms from this one type.
+    """
+
+    run: Callable[..., tuple[Any, Groups]]
+    ins: tuple[Group, ...] = (Group(ALL),)
+    outs: tuple[Group, ...] = (Group(ALL),)
+    streams: Names = ALL
+    rekey: bool = False
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The Python-side part of one root scope as it crosses: hashable, compared by equality.
+
+    >>> Entry(("block",), NONE, (), (), ((), (), ())) == Entry(
+    ...     ("block",), NONE, (), (), ((), (), ())
+    ... )
+    True
+    """
+
+    path: tuple[str, ...]
+    mutable: Names
+    suffixes: tuple[tuple[str, tuple[str | int, ...]], ...]
+    flags: tuple[tuple[str, Any], ...]
+    node: Frozen
+
+
+class Boundary:
+    """One crossing of some root scopes, none of which lies below another.
+
+    >>> scope = Scope(Store({"params": {"w": 1.0}}, {}, ALL))
+    >>> lift = Lift(lambda pure, state: pure(state))
+    >>> Boundary(lift, [scope]).call(lambda scopes: scopes[0].get_variable("params", "w"))
+    1.0
+    """
+
+    def __init__(self, lift: Lift, roots: Sequence[Scope]) -> None:
+        for scope in roots:
+            scope.store.check()
+        self.lift = lift
+        self.roots = roots
+        self.nodes: tuple[Frozen, ...] = ()
+
+    def call(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The result of `fn(scopes, *args, **kwargs)`, run on scopes inside of the transform."""
+        state = self.take()
+        entries = tuple(self._entry(scope) for scope in self.roots)
+        pure = Pure(fn, entries, tuple(g.cols for g in self.lift.outs), self._traced)
+        result, groups = self.lift.run(pure, state, *args, **kwargs)
+        self.publish(groups)
+        return result
+
+    def _traced(self, nodes: tuple[Frozen, ...]) -> None:
+        """Tracing may happen any number of times: only the last one counts."""
+        self.nodes = nodes
+
+    def _streams(self, scope: Scope) -> dict[str, Stream]:
+        return {s: v for s, v in scope.store.streams.items() if s in self.lift.streams}
+
+    def _entry(self, scope: Scope) -> Entry:
+        mutable = NONE
+        for group in self.lift.outs:
+            mutable = mutable | group.cols
+        path = () if self.lift.rekey else scope.path
+        return Entry(
+            path=scope.full_path,
+            mutable=scope.store.mutable & mutable,
+            suffixes=tuple(
+                (s, () if self.lift.rekey else v.suffix + path)
+                for s, v in sorted(self._streams(scope).items())
+            ),
+            flags=tuple(sorted(scope.store.flags.items())),
+            node=scope.node.freeze(),
+        )
+
+    def take(self) -> State:
+        """Variables and keys of the root scopes; keys are drawn now if the lift re-keys."""
+        keys = tuple(
+            {s: scope.make_rng(s) if self.lift.rekey else v.key for s, v in streams.items()}
+            for scope in self.roots
+            for streams in (self._streams(scope),)
+        )
+        groups: list[tuple[dict[str, Any], ...]] = []
+        free = ALL
+        for group in self.lift.ins:
+            cols = group.cols & free
+            free = free - cols
+            groups.append(tuple(self._lose_dim(group, _select(s, cols)) for s in self.roots))
+        return State(tuple(groups), keys)
+
+    def publish(self, groups: Groups) -> None:
+        """Puts what came out into the root scopes."""
+        for group, per_root in zip(self.lift.outs, groups, strict=True):
+            for scope, collections in zip(self.roots, per_root, strict=True):
+                for col, tree in collections.items():
+                    _replace(scope, col, self._gain_dim(group, tree))
+        for scope, node in zip(self.roots, self.nodes, strict=True):
+            scope.node.adopt(node)
+
+    @staticmethod
+    def _lose_dim(group: Group, tree: Any) -> Any:
+        return tree if group.axis is None else boxes.remove_axis(tree, group.axis, group.meta)
+
+    @staticmethod
+    def _gain_dim(group: Group, tree: Any) -> Any:
+        return tree if group.axis is None else boxes.add_axis(tree, group.axis, group.meta)
+
+
+@dataclass(frozen=True)
+class Pure:
+    """The inside of a boundary: a pure function of `(state, *args, **kwargs)`.
+
+    Returns the result of `fn(scopes, *args, **kwargs)` and the groups that come out.
+
+    >>> entry = Entry((), ALL, (), (), ((), (), ()))
+    >>> pure = Pure(lambda scopes, x: scopes[0].put_variable("a", "b", x), (entry,), (ALL,), print)
+    >>> pure(State(((({},)),), ({},)), 3)
+    (((), (), ()),)
+    (None, (({'a': {'b': 3}},),))
+    """
+
+    fn: Callable[..., Any]
+    entries: tuple[Entry, ...]
+    outs: tuple[Names, ...]
+    traced: Callable[[tuple[Frozen, ...]], None] = field(compare=False)
+
+    def __call__(self, state: State, *args: Any, **kwargs: Any) -> tuple[Any, Groups]:
+        scopes = [self._open(i, entry, state) for i, entry in enumerate(self.entries)]
+        try:
+            result = self.fn(scopes, *args, **kwargs)
+            groups = self._close(scopes)
+        finally:
+            for scope in scopes:
+                scope.store.live = False
+        self.traced(tuple(scope.node.freeze() for scope in scopes))
+        return result, groups
+
+    @staticmethod
+    def _open(i: int, entry: Entry, state: State) -> Scope:
+        collections = {col: tree for group in state.groups for col, tree in group[i].items()}
+        for col in collections:
+            if col in entry.mutable:
+                collections[col] = copy_dicts(collections[col])
+        suffixes = dict(entry.suffixes)
+        streams = {s: Stream(key, suffixes[s]) for s, key in state.keys[i].items()}
+        store = Store(collections, streams, entry.mutable, entry.path, dict(entry.flags))
+        return Scope(store, (), Node.thaw(entry.node))
+
+    def _close(self, scopes: list[Scope]) -> Groups:
+        writable = [scope.store.writable() for scope in scopes]
+        groups: list[tuple[dict[str, Any], ...]] = []
+        free = ALL
+        for names in self.outs:
+            cols = names & free
+            free = free - cols
+            groups.append(tuple({c: t for c, t in w.items() if c in cols} for w in writable))
+        return tuple(groups)
+
+
+def copy_dicts(tree: Any) -> Any:
+    """A copy of the dicts of `tree`, sharing its arrays.
+
+    >>> tree = {"a": {"w": [1.0]}}
+    >>> copy_dicts(tree)["a"] is tree["a"], copy_dicts(tree)["a"]["w"] is tree["a"]["w"]
+    (False, True)
+    """
+    if isinstance(tree, dict):
+        return {name: copy_dicts(child) for name, child in cast("dict[str, Any]", tree).items()}
+    if isinstance(tree, Mapping):
+        mapping = cast("Mapping[str, Any]", tree)
+        return {name: copy_dicts(mapping[name]) for name in mapping}
+    return tree
+
+
+def _select(scope: Scope, cols: Names) -> dict[str, Any]:
+    """The collections among `cols` that have variables at or below the path of `scope`."""
+    found = ((col, scope.collection(col)) for col in scope.store.collections if col in cols)
+    return {col: tree for col, tree in found if tree}
+
+
+def _replace(scope: Scope, col: str, tree: Any) -> None:
+    """Makes `tree` the collection `col` of `scope`, in place of what it held."""
+    parent = scope.store.collections
+    for name in (col, *scope.path[:-1]) if scope.path else ():
+        parent = parent.setdefault(name, {})
+    parent[scope.path[-1] if scope.path else col] = tree
