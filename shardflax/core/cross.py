@@ -64,7 +64,7 @@ class _Place:
     path: tuple[str, ...]
 
     def find(self, roots: list[Scope]) -> Scope:
-        return functools.reduce(Scope.push, self.path, roots[self.root])
+        return functools.reduce(Scope.at, self.path, roots[self.root])
 
 
 @dataclass(frozen=True, eq=False)

@@ -85,7 +85,7 @@ class InvalidFilterError(FlaxError):
         )
 
 
-class InvalidRngError(FlaxError):
+class InvalidRngError(FlaxError, ValueError):
     """A key is needed from a stream that the run does not have, or a seed is no key.
 
     >>> print(InvalidRngError("at /drop: no stream"))
@@ -128,7 +128,7 @@ class JaxTransformError(FlaxError):
         )
 
 
-class NameInUseError(FlaxError):
+class NameInUseError(FlaxError, ValueError):
     """A submodule or variable has a name that its module uses already.
 
     >>> print(NameInUseError("submodule", "out", "/block"))

@@ -176,7 +176,7 @@ class Module(Crossable, _Typed):
             return
         scope = self.scope
         scope.reserve(name)
-        attrs["scope"] = scope.push(name)
+        attrs["scope"] = scope.at(name)
 
     # --- preparation: fields are adopted, then setup runs, at the first call of a method
 

@@ -176,8 +176,8 @@ class Scope:
 
     # --- names
 
-    def push(self, name: str) -> Scope:
-        """The scope of the child `name`."""
+    def at(self, name: str) -> Scope:
+        """The scope of the child `name`, which need not be reserved."""
         return Scope(self.store, (*self.path, name), self.node.child(name))
 
     def name_reserved(self, name: str, col: str | None = None) -> bool:
