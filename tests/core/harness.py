@@ -38,11 +38,16 @@ def _numbered(key: Any, shape: Any, salt: int) -> Any:
     return _mix(key, jnp.arange(salt, salt + math.prod(shape), dtype=jnp.uint32))
 
 
+def _bits(key: Any, width: int, shape: Any) -> Any:
+    bits = _numbered(key, shape, 7777).reshape(shape).astype(f"uint{width}")
+    return bits << 32 | bits if width == 64 else bits
+
+
 _QUICK = jex_random.define_prng_impl(
     key_shape=(1,),
     seed=lambda seed: _mix(jnp.uint32(1), jnp.asarray(seed).astype(jnp.uint32)).reshape(1),
     split=lambda key, shape: _numbered(key, shape, 77).reshape(*shape, 1),
-    random_bits=lambda key, width, shape: _numbered(key, shape, 7777).reshape(shape),
+    random_bits=_bits,
     fold_in=lambda key, data: _mix(key, jnp.asarray(data).astype(jnp.uint32)),
     name="quick",
 )

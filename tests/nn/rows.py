@@ -1,79 +1,20 @@
 """The rows of the matrix: each layer of `nn`, how to build it and what to feed it.
 
-A row builds the same model from either namespace: ours, or Flax's, the oracle.  Sizes are small
-and divide by every mesh of the tests.
+Linear layers, attention and what is made of them are here; `rows_images` and `rows_sequence` have
+the others.  `ROWS` has all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import flax.linen
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-import shardflax.nn as nn
+from tests.nn import rows_images, rows_sequence
+from tests.nn.row import BATCH, LENGTH, WIDTH, Row, floats, hidden, ids, maker
 
-BATCH, LENGTH, WIDTH = 8, 4, 8
-
-
-@dataclass(frozen=True, eq=False)
-class Row:
-    """One layer with one set of arguments."""
-
-    name: str
-    make: Callable[..., Any]
-    inputs: Callable[[], tuple[Any, ...]]
-    call: dict[str, Any] = field(default_factory=dict)
-    streams: tuple[str, ...] = ()
-    like_flax: bool = True
-    """Flax has this layer, with these arguments: values must be equal bit for bit."""
-    has_dtype: bool = True
-    """The layer takes `dtype`."""
-    divides: bool = True
-    """The mesh of the tests divides all parameters, as their default names want it."""
-
-    def build(self, namespace: Any = nn, **options: Any) -> Any:
-        return self.make(namespace, **options)
-
-    def rngs(self, seed: int = 0) -> dict[str, jax.Array]:
-        keys = jax.random.split(jax.random.key(seed), 1 + len(self.streams))
-        return dict(zip(("params", *self.streams), keys, strict=True))
-
-    def init(self, namespace: Any = nn, inputs: Any = None, **options: Any) -> Any:
-        model = self.build(namespace, **options)
-        return model.init(self.rngs(), *(inputs or self.inputs()), **self.call)
-
-    def apply(self, variables: Any, *inputs: Any, namespace: Any = nn, **options: Any) -> Any:
-        """The output alone; what the layer writes (a cache) is computed and dropped."""
-        model = self.build(namespace, **options)
-        rngs = {name: key for name, key in self.rngs(1).items() if name in self.streams}
-        y, _ = model.apply(variables, *inputs, rngs=rngs, mutable=["cache"], **self.call)
-        return y
-
-
-def floats(*shape: int, seed: int = 0) -> jax.Array:
-    return jnp.asarray(np.random.RandomState(seed).randn(*shape), jnp.float32)
-
-
-def hidden() -> tuple[Any, ...]:
-    return (floats(BATCH, LENGTH, WIDTH),)
-
-
-def ids() -> tuple[Any, ...]:
-    return (jnp.asarray(np.random.RandomState(0).randint(0, 16, (BATCH, LENGTH))),)
-
-
-def maker(layer: str, *args: Any, **fixed: Any) -> Callable[..., Any]:
-    """Builds the layer of that name from a namespace."""
-
-    def make(namespace: Any, **options: Any) -> Any:
-        return getattr(namespace, layer)(*args, **fixed, **options)
-
-    return make
+__all__ = ["ROWS"]
 
 
 def chain(namespace: Any) -> Any:
@@ -152,6 +93,7 @@ ROWS = [
         "GroupedQueryAttention",
         maker("GroupedQueryAttention", 4, num_kv_heads=2),
         hidden,
+        halves=("bfloat16", "narrow"),
         like_flax=False,
     ),
     Row(
@@ -181,20 +123,11 @@ ROWS = [
         "GroupedQueryAttention-decode",
         maker("GroupedQueryAttention", 4, num_kv_heads=2, decode=True),
         hidden,
+        halves=("bfloat16", "narrow"),
         like_flax=False,
     ),
+    # Warns of its deprecation in Flax.
+    Row("SelfAttention", maker("SelfAttention", 4), hidden, like_flax=False),
+    *rows_images.ROWS,
+    *rows_sequence.ROWS,
 ]
-
-# `SelfAttention` warns of its deprecation in Flax; its row has a test of its own.
-SELF_ATTENTION = Row("SelfAttention", maker("SelfAttention", 4), hidden, like_flax=False)
-ROWS.append(SELF_ATTENTION)
-
-
-def layers_of(namespace: Any) -> set[str]:
-    """The names of all layers of a namespace."""
-    found = {n: getattr(namespace, n) for n in namespace.__all__}
-    return {
-        n
-        for n, v in found.items()
-        if isinstance(v, type) and issubclass(v, namespace.Module) and v is not namespace.Module
-    }
