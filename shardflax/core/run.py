@@ -5,53 +5,21 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
-from shardflax.core.boundary import copy_dicts
 from shardflax.core.calls import context, intercept_methods
 from shardflax.core.cross import Crossable
 from shardflax.core.errors import (
     ApplyModuleInvalidMethodError,
-    ApplyScopeInvalidVariablesStructureError,
-    ApplyScopeInvalidVariablesTypeError,
     InvalidInstanceModuleError,
 )
+from shardflax.core.functional import bind, changeable
 from shardflax.core.names import CollectionFilter, DenyList, Names
-from shardflax.core.rng import open_streams
-from shardflax.core.scope import Scope, Store
+from shardflax.core.scope import Scope
 
-__all__ = ["INIT_MUTABLE", "apply", "init", "init_with_output", "method_of", "open_scope"]
+__all__ = ["INIT_MUTABLE", "apply", "init", "init_with_output", "method_of"]
 
 INIT_MUTABLE = DenyList("intermediates")  # what may change in init unless said otherwise
-
-
-def open_scope(
-    variables: Mapping[str, Any],
-    rngs: Any,
-    mutable: CollectionFilter | Names,
-    flags: Mapping[str, Any] | None = None,
-) -> Scope:
-    """The root scope of a new run.
-
-    Collections that may change are copied (their dicts, not their arrays), the others shared.
-
-    >>> open_scope({"params": {"w": 1.0}}, None, False).get_variable("params", "w")
-    1.0
-    """
-    _check_variables(variables)
-    names = Names.of(mutable)
-    collections = {c: copy_dicts(t) if c in names else t for c, t in variables.items()}
-    return Scope(Store(collections, open_streams(rngs), names, (), flags))
-
-
-def _check_variables(given: Any) -> None:
-    if not isinstance(given, Mapping):
-        raise ApplyScopeInvalidVariablesTypeError(given)
-    variables = cast("Mapping[str, Any]", given)
-    if not all(isinstance(tree, Mapping) for tree in variables.values()):
-        raise ApplyScopeInvalidVariablesTypeError(variables)
-    if isinstance(variables.get("params", {}).get("params"), Mapping):
-        raise ApplyScopeInvalidVariablesStructureError(variables)
 
 
 def method_of(module: Any, method: Any) -> Callable[..., Any]:
@@ -119,11 +87,6 @@ def _capture(keep: Callable[..., bool], call: Any, args: Any, kwargs: Any, told:
     return result
 
 
-def _changeable(scope: Scope) -> dict[str, Any]:
-    """The collections that may change: also those that were passed in empty."""
-    return {c: t for c, t in scope.store.collections.items() if c in scope.store.mutable}
-
-
 def apply(
     fn: Callable[..., Any],
     module: Any,
@@ -147,9 +110,9 @@ def apply(
         names = Names.of(mutable)
         if capture_intermediates:
             names = names | Names.of("intermediates")
-        scope = open_scope(variables, rngs, names)
+        scope = bind(variables, rngs, names)
         result = _run(fn, module, scope, capture_intermediates, args, kwargs)
-        return (result, _changeable(scope)) if mutable is not False else result
+        return (result, changeable(scope)) if mutable is not False else result
 
     return call
 
@@ -171,9 +134,9 @@ def init_with_output(
         names = Names.of(mutable)
         if capture_intermediates:
             names = names | Names.of("intermediates")
-        scope = open_scope({}, rngs, names, {"initializing": True})
+        scope = bind({}, rngs, names, {"initializing": True})
         result = _run(fn, module, scope, capture_intermediates, args, kwargs)
-        return result, _changeable(scope)
+        return result, changeable(scope)
 
     return call
 

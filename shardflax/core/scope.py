@@ -7,15 +7,19 @@ the numbering of automatic names, how many keys were drawn.  A `Scope` is a curs
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+import itertools
+from collections.abc import Callable, Generator, Mapping
+from typing import Any, cast
 
 import jax
 import numpy as np
 
 from shardflax.core import boxes, staging
 from shardflax.core.errors import (
+    ApplyScopeInvalidVariablesStructureError,
+    ApplyScopeInvalidVariablesTypeError,
     InvalidRngError,
     InvalidScopeError,
     JaxTransformError,
@@ -27,10 +31,11 @@ from shardflax.core.errors import (
     ScopeVariableNotFoundError,
     did_you_mean,
 )
-from shardflax.core.names import Names
-from shardflax.core.rng import Stream, is_keyless
+from shardflax.core.frozen_dict import unfreeze
+from shardflax.core.names import CollectionFilter, Names
+from shardflax.core.rng import Stream, is_keyless, open_streams
 
-__all__ = ["Node", "Scope", "Store", "Variable"]
+__all__ = ["Node", "Scope", "Store", "Variable", "open_store"]
 
 Path = tuple[str, ...]
 
@@ -44,18 +49,20 @@ class Node:
     {'params': 2}
     """
 
-    __slots__ = ("children", "counts", "cursor", "reserved")
+    __slots__ = ("base", "children", "counts", "cursor", "reserved")
 
-    def __init__(self) -> None:
+    def __init__(self, base: Node | None = None) -> None:
+        self.base = base  # counts are shared with it, here and below
         self.children: dict[str, Node] = {}
-        self.counts: dict[str, int] = {}
+        self.counts: dict[str, int] = {} if base is None else base.counts
         self.cursor: dict[str, int] = {}
         self.reserved: dict[str, set[str | None]] = {}
 
     def child(self, name: str) -> Node:
         node = self.children.get(name)
         if node is None:
-            node = self.children[name] = Node()
+            base = self.base and self.base.child(name)
+            node = self.children[name] = Node(base)
         return node
 
     def at(self, path: Path) -> Node:
@@ -68,6 +75,9 @@ class Node:
 
     def freeze(self) -> Frozen:
         """A hashable snapshot: counts and numbering.  Names in use do not cross a lift."""
+        if self.base is not None:
+            for name in self.base.children:
+                self.child(name)
         children = ((n, c.freeze()) for n, c in self.children.items())
         return (
             tuple(sorted(self.counts.items())),
@@ -87,7 +97,8 @@ class Node:
     def adopt(self, frozen: Frozen) -> None:
         """Takes over counts and numbering from a snapshot of a fork of this node."""
         counts, cursor, children = frozen
-        self.counts, self.cursor = dict(counts), dict(cursor)
+        self.counts.update(counts)
+        self.cursor = dict(cursor)
         for name, child in children:
             self.child(name).adopt(child)
 
@@ -142,23 +153,78 @@ class Store:
         return {c: tree for c, tree in self.collections.items() if c in self.mutable and tree}
 
 
-class Scope:
-    """The state of a run as the module at `path` sees it.
+def open_store(
+    variables: Mapping[str, Any],
+    rngs: Any,
+    mutable: CollectionFilter | Names,
+    flags: Mapping[str, Any] | None = None,
+) -> Store:
+    """The array state of a new run.
 
-    >>> import shardflax.nn as nn
-    >>> def fn(dense):
-    ...     return dense.scope.path_text
-    >>> nn.apply(fn, nn.Dense(2))({})
-    '/'
+    >>> store = open_store({"params": {"w": 1.0}}, None, "params")
+    >>> sorted(store.collections), "params" in store.mutable
+    (['params'], True)
+    """
+    _check_variables(variables)
+    names = Names.of(mutable)
+    collections = {c: unfreeze(t) if c in names else t for c, t in variables.items()}
+    return Store(collections, open_streams(rngs), names, (), flags)
+
+
+def _check_variables(given: Any) -> None:
+    if not isinstance(given, Mapping):
+        raise ApplyScopeInvalidVariablesTypeError(given)
+    variables = cast("Mapping[str, Any]", given)
+    if not all(isinstance(tree, Mapping) for tree in variables.values()):
+        raise ApplyScopeInvalidVariablesTypeError(variables)
+    if isinstance(variables.get("params", {}).get("params"), Mapping):
+        raise ApplyScopeInvalidVariablesStructureError(variables)
+
+
+_REQUIRED: Any = object()
+
+
+class Scope:
+    """The state of a run, as seen from one path.
+
+    Made by `init`, `apply` and `bind`, or from variables by `Scope(variables, rngs=...,
+    mutable=...)`.  Two scopes are equal if they are the same place of the same run.
+
+    >>> scope = Scope({"params": {"w": 1.0}})
+    >>> scope.param("w", lambda key: 2.0)
+    1.0
     """
 
-    __slots__ = ("_reads", "node", "path", "store")
+    __slots__ = ("_reads", "node", "parent", "path", "store")
 
-    def __init__(self, store: Store, path: Path = (), node: Node | None = None) -> None:
-        self.store = store
+    def __init__(
+        self,
+        variables: Store | Mapping[str, Any],
+        path: Path = (),
+        node: Node | None = None,
+        parent: Scope | None = None,
+        *,
+        rngs: Any = None,
+        mutable: CollectionFilter = False,
+        flags: Mapping[str, Any] | None = None,
+    ) -> None:
+        opened = isinstance(variables, Store)
+        self.store = variables if opened else open_store(variables, rngs, mutable, flags)
         self.path = path
         self.node = node if node is not None else Node()
+        self.parent = parent
         self._reads: dict[str, Any] = {}
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Scope)
+            and self.store is other.store
+            and self.path == other.path
+            and self.node is other.node
+        )
+
+    def __hash__(self) -> int:
+        return hash((id(self.store), self.path))
 
     # --- where
 
@@ -171,14 +237,122 @@ class Scope:
     def path_text(self) -> str:
         return "/" + "/".join(self.full_path)
 
-    def same_place(self, other: Scope) -> bool:
-        return self.store is other.store and self.path == other.path
+    @property
+    def name(self) -> str | None:
+        """The last name of the path; `None` at the root."""
+        return self.full_path[-1] if self.full_path else None
 
-    # --- names
+    @property
+    def root(self) -> Scope:
+        """The scope that the others of the run, or of the inside of a lift, lie below."""
+        return self if self.parent is None else self.parent.root
+
+    @property
+    def invalid(self) -> bool:
+        """True after the run has ended."""
+        return not self.store.live
+
+    def invalidate(self) -> None:
+        """Ends the run: none of its scopes can draw keys or be written to any more."""
+        self.store.live = False
+
+    @contextlib.contextmanager
+    def temporary(self) -> Generator[Scope]:
+        """Within this context the scope is valid; at its end the run ends.
+
+        >>> with Scope({"params": {"w": 1.0}}).temporary() as root:
+        ...     w = root.get_variable("params", "w")
+        >>> root.invalid
+        True
+        """
+        try:
+            yield self
+        finally:
+            self.invalidate()
+
+    def has_flag(self, key: str) -> bool:
+        return key in self.store.flags
+
+    def get_flag(self, key: str, default: Any = _REQUIRED) -> Any:
+        """A flag of the run; ValueError if there is none and no `default` is given."""
+        if key not in self.store.flags and default is _REQUIRED:
+            raise ValueError(f"at {self.path_text}: the run has no flag {key!r}.")
+        return self.store.flags.get(key, default)
+
+    # --- children
 
     def at(self, name: str) -> Scope:
         """The scope of the child `name`, which need not be reserved."""
-        return Scope(self.store, (*self.path, name), self.node.child(name))
+        return Scope(self.store, (*self.path, name), self.node.child(name), self)
+
+    def push(self, name: str | None = None, prefix: str = "", reuse: bool = False) -> Scope:
+        """The scope of a new child: `name`, or the first free `prefix0`, `prefix1`, ...
+
+        Raises `NameInUseError` if the name is taken, unless it may be the same one again: `reuse`.
+
+        >>> scope = Scope({})
+        >>> scope.push("dense").path_text, scope.push(prefix="dense_").path_text
+        ('/dense', '/dense_0')
+        """
+        self.store.check()
+        if name is None:
+            name = self.default_name(prefix)
+        if not (reuse and self.name_reserved(name)):
+            self.reserve(name)
+        return self.at(name)
+
+    def child(
+        self,
+        fn: Callable[..., Any],
+        name: str | None = None,
+        prefix: str | None = None,
+        named_call: bool = True,
+        **partial_kwargs: Any,
+    ) -> Callable[..., Any]:
+        """`fn` as a function that runs in a child scope, named after it unless said otherwise.
+
+        Each call finds the same variables: calling it twice shares them.  `named_call` lets the
+        name of the child appear in profiles.
+
+        >>> import jax
+        >>> def dense(scope, x):
+        ...     return x * scope.param("w", lambda key: 2.0)
+        >>> def twice(scope, x):
+        ...     layer = scope.child(dense, "layer")
+        ...     return layer(layer(x))
+        >>> Scope({"params": {"layer": {"w": 3.0}}}).child(twice)(1.0)
+        Traceback (most recent call last):
+        ...
+        shardflax.core.errors.ScopeParamNotFoundError: at /twice_0/layer: ...
+        >>> twice(Scope({"params": {"layer": {"w": 3.0}}}), 1.0)
+        9.0
+        """
+        if name is None:
+            called = getattr(fn, "__name__", None)
+            if prefix is None:
+                prefix = f"{called}_" if called else ""
+            name = self.default_name(prefix)
+        scope = self.push(name)
+
+        @functools.wraps(fn)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            context = jax.named_scope(name) if named_call else contextlib.nullcontext()
+            with context:
+                return fn(scope.rewound(), *args, **{**partial_kwargs, **kwargs})
+
+        return call
+
+    def rewound(self, rewind_rngs: bool = False) -> Scope:
+        """This scope with no name in use; with `rewind_rngs`, with no key drawn either.
+
+        >>> scope = Scope({"params": {"w": 1.0}})
+        >>> scope.reserve("w")
+        >>> scope.name_reserved("w"), scope.rewound().name_reserved("w")
+        (True, False)
+        """
+        self.store.check()
+        node = Node() if rewind_rngs else Node(self.node)
+        return Scope(self.store, self.path, node, self.parent)
 
     def name_reserved(self, name: str, col: str | None = None) -> bool:
         """True if `name` stands for a submodule, or (with `col`) for a variable of `col`."""
@@ -200,6 +374,11 @@ class Scope:
             raise NameInUseError("submodule" if col is None else "variable", name, self.path_text)
         else:
             taken.add(col)
+
+    def default_name(self, prefix: str) -> str:
+        """The first of `prefix0`, `prefix1`, ... that is free."""
+        numbered = (f"{prefix}{i}" for i in itertools.count())
+        return next(name for name in numbered if name not in self.node.reserved)
 
     def auto_name(self, prefix: str) -> str:
         """The next free `prefix_0`, `prefix_1`, ..."""
@@ -265,8 +444,21 @@ class Scope:
             tree = tree.setdefault(name, {})
         return tree
 
-    def is_mutable(self, col: str) -> bool:
+    def is_mutable_collection(self, col: str) -> bool:
         return col in self.store.mutable
+
+    def is_collection_empty(self, col: str) -> bool:
+        """True if no variable of `col` lies at or below this path."""
+        return not self.collection(col)
+
+    def variables(self) -> dict[str, Any]:
+        """The collections of variables at and below this path."""
+        found = {col: self.collection(col) for col in self.store.collections}
+        return {col: tree for col, tree in found.items() if tree or not self.path}
+
+    def mutable_variables(self) -> dict[str, Any]:
+        """Those of `variables` that may change."""
+        return {col: t for col, t in self.variables().items() if col in self.store.mutable}
 
     def has_variable(self, col: str, name: str) -> bool:
         return name in self.collection(col)
@@ -285,13 +477,18 @@ class Scope:
         self._writable(col)[name] = value
 
     def variable(
-        self, col: str, name: str, init_fn: Callable[..., Any] | None, *args: Any, **kwargs: Any
+        self,
+        col: str,
+        name: str,
+        init_fn: Callable[..., Any] | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Variable:
         """The variable `name` of `col`, made by `init_fn(*args)` if it is not there."""
         unboxed = kwargs.pop("unbox", True)
         self.reserve(name, col)
         if not self.has_variable(col, name):
-            if not self.is_mutable(col) or init_fn is None:
+            if not self.is_mutable_collection(col) or init_fn is None:
                 if not self.store.collections.get(col):
                     raise ScopeCollectionNotFound(col, name, self.path_text)
                 raise ScopeVariableNotFoundError(name, col, self.path_text, self.collection(col))
@@ -314,7 +511,7 @@ class Scope:
             if args and type(args[0]) is tuple and getattr(plain, "shape", None) == args[0]:
                 return plain
             _check_shape(value, init_fn, args, kwargs, name, self)
-        elif self.is_mutable("params"):
+        elif self.is_mutable_collection("params"):
             value = init_fn(self._init_key(init_fn), *args, **kwargs)
             self.put_variable("params", name, value)
         elif not self.store.collections.get("params"):
@@ -361,7 +558,7 @@ class Variable:
 
     def is_mutable(self) -> bool:
         """True if the variable may be written."""
-        return self.scope.is_mutable(self.collection)
+        return self.scope.is_mutable_collection(self.collection)
 
 
 def _is_array(x: Any) -> bool:

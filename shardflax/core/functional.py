@@ -1,0 +1,89 @@
+"""The functional core: `init`, `apply` and `bind` for plain functions of a scope.
+
+Modules are built on the same runs; see `shardflax.core.run`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from shardflax.core.names import CollectionFilter, Names
+from shardflax.core.scope import Scope, open_store
+
+__all__ = ["apply", "bind", "changeable", "init"]
+
+
+def bind(
+    variables: Mapping[str, Any],
+    rngs: Any = None,
+    mutable: CollectionFilter | Names = False,
+    flags: Mapping[str, Any] | None = None,
+) -> Scope:
+    """The root scope of a new run, which goes on until it is invalidated.
+
+    `rngs` is one key (the stream `params`) or a dict of streams to keys.  Collections that are
+    `mutable` are copied (their dicts, not their arrays), the others shared.  `flags` are seen by
+    every scope of the run.
+
+    Raises `ApplyScopeInvalidVariablesTypeError` or `ApplyScopeInvalidVariablesStructureError`
+    if `variables` is no dict of collections, `InvalidRngError` if `rngs` holds something else
+    than keys.
+
+    >>> bind({"params": {"w": 1.0}}).get_variable("params", "w")
+    1.0
+    """
+    return Scope(open_store(variables, rngs, mutable, flags))
+
+
+def changeable(scope: Scope) -> dict[str, Any]:
+    """The collections that may change: also those that were passed in empty.
+
+    >>> changeable(bind({"params": {"w": 1.0}, "state": {}}, mutable="state"))
+    {'state': {}}
+    """
+    return {c: t for c, t in scope.store.collections.items() if c in scope.store.mutable}
+
+
+def apply(
+    fn: Callable[..., Any],
+    mutable: CollectionFilter = False,
+    flags: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """`fn(scope, *args)` as a pure function of `(variables, *args, rngs=None)`.
+
+    Returns what `fn` returns; with `mutable`, also the collections that may change.
+
+    >>> def scale(scope, x):
+    ...     return x * scope.param("scale", lambda key: 2.0)
+    >>> apply(scale)({"params": {"scale": 3.0}}, 2.0)
+    6.0
+    """
+
+    def call(variables: Mapping[str, Any], *args: Any, rngs: Any = None, **kwargs: Any) -> Any:
+        with bind(variables, rngs, mutable, flags).temporary() as root:
+            result = fn(root, *args, **kwargs)
+            return (result, changeable(root)) if mutable is not False else result
+
+    return call
+
+
+def init(
+    fn: Callable[..., Any],
+    mutable: CollectionFilter = True,
+    flags: Mapping[str, Any] | None = None,
+) -> Callable[..., tuple[Any, dict[str, Any]]]:
+    """`fn(scope, *args)` as a pure function of `(rngs, *args)`: its result and the variables.
+
+    >>> import jax
+    >>> def scale(scope, x):
+    ...     return x * scope.param("scale", lambda key: 2.0)
+    >>> init(scale)(jax.random.key(0), 3.0)
+    (6.0, {'params': {'scale': 2.0}})
+    """
+
+    def call(rngs: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        with bind({}, rngs, mutable, {"initializing": True, **(flags or {})}).temporary() as root:
+            return fn(root, *args, **kwargs), changeable(root)
+
+    return call
