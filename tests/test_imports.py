@@ -40,11 +40,13 @@ SMALL: dict[str, set[str]] = {
 
 # Layers of the core, lowest first; a module may import those of lower layers and of its own.
 CORE = [
-    {"names", "boxes", "rng", "staging", "errors"},
+    {"names", "boxes", "rng", "staging", "errors", "frozen_dict", "meta", "tracers"},
     {"scope"},
-    {"boundary"},
+    {"boundary", "functional"},
     {"transforms"},
+    {"mapping"},
     {"cross"},
+    {"control", "derivatives"},
     {"module", "calls", "run", "lift"},
 ]
 

@@ -30,6 +30,7 @@ from shardflax.core.errors import (
     SetAttributeFrozenModuleError,
     SetAttributeInModuleSetupError,
 )
+from shardflax.core.functional import bind
 from shardflax.core.names import CollectionFilter
 from shardflax.core.scope import Scope, Variable
 
@@ -342,7 +343,7 @@ class Module(Crossable, _Typed):
 
     def is_mutable_collection(self, col: str) -> bool:
         """True if variables of `col` may be written in this run."""
-        return self._bound().is_mutable(col)
+        return self._bound().is_mutable_collection(col)
 
     def is_initializing(self) -> bool:
         """True within `init`."""
@@ -372,7 +373,7 @@ class Module(Crossable, _Typed):
         By default, values stored under one name form a tuple.
         """
         scope = self._bound()
-        if not scope.is_mutable(col):
+        if not scope.is_mutable_collection(col):
             return False
         if scope.has_variable(col, name):
             old = scope.get_variable(col, name)
@@ -438,7 +439,7 @@ class Module(Crossable, _Typed):
         mutable: CollectionFilter = False,
     ) -> M:
         """The module with its variables, for interactive use: call its methods as they are."""
-        module = self._bind_root(run.open_scope(variables, rngs, mutable))
+        module = self._bind_root(bind(variables, rngs, mutable))
         module._prepare()
         return module
 
