@@ -142,10 +142,14 @@ class Store:
         self.trace = staging.current_trace()
 
     def check(self) -> None:
-        """Raises unless the run is still going on, at the trace level that it started on."""
+        """Raises unless the run is still going on."""
         if not self.live:
             raise InvalidScopeError(self.path)
-        if staging.current_trace() != self.trace:
+
+    def check_write(self, value: Any) -> None:
+        """Raises unless `value` may outlive every trace that was entered after the run began."""
+        self.check()
+        if staging.current_trace() != self.trace and staging.escapes(value, self.trace):
             raise JaxTransformError(self.path)
 
     def writable(self) -> dict[str, Any]:
@@ -471,7 +475,7 @@ class Scope:
 
         Raises `ModifyScopeVariableError` if the collection may not change.
         """
-        self.store.check()
+        self.store.check_write(value)
         if col not in self.store.mutable:
             raise ModifyScopeVariableError(col, name, self.path_text)
         self._writable(col)[name] = value

@@ -10,7 +10,7 @@ import jax
 from jax._src import core as jax_core  # jax.extend.core has the same, and imports all of Pallas
 from jax.interpreters import partial_eval
 
-__all__ = ["Static", "current_trace", "hoist", "jx"]
+__all__ = ["Static", "current_trace", "escapes", "hoist", "jx"]
 
 _core: Any = jax_core
 _partial_eval: Any = partial_eval
@@ -39,6 +39,24 @@ def current_trace() -> Any:
     False
     """
     return _core.get_opaque_trace_state(convention="flax")
+
+
+def escapes(tree: Any, since: Any) -> bool:
+    """True if `tree` holds a value of a trace entered after `since` was `current_trace()`.
+
+    >>> outside = current_trace()
+    >>> def fn(x):
+    ...     print(escapes(x, outside), escapes(jax.numpy.ones(2), outside))
+    >>> jax.vmap(fn)(jax.numpy.ones(2))
+    True False
+    """
+    entered: list[Any] = []
+    trace: Any = _core.trace_ctx.trace
+    while trace is not None and since._trace_ref() is not trace:
+        entered.append(trace)
+        trace = getattr(trace, "parent_trace", None)
+    tracers = (x for x in jx.tree.leaves(tree) if isinstance(x, _core.Tracer))
+    return any(x._trace is trace for x in tracers for trace in entered)
 
 
 def hoist(
