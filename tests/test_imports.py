@@ -42,7 +42,7 @@ SMALL: dict[str, set[str]] = {
 CORE = [
     {"names", "boxes", "rng", "staging", "errors", "frozen_dict", "meta", "tracers"},
     {"scope"},
-    {"boundary", "functional"},
+    {"boundary", "functional", "nn"},
     {"transforms"},
     {"mapping"},
     {"cross"},

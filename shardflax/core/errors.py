@@ -10,6 +10,8 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
+import jax
+
 __all__ = [
     "ApplyModuleInvalidMethodError",
     "ApplyScopeInvalidVariablesStructureError",
@@ -25,6 +27,7 @@ __all__ = [
     "InvalidRngError",
     "InvalidScopeError",
     "JaxTransformError",
+    "LazyInitError",
     "LoopVariantBroadcastError",
     "ModifyScopeVariableError",
     "MultipleMethodsCompactError",
@@ -255,6 +258,21 @@ class ApplyScopeInvalidVariablesStructureError(FlaxError):
         )
 
 
+class LazyInitError(FlaxError):
+    """A variable depends on the values of an argument of which only the shape is known.
+
+    >>> print(LazyInitError("params/kernel"))
+    lazy_init: 'params/kernel' depends on the values of an argument ...
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(
+            f"lazy_init: {path!r} depends on the values of an argument that was given as a shape "
+            f"(jax.ShapeDtypeStruct). Pass an array for it, or let the initializer use only its "
+            f"shape and dtype."
+        )
+
+
 # --- modules
 
 
@@ -430,6 +448,28 @@ class TransformAxisError(FlaxError):
     >>> print(TransformAxisError("vmap: axis 2 does not exist"))
     vmap: axis 2 does not exist
     """
+
+
+class BranchVariablesError(FlaxError, TypeError):
+    """The branches of a lifted `cond` or `switch` write different variables.
+
+    >>> print(BranchVariablesError(("gate",), {0: ({},), 1: ({"state": {"n": 1}},)}))
+    at /gate: the branches of a cond or switch write different variables: ...
+    """
+
+    def __init__(self, path: tuple[str, ...], written: Mapping[int, Any]) -> None:
+        found = [f"branch {i} writes {_described(w)}" for i, w in sorted(written.items())]
+        super().__init__(
+            f"at /{'/'.join(path)}: the branches of a cond or switch write different variables: "
+            f"{'; '.join(found)}. Make variables and submodules before the branches (call each "
+            f"branch once at init), or in every branch, under the same names and shapes."
+        )
+
+
+def _described(tree: Any) -> str:
+    leaves = jax.tree.leaves_with_path(tree)
+    named = [f"{jax.tree_util.keystr(p[2:], simple=True, separator='/')}: {x}" for p, x in leaves]
+    return ", ".join(named) or "nothing"
 
 
 class LoopVariantBroadcastError(FlaxError):

@@ -8,10 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+
+from shardflax.core import staging
+from shardflax.core.errors import LazyInitError
 from shardflax.core.names import CollectionFilter, Names
 from shardflax.core.scope import Scope, open_store
 
-__all__ = ["apply", "bind", "changeable", "init"]
+__all__ = ["apply", "bind", "changeable", "init", "lazy_init"]
 
 
 def bind(
@@ -85,5 +89,39 @@ def init(
     def call(rngs: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         with bind({}, rngs, mutable, {"initializing": True, **(flags or {})}).temporary() as root:
             return fn(root, *args, **kwargs), changeable(root)
+
+    return call
+
+
+def lazy_init(
+    fn: Callable[..., Any],
+    mutable: CollectionFilter = True,
+    flags: Mapping[str, Any] | None = None,
+) -> Callable[..., dict[str, Any]]:
+    """`init` without the output, for arguments of which only the shapes need to be known.
+
+    Arrays among the arguments may be given as `jax.ShapeDtypeStruct`; what only the output needs
+    is not computed.  Raises `LazyInitError` if a variable depends on the values of such an
+    argument.
+
+    >>> import jax.numpy as jnp
+    >>> def shift(scope, x):
+    ...     return x + scope.param("shift", lambda key: jnp.zeros(x.shape))
+    >>> variables = lazy_init(shift)(jax.random.key(0), jax.ShapeDtypeStruct((2,), "float32"))
+    >>> variables["params"]["shift"].tolist()
+    [0.0, 0.0]
+    """
+    both = init(fn, mutable, flags)
+
+    def call(rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        def variables(*args: Any, **kwargs: Any) -> Any:
+            return both(rngs, *args, **kwargs)[1]
+
+        found = staging.known(variables, *args, **kwargs)
+        for path, leaf in staging.jx.tree.leaves_with_path(found):
+            if isinstance(leaf, jax.ShapeDtypeStruct):
+                keystr = staging.jx.tree_util.keystr
+                raise LazyInitError(keystr(path, simple=True, separator="/"))
+        return found
 
     return call

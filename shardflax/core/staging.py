@@ -104,6 +104,35 @@ def hoist(
     return jx.tree.unflatten(jx.tree.structure(invariant), values[: len(stays)]), step, []
 
 
+def known(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What `fn(*args, **kwargs)` gives, as far as it is known without arrays for some arguments.
+
+    Arrays among the arguments may be given as shapes (`jax.ShapeDtypeStruct`).  Outputs that do
+    not depend on them are computed, and nothing else is; the others are shapes, too.
+
+    >>> x = jax.ShapeDtypeStruct((2,), "float32")
+    >>> known(lambda x: (x + 1, jax.numpy.zeros(x.shape)), x)[1].tolist()
+    [0.0, 0.0]
+    """
+    leaves, tree = jx.tree.flatten((args, kwargs))
+    missing = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.ShapeDtypeStruct)}
+
+    def of_missing(values: dict[int, Any]) -> Any:
+        args, kwargs = jx.tree.unflatten(tree, [values.get(i, x) for i, x in enumerate(leaves)])
+        return fn(*args, **kwargs)
+
+    closed, shapes = jx.make_jaxpr(of_missing, return_shape=True)(missing)
+    jaxpr, out = closed.jaxpr, jx.tree.leaves(shapes)
+    told = range(len(out))
+    if _needs_inputs(jaxpr, jaxpr.outvars):
+        told = [i for i in told if not _needs_inputs(jaxpr, [jaxpr.outvars[i]])]
+    once, _ = _sliced(jaxpr, [jaxpr.outvars[i] for i in told])
+    values = jx.core.eval_jaxpr(once.replace(invars=[]), closed.consts)
+    for i, value in zip(told, values, strict=True):
+        out[i] = value
+    return jx.tree.unflatten(jx.tree.structure(shapes), out)
+
+
 def _sliced(jaxpr: Any, outvars: list[Any]) -> tuple[Any, list[bool]]:
     """What of `jaxpr` makes `outvars`, also within calls, and which inputs that needs."""
     info = _debug(jaxpr, len(jaxpr.invars), len(outvars))

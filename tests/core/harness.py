@@ -19,6 +19,7 @@ import pytest
 from jax.extend import random as jex_random
 
 from shardflax import core, partitioning
+from shardflax.core import run
 
 __all__ = ["OURS", "THEIRS", "layers", "quick_key", "registry", "same", "same_arrays", "same_error"]
 
@@ -118,7 +119,8 @@ THEIRS = namespace(linen, flax.core.lift)
 OURS = namespace(
     SimpleNamespace(
         **{n: getattr(partitioning, n) for n in partitioning.__all__},
-        **{n: getattr(core, n) for n in core.__all__},
+        **{n: getattr(core, n) for n in core.__all__ if n not in run.__all__},
+        **{n: getattr(run, n) for n in run.__all__},
     ),
     core,
 )
