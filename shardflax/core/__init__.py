@@ -1,36 +1,87 @@
 """The core: modules, scopes and lifted transforms.  It knows no mesh and no rules."""
 
+from shardflax.core import frozen_dict, lift, meta, nn, tracers
 from shardflax.core.boxes import AxisMetadata, unbox
+from shardflax.core.boxes import map_boxes as map_axis_meta
 from shardflax.core.calls import intercept_methods
 from shardflax.core.cross import lifted
-from shardflax.core.lift import checkpoint, jit, remat, scan, vmap
+from shardflax.core.frozen_dict import FrozenDict, copy, freeze, pop, pretty_repr, unfreeze
+from shardflax.core.functional import apply, bind, init, lazy_init
+from shardflax.core.lift import (
+    add_metadata_axis,
+    checkpoint,
+    cond,
+    custom_vjp,
+    fold_rngs,
+    grad,
+    jit,
+    jvp,
+    map_variables,
+    named_call,
+    remat,
+    remat_scan,
+    scan,
+    switch,
+    value_and_grad,
+    vjp,
+    vmap,
+    while_loop,
+)
 from shardflax.core.module import Module, compact, nowrap
 from shardflax.core.names import CollectionFilter, DenyList
-from shardflax.core.run import apply, init, init_with_output
 from shardflax.core.scope import Scope, Variable
+from shardflax.core.tracers import check_trace_level, current_trace
 from shardflax.core.transforms import In, Out, broadcast
 
 __all__ = [
     "AxisMetadata",
     "CollectionFilter",
     "DenyList",
+    "FrozenDict",
     "In",
     "Module",
     "Out",
     "Scope",
     "Variable",
+    "add_metadata_axis",
     "apply",
+    "bind",
     "broadcast",
+    "check_trace_level",
     "checkpoint",
     "compact",
+    "cond",
+    "copy",
+    "current_trace",
+    "custom_vjp",
+    "fold_rngs",
+    "freeze",
+    "frozen_dict",
+    "grad",
     "init",
-    "init_with_output",
     "intercept_methods",
     "jit",
+    "jvp",
+    "lazy_init",
+    "lift",
     "lifted",
+    "map_axis_meta",
+    "map_variables",
+    "meta",
+    "named_call",
+    "nn",
     "nowrap",
+    "pop",
+    "pretty_repr",
     "remat",
+    "remat_scan",
     "scan",
+    "switch",
+    "tracers",
     "unbox",
+    "unfreeze",
+    "value_and_grad",
+    "vjp",
     "vmap",
+    "while_loop",
 ]

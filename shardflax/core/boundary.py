@@ -14,17 +14,18 @@ transform, those written later included, has right axis metadata for free.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import jax
 
 from shardflax.core import boxes
+from shardflax.core.frozen_dict import unfreeze
 from shardflax.core.names import ALL, NONE, Names
 from shardflax.core.rng import Stream
 from shardflax.core.scope import Frozen, Node, Scope, Store
 
-__all__ = ["Boundary", "Entry", "Group", "Lift", "Pure", "State", "copy_dicts"]
+__all__ = ["Boundary", "Entry", "Group", "Lift", "Pure", "State"]
 
 Groups = tuple[tuple[dict[str, Any], ...], ...]
 
@@ -100,22 +101,24 @@ class Boundary:
 
     >>> scope = Scope(Store({"params": {"w": 1.0}}, {}, ALL))
     >>> lift = Lift(lambda pure, state: pure(state))
-    >>> Boundary(lift, [scope]).call(lambda scopes: scopes[0].get_variable("params", "w"))
+    >>> Boundary(lift, [scope]).call([lambda scopes: scopes[0].get_variable("params", "w")])
     1.0
     """
 
-    def __init__(self, lift: Lift, roots: Sequence[Scope]) -> None:
+    def __init__(self, lift: Lift, roots: Sequence[Scope], home: int = 0) -> None:
         for scope in roots:
             scope.store.check()
         self.lift = lift
         self.roots = roots
+        self.home = home
         self.nodes: tuple[Frozen, ...] = ()
 
-    def call(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The result of `fn(scopes, *args, **kwargs)`, run on scopes inside of the transform."""
+    def call(self, fns: Sequence[Callable[..., Any]], *args: Any, **kwargs: Any) -> Any:
+        """What the transform makes of `fns`, each called as `fn(scopes, *args, **kwargs)`."""
         state = self.take()
         entries = tuple(self._entry(scope) for scope in self.roots)
-        pure = Pure(fn, entries, tuple(g.cols for g in self.lift.outs), self._traced)
+        outs = tuple(g.cols for g in self.lift.outs)
+        pure = Pure(tuple(fns), entries, outs, self._traced, self.home)
         result, groups = self.lift.run(pure, state, *args, **kwargs)
         self.publish(groups)
         return result
@@ -163,6 +166,7 @@ class Boundary:
         for group, per_root in zip(self.lift.outs, groups, strict=True):
             for scope, collections in zip(self.roots, per_root, strict=True):
                 for col, tree in collections.items():
+                    scope.store.check_write(tree)
                     _replace(scope, col, self._gain_dim(group, tree))
         for scope, node in zip(self.roots, self.nodes, strict=True):
             scope.node.adopt(node)
@@ -180,29 +184,42 @@ class Boundary:
 class Pure:
     """The inside of a boundary: a pure function of `(state, *args, **kwargs)`.
 
-    Returns the result of `fn(scopes, *args, **kwargs)` and the groups that come out.
+    Returns the result of `fn(scopes, *args, **kwargs)` and the groups that come out, where `fn` is
+    the first of `fns`: most transforms have but one, for others see `branch`.  `home` is the root
+    that the first argument of the call outside lies at.
 
     >>> entry = Entry((), ALL, (), (), ((), (), ()))
-    >>> pure = Pure(lambda scopes, x: scopes[0].put_variable("a", "b", x), (entry,), (ALL,), print)
+    >>> put = lambda scopes, x: scopes[0].put_variable("a", "b", x)
+    >>> pure = Pure((put,), (entry,), (ALL,), print)
     >>> pure(State(((({},)),), ({},)), 3)
     (((), (), ()),)
     (None, (({'a': {'b': 3}},),))
     """
 
-    fn: Callable[..., Any]
+    fns: tuple[Callable[..., Any], ...]
     entries: tuple[Entry, ...]
     outs: tuple[Names, ...]
     traced: Callable[[tuple[Frozen, ...]], None] = field(compare=False)
+    home: int = 0
+    turn: int = 0
+    ends: dict[int, tuple[Frozen, ...]] = field(default_factory=dict[int, Any], compare=False)
+
+    def branch(self, i: int, turn: int = 0) -> Pure:
+        """The same of `fns[i]`; keys are counted on from the end of turn `turn - 1`."""
+        return replace(self, fns=(self.fns[i],), turn=turn)
 
     def __call__(self, state: State, *args: Any, **kwargs: Any) -> tuple[Any, Groups]:
         scopes = [self._open(i, entry, state) for i, entry in enumerate(self.entries)]
+        for scope, node in zip(scopes, self.ends.get(self.turn - 1, ()), strict=False):
+            scope.node.count_on(node)
         try:
-            result = self.fn(scopes, *args, **kwargs)
+            result = self.fns[0](scopes, *args, **kwargs)
             groups = self._close(scopes)
         finally:
             for scope in scopes:
                 scope.store.live = False
-        self.traced(tuple(scope.node.freeze() for scope in scopes))
+        self.ends[self.turn] = tuple(scope.node.freeze() for scope in scopes)
+        self.traced(self.ends[max(self.ends)])
         return result, groups
 
     @staticmethod
@@ -210,7 +227,7 @@ class Pure:
         collections = {col: tree for group in state.groups for col, tree in group[i].items()}
         for col in collections:
             if col in entry.mutable:
-                collections[col] = copy_dicts(collections[col])
+                collections[col] = unfreeze(collections[col])
         suffixes = dict(entry.suffixes)
         streams = {s: Stream(key, suffixes[s]) for s, key in state.keys[i].items()}
         store = Store(collections, streams, entry.mutable, entry.path, dict(entry.flags))
@@ -225,21 +242,6 @@ class Pure:
             free = free - cols
             groups.append(tuple({c: t for c, t in w.items() if c in cols} for w in writable))
         return tuple(groups)
-
-
-def copy_dicts(tree: Any) -> Any:
-    """A copy of the dicts of `tree`, sharing its arrays.
-
-    >>> tree = {"a": {"w": [1.0]}}
-    >>> copy_dicts(tree)["a"] is tree["a"], copy_dicts(tree)["a"]["w"] is tree["a"]["w"]
-    (False, True)
-    """
-    if isinstance(tree, dict):
-        return {name: copy_dicts(child) for name, child in cast("dict[str, Any]", tree).items()}
-    if isinstance(tree, Mapping):
-        mapping = cast("Mapping[str, Any]", tree)
-        return {name: copy_dicts(mapping[name]) for name in mapping}
-    return tree
 
 
 def _select(scope: Scope, cols: Names) -> dict[str, Any]:

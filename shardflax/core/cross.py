@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import FunctionType, MappingProxyType, NoneType
 from typing import Any, Protocol, TypeVar, cast
 
 import jax
@@ -117,6 +118,14 @@ class _VariableRecipe:
 
 
 @dataclass(frozen=True)
+class _ScopeRecipe:
+    place: _Place
+
+    def build(self, roots: list[Scope], fill: Callable[[Any], Any]) -> Scope:
+        return self.place.find(roots)
+
+
+@dataclass(frozen=True)
 class _Constant:
     """An unbound module: it crosses as it is."""
 
@@ -133,10 +142,11 @@ class _Unbinder:
         self.found: list[Any] = []
         self.index: dict[int, int] = {}
         self.recipes: list[Any] = []
+        self.order: list[int] = []  # what is in the fields of a module stands before it
 
     def slots(self, tree: Any) -> Any:
         """`tree` with slots for modules and variables."""
-        if not isinstance(tree, Crossable | Variable | tuple | list | dict):
+        if isinstance(tree, _PLAIN):
             return tree
 
         def visit(x: Any) -> Any:
@@ -151,11 +161,14 @@ class _Unbinder:
             self.found.append(x)
             self.recipes.append(None)
             self.recipes[i] = self._recipe(x)
+            self.order.append(i)
         return _Slot(i)
 
     def _recipe(self, x: Any) -> Any:
         if isinstance(x, Variable):
             return _VariableRecipe(x.collection, x.name, x.unbox, _Place(-1, ()))
+        if isinstance(x, Scope):
+            return _ScopeRecipe(_Place(-1, ()))
         if x.scope is None:
             return _Constant(x)
         x._before_crossing()
@@ -165,15 +178,25 @@ class _Unbinder:
 
     def roots(self) -> list[Scope]:
         """The scopes that all others lie at or below; afterwards every recipe has its place."""
-        scopes = [x.scope for x in self.found]
+        scopes = [_scope_of(x) for x in self.found]
+        ordered = [s for i in self.order if (s := scopes[i]) is not None]
         roots: list[Scope] = []
-        for scope in sorted((s for s in scopes if s is not None), key=lambda s: len(s.path)):
+        for scope in sorted(ordered, key=lambda s: len(s.path)):
             if _place(roots, scope) is None:
                 roots.append(scope)
+        roots.sort(key=lambda root: _first_below(root, ordered))
         for i, scope in enumerate(scopes):
             if scope is not None:
                 self.recipes[i] = replace(self.recipes[i], place=_place(roots, scope))
         return roots
+
+
+def _scope_of(x: Any) -> Scope | None:
+    return x if isinstance(x, Scope) else x.scope
+
+
+def _first_below(root: Scope, scopes: list[Scope]) -> int:
+    return next(i for i, scope in enumerate(scopes) if _place([root], scope) is not None)
 
 
 def _place(roots: list[Scope], scope: Scope) -> _Place | None:
@@ -189,7 +212,15 @@ def _is_slot(x: Any) -> bool:
 
 
 def _crosses(x: Any) -> bool:
-    return isinstance(x, Crossable | Variable)
+    return isinstance(x, _CROSSES)
+
+
+_CROSSES = (Crossable, Variable, Scope)
+_PLAIN = (NoneType, bool, int, float, str, FunctionType, type, jax.Array)  # what holds none
+
+
+_FUNCTION: Any = object()  # stands for the outer method where there is none
+_NO_KWARGS: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -224,30 +255,38 @@ class _Inside:
 
 
 def cross(
-    lift: Lift, fn: Callable[..., Any], outer: Any, target: Any, args: Any, kwargs: Any
+    lift: Lift,
+    fns: Sequence[Callable[..., Any]],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] = _NO_KWARGS,
+    outer: Any = _FUNCTION,
+    target: Any = None,
 ) -> Any:
-    """Calls `fn(*args, **kwargs)`, a function of a module, through a lift.
+    """Calls `fns`, functions of a module or scope and more, on `args` through a lift.
 
-    `outer` is what was called outside, `target` the class that the module is built as inside, if
-    not its own.
+    `outer` is the method that was called outside, if it was one, and `target` the class that the
+    module is built as inside, if not its own.  Raises `TransformTargetError` if the first argument
+    holds no bound module, and no scope.
 
     >>> import shardflax.nn as nn
     >>> def fn(dense):
     ...     lift = Lift(lambda pure, state: pure(state))
-    ...     return cross(lift, lambda m: m.features, None, None, (dense,), {})
+    ...     return cross(lift, [lambda m: m.features], (dense,))
     >>> nn.apply(fn, nn.Dense(2))({})
     2
     """
     unbinder = _Unbinder()
-    first, rest, kwargs = (unbinder.slots(x) for x in (args[0], tuple(args[1:]), kwargs))
-    if not unbinder.found:
-        raise TransformTargetError(f"{fn!r}, called with {type(args[0]).__name__}, not a module")
+    first = unbinder.slots(args[0])
+    if not any(isinstance(x, Crossable | Scope) for x in unbinder.found):
+        raise TransformTargetError(f"{fns[0]!r}, called with {type(args[0]).__name__}")
+    rest, kwargs = (unbinder.slots(x) for x in (tuple(args[1:]), dict(kwargs)))
     roots = unbinder.roots()
     recipes = unbinder.recipes
+    home = getattr(recipes[0], "place", _Place(0, ())).root
     if target is not None:
         recipes[0] = replace(recipes[0], cls=target)
-    inside = _Inside(fn, outer, target, first, tuple(recipes))
-    return Boundary(lift, roots).call(inside, *rest, **kwargs)
+    inside = [_Inside(fn, outer, target, first, tuple(recipes)) for fn in fns]
+    return Boundary(lift, roots, home).call(inside, *rest, **kwargs)
 
 
 # --- targets
@@ -259,10 +298,11 @@ class Lifted(Protocol):
     def __call__(self, target: T, *args: Any, **kwargs: Any) -> T: ...
 
 
-def lifted(factory: Callable[..., Lift], prefix: str) -> Lifted:
+def lifted(factory: Callable[..., Lift | tuple[Lift, ...]], prefix: str) -> Lifted:
     """A transform of module classes, methods and functions, from a function of options to a lift.
 
-    `prefix` begins the names of lifted classes.  The transform takes one option more than
+    The function may return several lifts, the outermost first.  `prefix` begins the names of lifted
+    classes.  The transform takes one option more than
     `factory`: `methods`, the names of the methods of a class to lift (by default `__call__`).
     This is how to write a transform of one's own: see `docs/design.md`.
 
@@ -287,7 +327,7 @@ def lifted(factory: Callable[..., Lift], prefix: str) -> Lifted:
             return _lift_class(target, factory, prefix, methods, args, kwargs)
         if isinstance(target, Crossable) or not callable(target):
             raise TransformTargetError(target)
-        return _lift_function(target, factory(*args, **kwargs))
+        return _lift_function(target, _lifts(factory(*args, **kwargs)))
 
     signature = inspect.signature(factory)
     extra = [
@@ -308,7 +348,7 @@ def _lift_class(
     try:
         return _cached_class(target, factory, prefix, names, _Frozen(args), _Frozen(kwargs))
     except TypeError:  # an option is not hashable
-        return _new_class(target, prefix, names, factory(*args, **kwargs))
+        return _new_class(target, prefix, names, _lifts(factory(*args, **kwargs)))
 
 
 class _Frozen:
@@ -339,24 +379,34 @@ def _key(value: Any) -> Any:
 def _cached_class(
     target: Any, factory: Any, prefix: str, names: tuple[str, ...], args: _Frozen, kwargs: _Frozen
 ) -> Any:
-    return _new_class(target, prefix, names, factory(*args.value, **kwargs.value))
+    return _new_class(target, prefix, names, _lifts(factory(*args.value, **kwargs.value)))
 
 
-def _new_class(target: Any, prefix: str, names: tuple[str, ...], lift: Lift) -> Any:
+def _lifts(made: Lift | tuple[Lift, ...]) -> tuple[Lift, ...]:
+    return (made,) if isinstance(made, Lift) else made
+
+
+def _new_class(target: Any, prefix: str, names: tuple[str, ...], lifts: tuple[Lift, ...]) -> Any:
     body: dict[str, Any] = {"__module__": target.__module__, "__doc__": target.__doc__}
     for name in names:
         if not callable(getattr(target, name, None)):
             raise TransformTargetError(f"{target.__name__}.{name}, which is no method")
-        body[name] = _lift_function(getattr(target, name), lift, target)
+        body[name] = _lift_function(getattr(target, name), lifts, target)
     return type(target)(f"{prefix}{target.__name__}", (target,), body)
 
 
-def _lift_function(fn: Callable[..., Any], lift: Lift, target: Any = None) -> Any:
+def _lift_function(fn: Callable[..., Any], lifts: tuple[Lift, ...], target: Any = None) -> Any:
+    for lift in reversed(lifts):
+        fn = _lift_once(fn, lift, target)
+    return fn
+
+
+def _lift_once(fn: Callable[..., Any], lift: Lift, target: Any) -> Any:
     @functools.wraps(fn)
     def lifted_fn(*args: Any, **kwargs: Any) -> Any:
         if not args:
             raise TransformTargetError(f"{fn!r}, called without a module")
-        return cross(lift, fn, lifted_fn, target, args, kwargs)
+        return cross(lift, (fn,), args, kwargs, lifted_fn, target)
 
     vars(lifted_fn)["lifted"] = True
     return lifted_fn

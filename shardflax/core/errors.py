@@ -17,6 +17,7 @@ __all__ = [
     "ApplyScopeInvalidVariablesStructureError",
     "ApplyScopeInvalidVariablesTypeError",
     "AssignSubModuleError",
+    "BranchVariablesError",
     "CallCompactUnboundModuleError",
     "CallUnbindOnUnboundModuleError",
     "DeclareOutsideOfCompactError",

@@ -94,6 +94,13 @@ class Node:
         node.children = {name: cls.thaw(child) for name, child in children}
         return node
 
+    def count_on(self, frozen: Frozen) -> None:
+        """Takes over counts, but no numbering of names, from a snapshot of a fork of this node."""
+        counts, _, children = frozen
+        self.counts = dict(counts)
+        for name, child in children:
+            self.child(name).count_on(child)
+
     def adopt(self, frozen: Frozen) -> None:
         """Takes over counts and numbering from a snapshot of a fork of this node."""
         counts, cursor, children = frozen

@@ -20,7 +20,20 @@ from shardflax.core.boundary import Group, Groups, Lift, Pure, State
 from shardflax.core.errors import LoopVariantBroadcastError, RematPolicyError, TransformAxisError
 from shardflax.core.names import NONE, CollectionFilter, Names
 
-__all__ = ["In", "Out", "broadcast", "jit", "remat", "remat_policy", "scan", "vmap"]
+__all__ = [
+    "NO_AXES",
+    "In",
+    "Out",
+    "Splits",
+    "axis_groups",
+    "broadcast",
+    "by_mutability",
+    "jit",
+    "remat",
+    "remat_policy",
+    "scan",
+    "vmap",
+]
 
 
 @dataclass(frozen=True)
@@ -53,11 +66,15 @@ class _Broadcast:
 broadcast = _Broadcast()
 
 Axes = Mapping[CollectionFilter, Any]
-_NO_AXES: Mapping[Any, Any] = MappingProxyType({})
+NO_AXES: Mapping[Any, Any] = MappingProxyType({})
 
 
-def _groups(axes: Axes, meta: Mapping[Any, Any]) -> tuple[tuple[Group, ...], tuple[Group, ...]]:
-    """Groups in and out from `variable_axes`."""
+def axis_groups(axes: Axes, meta: Mapping[Any, Any]) -> tuple[tuple[Group, ...], tuple[Group, ...]]:
+    """Groups in and out from `variable_axes`.
+
+    >>> [group.axis for group in axis_groups({"params": 1}, {})[0]]
+    [1]
+    """
     ins = [(f, a.axis if isinstance(a, In) else a) for f, a in axes.items() if type(a) is not Out]
     outs = [(f, a.axis if isinstance(a, Out) else a) for f, a in axes.items() if type(a) is not In]
     return tuple(Group(Names.of(f), a, meta) for f, a in ins), tuple(
@@ -66,14 +83,19 @@ def _groups(axes: Axes, meta: Mapping[Any, Any]) -> tuple[tuple[Group, ...], tup
 
 
 @dataclass(frozen=True)
-class _Splits:
-    """Which streams are split over the new dim; streams in neither set do not enter."""
+class Splits:
+    """Which streams are split over the new dim; streams in neither set do not enter.
+
+    >>> splits = Splits.of({"dropout": True, "params": False})
+    >>> "dropout" in splits.split, "params" in splits.kept
+    (True, True)
+    """
 
     split: Names
     kept: Names
 
     @classmethod
-    def of(cls, split_rngs: Mapping[CollectionFilter, bool]) -> _Splits:
+    def of(cls, split_rngs: Mapping[CollectionFilter, bool]) -> Splits:
         split = kept = NONE
         for spec, flag in split_rngs.items():
             fresh = Names.of(spec) - split - kept
@@ -86,6 +108,13 @@ class _Splits:
             {s: jax.random.split(k, size) for s, k in ks.items() if s in self.split} for ks in keys
         )
         return split, tuple({s: k for s, k in ks.items() if s not in self.split} for ks in keys)
+
+    def at(self, keys: Any, index: Any) -> tuple[dict[str, Any], ...]:
+        """The keys of one iteration of a loop whose length nobody knows."""
+        return tuple(
+            {s: jax.random.fold_in(k, index) if s in self.split else k for s, k in ks.items()}
+            for ks in keys
+        )
 
 
 def _merge(first: tuple[Any, ...], second: tuple[Any, ...]) -> tuple[dict[str, Any], ...]:
@@ -144,22 +173,22 @@ def _state_dims(groups: tuple[Group, ...], state: State) -> list[tuple[Any, Any]
 
 
 def vmap(
-    variable_axes: Axes = _NO_AXES,
-    split_rngs: Mapping[CollectionFilter, bool] = _NO_AXES,
+    variable_axes: Axes = NO_AXES,
+    split_rngs: Mapping[CollectionFilter, bool] = NO_AXES,
     in_axes: Any = 0,
     out_axes: Any = 0,
     axis_size: int | None = None,
     axis_name: str | None = None,
     spmd_axis_name: Any = None,
-    metadata_params: Mapping[Any, Any] = _NO_AXES,
+    metadata_params: Mapping[Any, Any] = NO_AXES,
 ) -> Lift:
     """`jax.vmap` over some collections, streams and arguments.
 
     >>> vmap(variable_axes={"params": 0}, split_rngs={"params": True}).ins[-1].axis
     0
     """
-    ins, outs = _groups(variable_axes, metadata_params)
-    splits = _Splits.of(split_rngs)
+    ins, outs = axis_groups(variable_axes, metadata_params)
+    splits = Splits.of(split_rngs)
 
     def run(pure: Pure, state: State, *args: Any, **kwargs: Any) -> tuple[Any, Groups]:
         dims = [*zip(_spread(in_axes, args), staging.jx.tree.leaves(args), strict=True)]
@@ -185,17 +214,17 @@ def vmap(
 
 
 def scan(
-    variable_axes: Axes = _NO_AXES,
+    variable_axes: Axes = NO_AXES,
     variable_broadcast: CollectionFilter = False,
     variable_carry: CollectionFilter = False,
-    split_rngs: Mapping[CollectionFilter, bool] = _NO_AXES,
+    split_rngs: Mapping[CollectionFilter, bool] = NO_AXES,
     in_axes: Any = 0,
     out_axes: Any = 0,
     length: int | None = None,
     reverse: bool = False,
     unroll: int = 1,
     data_transform: Callable[..., Any] | None = None,
-    metadata_params: Mapping[Any, Any] = _NO_AXES,
+    metadata_params: Mapping[Any, Any] = NO_AXES,
     _split_transpose: bool = False,
     check_constancy_invariants: bool = True,
 ) -> Lift:
@@ -205,8 +234,8 @@ def scan(
     0
     """
     fixed = (Group(Names.of(variable_broadcast)), Group(Names.of(variable_carry)))
-    ins, outs = (fixed + groups for groups in _groups(variable_axes, metadata_params))
-    splits = _Splits.of(split_rngs)
+    ins, outs = (fixed + groups for groups in axis_groups(variable_axes, metadata_params))
+    splits = Splits.of(split_rngs)
     loop = functools.partial(
         jax.lax.scan, reverse=reverse, unroll=unroll, _split_transpose=_split_transpose
     )
@@ -218,7 +247,7 @@ def scan(
         split, kept = splits.apply(state.keys, size)
         body = _Body(pure, treedef, axes, leaves, out_axes, kept, kwargs, data_transform)
         body.broadcast, carried = state.groups[0], state.groups[1]
-        body.constant, carried = _by_mutability(pure, carried)
+        body.constant, carried = by_mutability(pure, carried)
         scanned = _move(state.groups[2:], [g.axis for g in ins[2:]], to_front=True)
         xs = (scanned, split, body.scanned_leaves())
         hoisted, step = _hoist(body, pure, out_axes, (carried, carry), xs)
@@ -234,8 +263,11 @@ def _scanned(ins: tuple[Group, ...], state: State) -> list[tuple[Any, Any]]:
     return _state_dims(ins[2:], State(state.groups[2:], state.keys))
 
 
-def _by_mutability(pure: Pure, group: tuple[dict[str, Any], ...]) -> tuple[Any, Any]:
-    """Splits the carried collections: those that cannot change need not be carried."""
+def by_mutability(pure: Pure, group: tuple[dict[str, Any], ...]) -> tuple[Any, Any]:
+    """Splits the carried collections: those that cannot change need not be carried.
+
+    Takes and returns, for each root scope, its collections: first the constant ones.
+    """
     pairs = [*zip(group, pure.entries, strict=True)]
     constant = tuple({c: t for c, t in tree.items() if c not in e.mutable} for tree, e in pairs)
     return constant, tuple({c: t for c, t in tree.items() if c in e.mutable} for tree, e in pairs)
