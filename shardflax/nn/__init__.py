@@ -52,7 +52,7 @@ from shardflax.core import (
     while_loop,
 )
 from shardflax.core.run import apply, init, init_with_output
-from shardflax.nn import dtypes, initializers, meta, transforms
+from shardflax.nn import dtypes, initializers, meta, recurrent, transforms
 from shardflax.nn.activations import (
     celu,
     elu,
@@ -91,6 +91,17 @@ from shardflax.nn.initializers import ones, ones_init, zeros, zeros_init
 from shardflax.nn.linear import Dense
 from shardflax.nn.masks import combine_masks, make_attention_mask, make_causal_mask
 from shardflax.nn.normalization import LayerNorm, RMSNorm
+from shardflax.nn.recurrent import (
+    RNN,
+    Bidirectional,
+    ConvLSTMCell,
+    GRUCell,
+    LSTMCell,
+    MGUCell,
+    OptimizedLSTMCell,
+    RNNCellBase,
+    SimpleCell,
+)
 from shardflax.nn.rotary import apply_rotary, rotary_angles
 from shardflax.nn.stochastic import Dropout, merge_param
 from shardflax.partitioning import (
@@ -113,27 +124,36 @@ from shardflax.partitioning import (
 
 __all__ = [
     "PARTITION_NAME",
+    "RNN",
     "AxisMetadata",
+    "Bidirectional",
     "CollectionFilter",
+    "ConvLSTMCell",
     "Dense",
     "DenseGeneral",
     "DenyList",
     "Dropout",
     "Einsum",
     "Embed",
+    "GRUCell",
     "GroupedQueryAttention",
     "In",
+    "LSTMCell",
     "LayerNorm",
     "LogicallyPartitioned",
+    "MGUCell",
     "Module",
     "MultiHeadAttention",
     "MultiHeadDotProductAttention",
+    "OptimizedLSTMCell",
     "Out",
     "Partitioned",
     "RMSNorm",
+    "RNNCellBase",
     "RulesFallback",
     "SelfAttention",
     "Sequential",
+    "SimpleCell",
     "Variable",
     "add_metadata_axis",
     "apply",
@@ -186,6 +206,7 @@ __all__ = [
     "one_hot",
     "ones",
     "ones_init",
+    "recurrent",
     "relu",
     "relu6",
     "remat",

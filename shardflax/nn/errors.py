@@ -8,25 +8,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from shardflax.core.errors import FlaxError
+from shardflax.core.errors import FlaxError, did_you_mean
 
 __all__ = [
     "AttentionOptionsError",
     "AttentionShapeError",
     "AxesError",
     "CacheShapeError",
+    "CarryShapeError",
     "ContainerError",
     "DropoutRateError",
     "DtypeError",
     "EinsumError",
+    "GroupsError",
     "HeadsError",
     "InputDtypeError",
     "InputRankError",
     "InputShapeError",
+    "KernelMaskError",
     "MaskShapeError",
     "MergeParamError",
     "NNError",
+    "PaddingError",
     "RotaryError",
+    "SequenceError",
     "where",
 ]
 
@@ -255,4 +260,108 @@ class ContainerError(NNError):
     >>> raise ContainerError("Sequential", "`layers` is empty.")
     Traceback (most recent call last):
     shardflax.nn.errors.ContainerError: Sequential: `layers` is empty.
+    """
+
+
+class CarryShapeError(NNError):
+    """The state of a recurrent cell does not fit its inputs.
+
+    >>> raise CarryShapeError("GRUCell 'cell'", "the carry", (2, 3), (4, 3), (4, 5))
+    Traceback (most recent call last):
+    shardflax.nn.errors.CarryShapeError: GRUCell 'cell': the carry has shape (2, 3), expected ...
+    """
+
+    def __init__(
+        self,
+        place: str,
+        what: str,
+        found: Sequence[int],
+        expected: Sequence[int],
+        inputs: Sequence[int],
+    ):
+        self.found, self.expected = tuple(found), tuple(expected)
+        super().__init__(
+            place,
+            f"{what} has shape {self.found}, expected {self.expected} for inputs of shape "
+            f"{tuple(inputs)} (dims before the features are the batch). Make it by "
+            "`cell.initialize_carry(key, inputs.shape)`.",
+        )
+
+
+class SequenceError(NNError):
+    """A sequence, its lengths or its cell are not what `RNN` works on.
+
+    >>> raise SequenceError("RNN", "`seq_lengths` must be integers, found float32.")
+    Traceback (most recent call last):
+    shardflax.nn.errors.SequenceError: RNN: `seq_lengths` must be integers, found float32.
+    """
+
+
+class GroupsError(NNError):
+    """Features do not divide into groups, or the groups are said twice or not at all.
+
+    >>> raise GroupsError.indivisible("GroupNorm 'norm'", "dim -1 of inputs", 6, "num_groups", 4)
+    Traceback (most recent call last):
+    shardflax.nn.errors.GroupsError: GroupNorm 'norm': dim -1 of inputs has size 6, which is no ...
+    """
+
+    @classmethod
+    def indivisible(cls, place: str, what: str, size: int, by: str, groups: int) -> GroupsError:
+        """The error of `size` features for `groups` groups.
+
+        >>> GroupsError.indivisible("Conv", "features", 6, "feature_group_count", 4).place
+        'Conv'
+        """
+        rest = f" (remainder {size % groups})" if groups > 0 else ""
+        return cls(place, f"{what} has size {size}, which is no multiple of {by}={groups}{rest}.")
+
+
+class KernelMaskError(NNError):
+    """The mask of a convolution has another shape than its kernel.
+
+    >>> raise KernelMaskError("Conv", (3, 2), (3, 1, 2))
+    Traceback (most recent call last):
+    shardflax.nn.errors.KernelMaskError: Conv: mask has shape (3, 2), the kernel (3, 1, 2): ...
+    """
+
+    def __init__(self, place: str, found: Sequence[int], expected: Sequence[int]):
+        self.found, self.expected = tuple(found), tuple(expected)
+        super().__init__(
+            place,
+            f"mask has shape {self.found}, the kernel {self.expected}: they must be equal"
+            + "".join(
+                f"; dim {d}: {a} against {b}"
+                for d, (a, b) in enumerate(zip(self.found, self.expected, strict=False))
+                if a != b and len(self.found) == len(self.expected)
+            )
+            + ".",
+        )
+
+
+class PaddingError(NNError):
+    """A padding that is misspelt, of another number of dims, or not possible here.
+
+    >>> raise PaddingError("Conv 'stem'", "SAMME", ("SAME", "VALID"))
+    Traceback (most recent call last):
+    shardflax.nn.errors.PaddingError: Conv 'stem': padding='SAMME': did you mean 'SAME'? ...
+    """
+
+    def __init__(self, place: str, padding: Any, strings: Sequence[str], ndim: int | None = None):
+        self.padding = padding
+        hint = did_you_mean(padding.upper(), strings) if isinstance(padding, str) else ""
+        many = "" if ndim is None else f" of {ndim}"
+        super().__init__(
+            place,
+            f"padding={padding!r}: {hint}{' ' if hint else ''}Write one of "
+            f"{', '.join(map(repr, strings))}, an int, or a sequence{many} with an int or a pair "
+            "(low, high) for each windowed dim.",
+        )
+
+
+class WindowError(NNError):
+    """Sizes, strides or dilations of a window that do not fit one another or the input.
+
+    >>> raise WindowError("Conv 'stem'", "strides=(2, 2) has 2 entries, kernel_size has 1.")
+    Traceback (most recent call last):
+    shardflax.nn.errors.WindowError: Conv 'stem': strides=(2, 2) has 2 entries, kernel_size has 1.
     """
