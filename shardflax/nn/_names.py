@@ -89,20 +89,25 @@ def output(x: jax.Array, names: Names | None, features: Sequence[Any] | None = N
 
     `features` are the kernel's names of the last dims of `x`; they are what `FOLLOW` follows.
     """
+    return partitioning.constrain(x, said(x.shape, names, features))
+
+
+def said(
+    shape: tuple[int, ...], names: Names | None, features: Sequence[Any] | None = None
+) -> Names | None:
+    """What `names` say of an output of `shape`, None if nothing: see `output`."""
     if names is None or not is_default(names):
-        return partitioning.constrain(x, names)
+        return names
     rules = rules_in_scope()
     if not isinstance(rules, AxisRules):
-        return x
+        return None
     if features is not None and names == FOLLOW:
-        names = activation_names(x.ndim, features)
-    said = in_force(names, x.ndim, rules)
-    if said is None:
-        return x
-    fitting = _fitting(said, rules, x.shape)
-    if all(name is PartitionSpec.UNCONSTRAINED for name in fitting):
-        return x
-    return partitioning.constrain(x, fitting)
+        names = activation_names(len(shape), features)
+    found = in_force(names, len(shape), rules)
+    if found is None:
+        return None
+    fitting = _fitting(found, rules, shape)
+    return None if all(n is PartitionSpec.UNCONSTRAINED for n in fitting) else fitting
 
 
 def that_fit(names: Names, shape: tuple[int, ...]) -> Names:

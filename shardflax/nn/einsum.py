@@ -117,10 +117,11 @@ class Einsum(Module):
             preferred_element_type=self.preferred_element_type,
         )
         stored = weights.stored_names(self.kernel_init, axes)
-        y = weights.product(multiply, x, kernel, stored)
+        out = self._contraction(equation, axes)
+        y = weights.product(multiply, x, kernel, stored, out)
         if bias is not None:
             y = y + jnp.reshape(bias, equation.broadcast(kernel.shape))
-        return self._laid_out(y, equation, axes)
+        return names.output(y, out.names, out.features)
 
     def _equation(self, einsum_str: str | None) -> str:
         given = [text for text in (self.einsum_str, einsum_str) if text is not None]
@@ -138,11 +139,12 @@ class Einsum(Module):
         bias = self.param("bias", init, shape, self.param_dtype)
         return weights.bias_at_use(bias, self.bias_init, axes)
 
-    def _laid_out(self, y: Array, equation: _Equation, axes: Names) -> Array:
+    def _contraction(self, equation: _Equation, axes: Names) -> weights.Contraction:
         """Default output names only where the output ends in the kernel's own dims."""
         last = [equation.kernel.index(c) for c in equation.output if c not in equation.inputs]
-        if names.is_default(self.out_axes):
-            tail = equation.output[len(equation.output) - len(last) :]
-            if any(c in equation.inputs for c in tail):
-                return y
-        return names.output(y, self.out_axes, [axes[d] for d in last])
+        tail = equation.output[len(equation.output) - len(last) :]
+        follows = not any(c in equation.inputs for c in tail)
+        out_axes = self.out_axes if follows or not names.is_default(self.out_axes) else None
+        return weights.Contraction(
+            equation.inputs, equation.kernel, equation.output, out_axes, [axes[d] for d in last]
+        )

@@ -71,9 +71,9 @@ class Embed(Module):
             y = jnp.broadcast_to(table, (*ids.shape, self.features))
         elif self.lookup == "one_hot":
             stored = weights.stored_names(self.embedding_init, self.embedding_axes)
-            y = weights.product(_one_hot_rows, ids, table, stored)
+            y = weights.product(_one_hot_rows, ids, table, stored, self._rows(ids))
         else:
-            y = jnp.take(table, ids, axis=0)
+            y = _gathered(table, ids, self._rows(ids).spec(ids, table, None))
         return names.output(y, self.out_axes)
 
     def attend(self, query: Array) -> Array:
@@ -91,18 +91,33 @@ class Embed(Module):
             )
         query, table = self.promote_dtype(query, self.embedding, dtype=self.dtype)
         stored = weights.stored_names(self.embedding_init, self.embedding_axes)
-        return names.output(weights.product(_scores, query, table, stored), self.attend_axes)
+        mapped = tuple(range(query.ndim - 1))
+        dims = weights.Contraction((*mapped, "d"), "vd", (*mapped, "v"), self.attend_axes)
+        return names.output(weights.product(_scores, query, table, stored, dims), self.attend_axes)
+
+    def _rows(self, ids: Array) -> weights.Contraction:
+        """The dims of a lookup: each id is replaced by the dim of a row."""
+        mapped = tuple(range(ids.ndim))
+        return weights.Contraction(mapped, "vd", (*mapped, "d"), self.out_axes)
 
 
-def _scores(query: Array, table: Array) -> Array:
-    return jnp.dot(query, table.T)
+def _scores(query: Array, table: Array, out_sharding: Any = None) -> Array:
+    return jnp.dot(query, table.T, out_sharding=out_sharding)
 
 
-def _one_hot_rows(ids: Array, table: Array) -> Array:
+def _gathered(table: Array, ids: Array, out_sharding: Any) -> Array:
+    """Rows of `table`: NaN for ids outside of it (or the least integer)."""
+    if out_sharding is None:
+        return jnp.take(table, ids, axis=0)
+    return table.at[ids].get(mode="fill", out_sharding=out_sharding)
+
+
+def _one_hot_rows(ids: Array, table: Array, out_sharding: Any = None) -> Array:
     """Rows of `table` as a product, with the gather's answers for ids outside of it."""
     count = table.shape[0]
     ids = jnp.where(ids < 0, ids + count, ids)
-    rows = jax.nn.one_hot(ids, count, dtype=table.dtype) @ table
+    one_hot = jax.nn.one_hot(ids, count, dtype=table.dtype)
+    rows = jnp.matmul(one_hot, table, out_sharding=out_sharding)
     if not jnp.issubdtype(table.dtype, jnp.inexact):
         return rows
     inside = (ids >= 0) & (ids < count)

@@ -92,6 +92,20 @@ class _Plan:
         within = tuple(range(at, at + len(self.contract)))
         return (self.contract, within), (self.batch, tuple(range(at)))
 
+    def contraction(self, out_axes: Names | None, kernel_axes: Names) -> weights.Contraction:
+        """The dims by labels: those of the input by number, the features counted below zero."""
+        features = tuple(range(-len(self.features), 0))
+        mapped = [d for d in range(len(self.shape)) if d not in (*self.batch, *self.contract)]
+        if self.batch and names.is_default(out_axes):
+            out_axes = None
+        return weights.Contraction(
+            tuple(range(len(self.shape))),
+            (*self.batch, *self.contract, *features),
+            (*self.batch, *mapped, *features),
+            out_axes,
+            kernel_axes[len(kernel_axes) - len(features) :],
+        )
+
     @property
     def bias_shape(self) -> tuple[int, ...]:
         """The bias against the output: batch dims, ones for what is mapped over, features."""
@@ -166,12 +180,11 @@ class DenseGeneral(Module):
         dot = choose_dot_general(self.dot_general, self.dot_general_cls)
         multiply = partial(dot, dimension_numbers=plan.dimension_numbers, precision=self.precision)
         stored = weights.stored_names(self.kernel_init, kernel_axes)
-        y = weights.product(multiply, x, kernel, stored, dot)
+        out = plan.contraction(self.out_axes, kernel_axes)
+        y = weights.product(multiply, x, kernel, stored, out, dot)
         if bias is not None:
             y = y + jnp.reshape(bias, plan.bias_shape)
-        if plan.batch and names.is_default(self.out_axes):
-            return y
-        return names.output(y, self.out_axes, kernel_axes[len(kernel_axes) - len(plan.features) :])
+        return names.output(y, out.names, out.features)
 
     @nowrap
     def _plan(self, shape: tuple[int, ...]) -> _Plan:

@@ -80,7 +80,12 @@ class Dense(Module):
         dims = (((x.ndim - 1,), (0,)), ((), ()))
         multiply = partial(dot, dimension_numbers=dims, precision=self.precision)
         stored = weights.stored_names(self.kernel_init, self.kernel_axes)
-        y = weights.product(multiply, x, kernel, stored, dot)
+        last = x.ndim - 1
+        mapped = tuple(range(last))
+        out = weights.Contraction(
+            (*mapped, last), (last, "f"), (*mapped, "f"), self.out_axes, self.kernel_axes[1:]
+        )
+        y = weights.product(multiply, x, kernel, stored, out, dot)
         if bias is not None:
             y = y + jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
         return names.output(y, self.out_axes, self.kernel_axes[1:])

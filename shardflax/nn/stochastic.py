@@ -7,11 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from shardflax.core import Module, compact
 from shardflax.nn.errors import DropoutRateError, MergeParamError, where
 from shardflax.nn.types import Array
+from shardflax.partitioning.explicit_out import laid_out_like
 
 __all__ = ["Dropout", "merge_param"]
 
@@ -65,5 +65,8 @@ class Dropout(Module):
         shape = list(inputs.shape)
         for dim in self.broadcast_dims:
             shape[dim] = 1
-        mask = jnp.broadcast_to(jax.random.bernoulli(key, p=keep, shape=shape), inputs.shape)
-        return lax.select(mask, inputs / keep, jnp.zeros_like(inputs))
+        if self.broadcast_dims:
+            kept = jax.random.bernoulli(key, keep, shape)
+        else:
+            kept = laid_out_like(inputs, jax.random.bernoulli, key, keep, tuple(shape))
+        return jnp.where(kept, inputs / keep, jnp.zeros_like(inputs))

@@ -31,7 +31,7 @@ from shardflax.partitioning.scope import (
 from shardflax.partitioning.spec_check import make_spec, spec_axes
 from shardflax.partitioning.untyped import jx
 
-__all__ = ["at_use", "with_weight"]
+__all__ = ["at_use", "used_spec", "with_weight"]
 
 Names = tuple[Any, ...]
 
@@ -88,6 +88,21 @@ def with_weight(
         return fn(x, weight)
     # The barrier is for the weight: or XLA would merge the two gathers, and keep their result.
     return jx.checkpoint(_Product(fn, change), prevent_cse=(False, True))(x, weight)
+
+
+def used_spec(
+    weight: Any, names: Names | None, beside: tuple[str, ...] = _BESIDE
+) -> PartitionSpec | None:
+    """The spec in which `at_use` lays `weight` out; None where it returns it as it is.
+
+    >>> import jax.numpy as jnp
+    >>> from shardflax.partitioning import make_mesh, preset, use
+    >>> with use(make_mesh("fsdp=4,tensor=2"), preset("fsdp_tp")):
+    ...     used_spec(jnp.ones((8, 6)), ("embed", "mlp"))
+    P(None, 'tensor')
+    """
+    change = _change(weight, names, beside)
+    return None if change is None else change.used
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,14 @@ from shardflax.partitioning.scope import (
 from shardflax.partitioning.spec_check import check_spec, make_spec, spec_axes
 from shardflax.partitioning.untyped import jx
 
-__all__ = ["constrain", "constrain_box", "constrain_spec", "lower", "with_logical_constraint"]
+__all__ = [
+    "constrain",
+    "constrain_box",
+    "constrain_spec",
+    "lower",
+    "wanted_spec",
+    "with_logical_constraint",
+]
 
 _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _warned: set[tuple[str, int]] = set()
@@ -116,6 +123,29 @@ def constrain(x: jax.Array, names: tuple[Any, ...] | None) -> jax.Array:
     elif rules is None:
         _warn_no_rules(names)
     return _constrain(x, names, rules, None, RulesFallback.AXIS_IS_UNSHARDED)
+
+
+def wanted_spec(shape: tuple[int, ...], names: tuple[Any, ...]) -> PartitionSpec | None:
+    """The spec that `constrain` would put on an array of `shape`; None where it would put none.
+
+    Raises nothing: what is wrong with the names is for `constrain` to say.
+
+    >>> from shardflax.partitioning import make_mesh, preset, use
+    >>> with use(make_mesh("fsdp=4,tensor=2"), preset("fsdp_tp")):
+    ...     wanted_spec((4, 6), ("batch", "act_mlp"))
+    P('fsdp', 'tensor')
+    """
+    rules, mesh = rules_in_scope(), mesh_in_scope()
+    said = in_force(names, len(shape), rules)
+    if said is None or not rules or mesh is None or init_trace() is not None:
+        return None
+    if isinstance(rules, AxisRules):
+        found = resolve(tuple(said), rules, shape, free_axes(mesh))
+        return None if found.problems else found.spec
+    if len(said) > len(shape):
+        return None
+    spec = PartitionSpec(*linen_axes(said, rules)[0])
+    return None if check_spec(shape, spec, dict(free_axes(mesh)), "") else spec
 
 
 def _is_names(x: Any) -> bool:
