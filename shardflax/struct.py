@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, dataclass_transform, overl
 
 import jax
 
-__all__ = ["PyTreeNode", "dataclass", "field"]
+__all__ = ["PyTreeNode", "dataclass", "field", "is_dataclass"]
 
 _T = TypeVar("_T")
 _MARK = "_shardflax_dataclass"
@@ -71,6 +71,18 @@ def dataclass(clz: Any = None, **kwargs: Any) -> Any:
     jax.tree_util.register_dataclass(made, groups[True], groups[False])
     setattr(made, _MARK, True)
     return made
+
+
+def is_dataclass(x: Any) -> bool:
+    """True for a class made by `dataclass` or `PyTreeNode`, and for its instances.
+
+    >>> @dataclass
+    ... class Point:
+    ...     x: float
+    >>> is_dataclass(Point), is_dataclass(Point(1.0)), is_dataclass(1.0)
+    (True, True, False)
+    """
+    return hasattr(x, _MARK)
 
 
 def _replace(self: Any, **updates: Any) -> Any:

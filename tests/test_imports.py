@@ -35,6 +35,9 @@ SMALL: dict[str, set[str]] = {
     "shardflax.jax_utils": {"shardflax.core"},
     "shardflax.cursor": {"shardflax.core"},
     "shardflax.serialization": {"shardflax.core"},
+    "shardflax._msgpack": {"shardflax.core"},
+    "shardflax.configurations": {"shardflax.core"},
+    "shardflax.ids": {"shardflax.core"},
     "shardflax.errors": {"shardflax.core", "shardflax.partitioning", "shardflax.nn"},
 }
 
@@ -44,6 +47,7 @@ CORE = [
     {"scope"},
     {"boundary", "functional", "nn"},
     {"transforms"},
+    {"remat"},
     {"mapping"},
     {"cross"},
     {"control", "derivatives"},
