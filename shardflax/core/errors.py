@@ -19,12 +19,17 @@ __all__ = [
     "AssignSubModuleError",
     "BranchVariablesError",
     "CallCompactUnboundModuleError",
+    "CallSetupUnboundModuleError",
+    "CallShareScopeOnUnboundModuleError",
     "CallUnbindOnUnboundModuleError",
     "DeclareOutsideOfCompactError",
+    "DescriptorAttributeError",
     "FlaxError",
+    "HashBoundModuleError",
     "IncorrectPostInitOverrideError",
     "InvalidFilterError",
     "InvalidInstanceModuleError",
+    "InvalidParentError",
     "InvalidRngError",
     "InvalidScopeError",
     "JaxTransformError",
@@ -33,6 +38,8 @@ __all__ = [
     "ModifyScopeVariableError",
     "MultipleMethodsCompactError",
     "NameInUseError",
+    "PerturbationNotFoundError",
+    "RematNameError",
     "RematPolicyError",
     "ReservedModuleAttributeError",
     "ScopeCollectionNotFound",
@@ -43,6 +50,7 @@ __all__ = [
     "SetAttributeInModuleSetupError",
     "TransformAxisError",
     "TransformTargetError",
+    "TransformedMethodReturnValueError",
     "did_you_mean",
 ]
 
@@ -488,6 +496,25 @@ class LoopVariantBroadcastError(FlaxError):
         )
 
 
+class RematNameError(FlaxError):
+    """A rematerialisation policy names values that nothing inside carries.
+
+    >>> print(RematNameError(("block",), {"qvk"}, {"qkv", "out"}))
+    at /block: the policy of remat names 'qvk', but ...; did you mean 'qkv'?
+    """
+
+    def __init__(
+        self, path: tuple[str, ...], missing: Iterable[str], carried: Iterable[str]
+    ) -> None:
+        names = sorted(missing)
+        hint = did_you_mean(names[0], carried) if carried else "no value carries a name."
+        super().__init__(
+            f"at /{'/'.join(path)}: the policy of remat names {', '.join(map(repr, names))}, but no "
+            f"value computed inside carries it (jax.ad_checkpoint.checkpoint_name(x, name)), so it "
+            f"would have no effect; {hint}"
+        )
+
+
 class RematPolicyError(FlaxError):
     """A rematerialisation policy has a name that does not exist.
 
@@ -497,3 +524,99 @@ class RematPolicyError(FlaxError):
 
     def __init__(self, policy: str, known: Iterable[str]) -> None:
         super().__init__(f"remat has no policy {policy!r}; {did_you_mean(policy, known)}")
+
+
+class CallSetupUnboundModuleError(FlaxError):
+    """`setup` is called by hand on a module that is bound to no run.
+
+    >>> print(CallSetupUnboundModuleError("MLP"))
+    MLP is bound to no variables, so its setup cannot be called. ...
+    """
+
+    def __init__(self, cls: str) -> None:
+        super().__init__(
+            f"{cls} is bound to no variables, so its setup cannot be called. It runs by itself "
+            f"before the first method does; to look at what it makes, write "
+            f"nn.apply(lambda m: m.submodule.clone(), module)({{}}) or module.bind(variables)."
+        )
+
+
+class CallShareScopeOnUnboundModuleError(FlaxError):
+    """`share_scope` is called on modules that are bound to no run.
+
+    >>> print(CallShareScopeOnUnboundModuleError("Dense"))
+    Dense is not bound, so there is no scope to share. ...
+    """
+
+    def __init__(self, cls: str) -> None:
+        super().__init__(
+            f"{cls} is not bound, so there is no scope to share. Call nn.share_scope in setup: "
+            f"nn.share_scope(self, self.inner)."
+        )
+
+
+class DescriptorAttributeError(FlaxError):
+    """A property of a module looks for an attribute that does not exist.
+
+    >>> print(DescriptorAttributeError("MLP", "width", AttributeError("MLP has no attribute 'w'")))
+    MLP.width looks for an attribute that does not exist: MLP has no attribute 'w'
+    """
+
+    def __init__(self, cls: str, name: str, cause: AttributeError) -> None:
+        super().__init__(f"{cls}.{name} looks for an attribute that does not exist: {cause}")
+
+
+class HashBoundModuleError(FlaxError, TypeError):
+    """A module is hashed that is bound to a run: it holds arrays.
+
+    >>> print(HashBoundModuleError("MLP"))
+    MLP is bound to variables and cannot be hashed. ...
+    """
+
+    def __init__(self, cls: str) -> None:
+        super().__init__(
+            f"{cls} is bound to variables and cannot be hashed. Use module.unbind() or "
+            f"module.clone(), which are its hyperparameters alone."
+        )
+
+
+class InvalidParentError(FlaxError, ValueError):
+    """`parent=` is neither a module that is being run, nor a scope, nor `None`.
+
+    >>> print(InvalidParentError("Dense", "block"))
+    Dense got parent='block'; expected ...
+    """
+
+    def __init__(self, cls: str, parent: Any) -> None:
+        super().__init__(
+            f"{cls} got parent={parent!r}; expected the module whose setup or compact method is "
+            f"running (the default), None for a module of its own, or a scope."
+        )
+
+
+class TransformedMethodReturnValueError(FlaxError):
+    """A lifted method returns a module or a variable, which ends with the transform.
+
+    >>> print(TransformedMethodReturnValueError("encode", "Dense"))
+    the lifted method encode returns a Dense, ...
+    """
+
+    def __init__(self, method: str, found: str) -> None:
+        super().__init__(
+            f"the lifted method {method} returns a {found}, which belongs to the inside of the "
+            f"transform. Return arrays: call the module, or take the value of the variable."
+        )
+
+
+class PerturbationNotFoundError(FlaxError, ValueError):
+    """A perturbation is missing from the collection that `apply` was given.
+
+    >>> print(PerturbationNotFoundError("hidden", "perturbations", "/", ["hiden"]))
+    at /: the collection 'perturbations' has no 'hidden'; did you mean 'hiden'? ...
+    """
+
+    def __init__(self, name: str, col: str, where: str, found: Iterable[str]) -> None:
+        super().__init__(
+            f"at {where}: the collection {col!r} has no {name!r}; {did_you_mean(name, found)} "
+            f"Pass all of what init returned for it, or leave the collection out."
+        )
