@@ -49,7 +49,7 @@ class Node:
     {'params': 2}
     """
 
-    __slots__ = ("base", "children", "counts", "cursor", "reserved")
+    __slots__ = ("base", "children", "counts", "cursor", "owners", "reserved")
 
     def __init__(self, base: Node | None = None) -> None:
         self.base = base  # counts are shared with it, here and below
@@ -57,6 +57,28 @@ class Node:
         self.counts: dict[str, int] = {} if base is None else base.counts
         self.cursor: dict[str, int] = {}
         self.reserved: dict[str, set[str | None]] = {}
+        # If there are several nodes of one path: which of them took a name, for which collection.
+        self.owners: dict[str, dict[str | None, Node]] | None = None
+
+    def beside(self) -> Node:
+        """Another node of the same path: names are numbered apart, and none is in both."""
+        node = Node(self.base)
+        node.children, node.counts = self.children, self.counts
+        if self.owners is None:
+            taken = self.reserved.items()
+            self.owners = {name: dict.fromkeys(cols, self) for name, cols in taken}
+        node.owners = self.owners
+        return node
+
+    def claim(self, name: str, col: str | None) -> bool:
+        """True if no other node of this path has the name."""
+        if self.owners is None:
+            return True
+        taken = self.owners.setdefault(name, {})
+        if any(n is not self and (c == col or None in (c, col)) for c, n in taken.items()):
+            return False
+        taken[col] = self
+        return True
 
     def child(self, name: str) -> Node:
         node = self.children.get(name)
@@ -296,6 +318,10 @@ class Scope:
         """The scope of the child `name`, which need not be reserved."""
         return Scope(self.store, (*self.path, name), self.node.child(name), self)
 
+    def beside(self) -> Scope:
+        """The same place for another module: each name at it belongs to one of the two."""
+        return Scope(self.store, self.path, self.node.beside(), self.parent)
+
     def push(self, name: str | None = None, prefix: str = "", reuse: bool = False) -> Scope:
         """The scope of a new child: `name`, or the first free `prefix0`, `prefix1`, ...
 
@@ -378,10 +404,11 @@ class Scope:
         Raises `NameInUseError` if it is taken: a submodule excludes all else, variables of
         different collections may share a name.
         """
-        taken = self.node.reserved.get(name)
-        if taken is None:
-            self.node.reserved[name] = {col}
-        elif self.name_reserved(name, col):
+        node = self.node
+        taken = node.reserved.get(name)
+        if taken is None and (node.owners is None or node.claim(name, col)):
+            node.reserved[name] = {col}
+        elif taken is None or self.name_reserved(name, col) or not node.claim(name, col):
             raise NameInUseError("submodule" if col is None else "variable", name, self.path_text)
         else:
             taken.add(col)
