@@ -12,6 +12,8 @@ from typing import Any, cast
 
 import jax
 
+_jax: Any = jax  # half typed
+
 __all__ = [
     "ApplyModuleInvalidMethodError",
     "ApplyScopeInvalidVariablesStructureError",
@@ -476,8 +478,9 @@ class BranchVariablesError(FlaxError, TypeError):
 
 
 def _described(tree: Any) -> str:
-    leaves = jax.tree.leaves_with_path(tree)
-    named = [f"{jax.tree_util.keystr(p[2:], simple=True, separator='/')}: {x}" for p, x in leaves]
+    """The variables in a tree of groups, of scopes, of collections."""
+    leaves = _jax.tree.leaves_with_path(tree)
+    named = [f"{_jax.tree_util.keystr(p[2:], simple=True, separator='/')}: {x}" for p, x in leaves]
     return ", ".join(named) or "nothing"
 
 

@@ -15,6 +15,7 @@ from shardflax.core import mapping, transforms
 from shardflax.core.control import cond, switch, while_loop
 from shardflax.core.cross import lifted
 from shardflax.core.derivatives import custom_vjp, grad, jvp, value_and_grad, vjp
+from shardflax.core.remat import remat as remat_lift
 from shardflax.core.transforms import In, Out, broadcast
 
 __all__ = [
@@ -44,7 +45,7 @@ __all__ = [
 vmap = lifted(transforms.vmap, "Vmap")
 scan = lifted(transforms.scan, "Scan")
 jit = lifted(transforms.jit, "Jit")
-remat = checkpoint = lifted(transforms.remat, "Checkpoint")
+remat = checkpoint = lifted(remat_lift, "Checkpoint")
 remat_scan = lifted(mapping.remat_scan, "Remat_scan")
 map_variables = lifted(mapping.map_variables, "Map_variables")
 add_metadata_axis = lifted(mapping.add_metadata_axis, "Add_metadata_axis")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import inspect
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 from jax._src import core as jax_core  # jax.extend.core has the same, and imports all of Pallas
 from jax.interpreters import partial_eval
 
-__all__ = ["Static", "current_trace", "escapes", "hoist", "jx"]
+__all__ = ["Static", "current_trace", "escapes", "hoist", "jx", "known"]
 
 _core: Any = jax_core
 _partial_eval: Any = partial_eval
@@ -168,3 +169,60 @@ def _reachable(jaxpr: Any) -> set[Any]:
         if reached.intersection(_inputs(eqn)):
             reached.update(eqn.outvars)
     return reached
+
+
+def policy_names(policy: Any) -> frozenset[str]:
+    """The names of values that a policy of `jax.checkpoint_policies` was made with.
+
+    A policy that users wrote has none: nobody knows what it does with its values.
+
+    >>> sorted(policy_names(jax.checkpoint_policies.save_only_these_names("qkv", "out")))
+    ['out', 'qkv']
+    """
+    if not (callable(policy) and _is_of_jax(policy)):
+        return frozenset()
+    if inspect.isfunction(policy):
+        parts = inspect.getclosurevars(policy).nonlocals.values()
+    else:
+        parts = getattr(policy, "__dict__", {}).values()
+    names: set[str] = set()
+    for part in parts:
+        if isinstance(part, set | frozenset | tuple | list):
+            names.update(n for n in cast("list[Any]", part) if isinstance(n, str))
+        else:
+            names |= policy_names(part)
+    return frozenset(names)
+
+
+def _is_of_jax(x: Any) -> bool:
+    module = x.__module__ if inspect.isfunction(x) else type(x).__module__
+    return module.partition(".")[0] == "jax"
+
+
+def with_checkpoint_names(fn: Callable[[], Any]) -> tuple[Any, set[str]]:
+    """What `fn()` returns, and the names that `jax.ad_checkpoint.checkpoint_name` gave inside.
+
+    `fn` is traced once, and what it computes becomes part of the trace that is going on.
+
+    >>> from jax.ad_checkpoint import checkpoint_name
+    >>> y, names = with_checkpoint_names(lambda: checkpoint_name(jax.numpy.ones(()), "one"))
+    >>> float(y), names
+    (1.0, {'one'})
+    """
+    closed, shapes = jx.make_jaxpr(fn, return_shape=True)()
+    leaves = jx.core.eval_jaxpr(closed.jaxpr, closed.consts)
+    return jx.tree.unflatten(jx.tree.structure(shapes), leaves), set(_names_in(closed.jaxpr))
+
+
+def _names_in(jaxpr: Any) -> Iterator[str]:
+    """The names in a jaxpr, and in those of its loops, branches and calls."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "name":
+            yield eqn.params["name"]
+        for part in jx.tree.leaves(eqn.params, is_leaf=_has_eqns):
+            if _has_eqns(part):
+                yield from _names_in(getattr(part, "jaxpr", part))
+
+
+def _has_eqns(x: Any) -> bool:
+    return hasattr(getattr(x, "jaxpr", x), "eqns")

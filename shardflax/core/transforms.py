@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from shardflax.core import staging
 from shardflax.core.boundary import Group, Groups, Lift, Pure, State
-from shardflax.core.errors import LoopVariantBroadcastError, RematPolicyError, TransformAxisError
+from shardflax.core.errors import LoopVariantBroadcastError, TransformAxisError
 from shardflax.core.names import NONE, CollectionFilter, Names
 
 __all__ = [
@@ -25,12 +25,11 @@ __all__ = [
     "In",
     "Out",
     "Splits",
+    "argnums",
     "axis_groups",
     "broadcast",
     "by_mutability",
     "jit",
-    "remat",
-    "remat_policy",
     "scan",
     "vmap",
 ]
@@ -403,9 +402,9 @@ def jit(
     options = {"device": device, "backend": backend}
     jitted = staging.jx.jit(
         entry,
-        static_argnums=_argnums(static_argnums, before=1),
+        static_argnums=argnums(static_argnums, before=1),
         static_argnames=static_argnames or None,
-        donate_argnums=_argnums(donate_argnums, before=1),
+        donate_argnums=argnums(donate_argnums, before=1),
         **{name: value for name, value in options.items() if value is not None},
     )
 
@@ -424,56 +423,14 @@ def _ignore(nodes: Any) -> None:
     """Stands for `Pure.traced` where nobody waits for it."""
 
 
-def _argnums(argnums: int | Iterable[int], before: int) -> tuple[int, ...]:
+def argnums(given: int | Iterable[int], before: int) -> tuple[int, ...]:
     """Users' positions of arguments, as positions in a call of a transformed pure function.
 
     Users count the module as argument 0.  There, the state stands in its place, after `before`
     arguments of ours.
+
+    >>> argnums([1, -1], before=1)
+    (2, -1)
     """
-    nums = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    nums = (given,) if isinstance(given, int) else tuple(given)
     return tuple(n + before if n >= 0 else n for n in nums)
-
-
-# --- remat
-
-
-def remat_policy(policy: Any) -> Callable[..., bool] | None:
-    """A rematerialisation policy from a function, or from its name in `jax.checkpoint_policies`.
-
-    Raises `RematPolicyError` for a name that JAX does not have, with the closest that it has.
-
-    >>> remat_policy("nothing_saveable") is jax.checkpoint_policies.nothing_saveable
-    True
-    """
-    if not isinstance(policy, str):
-        return policy
-    plain = {n for n in dir(jax.checkpoint_policies) if n.endswith(("able", "saveable", "dims"))}
-    if policy not in plain:
-        raise RematPolicyError(policy, plain)
-    return getattr(jax.checkpoint_policies, policy)
-
-
-def remat(
-    variables: CollectionFilter = True,
-    rngs: CollectionFilter = True,
-    concrete: bool = False,
-    prevent_cse: bool = True,
-    static_argnums: int | Iterable[int] = (),
-    policy: Any = None,
-) -> Lift:
-    """`jax.checkpoint`.
-
-    >>> remat(policy="dots_saveable").ins[0].axis is None
-    True
-    """
-    nums = _argnums(static_argnums, before=0)
-    policy = remat_policy(policy)
-
-    def run(pure: Pure, state: State, *args: Any, **kwargs: Any) -> tuple[Any, Groups]:
-        checkpointed = staging.jx.checkpoint(
-            pure, prevent_cse=prevent_cse, static_argnums=nums, policy=policy
-        )
-        return checkpointed(state, *args, **kwargs)
-
-    group = (Group(Names.of(variables)),)
-    return Lift(run, group, group, Names.of(rngs))
