@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import pytest
 
@@ -259,10 +258,9 @@ def while_reads_broadcast_variables(nn: Any) -> Any:
         def __call__(self, x: Any) -> Any:
             lin = nn.Lin(3)
             y = lin(x)
-            out = nn.while_loop(
+            return nn.while_loop(
                 lambda m, c: c[0] < 2, lambda m, c: (c[0] + 1, m(c[1]) / 4), lin, (0, y)
             )
-            return out
 
     return both(M(), X)
 
