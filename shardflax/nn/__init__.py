@@ -52,7 +52,7 @@ from shardflax.core import (
     while_loop,
 )
 from shardflax.core.run import apply, init, init_with_output
-from shardflax.nn import dtypes, initializers, meta, recurrent, transforms
+from shardflax.nn import dtypes, fp8_ops, initializers, meta, recurrent, transforms
 from shardflax.nn.activations import (
     celu,
     elu,
@@ -85,6 +85,14 @@ from shardflax.nn.containers import Sequential
 from shardflax.nn.dot_product import dot_product_attention, dot_product_attention_weights
 from shardflax.nn.einsum import Einsum
 from shardflax.nn.embed import Embed
+from shardflax.nn.fp8_ops import (
+    Fp8DirectDotGeneralOp,
+    Fp8DotGeneral,
+    Fp8DotGeneralBase,
+    Fp8DotGeneralOp,
+    Fp8Einsum,
+    NANOOFp8DotGeneralOp,
+)
 from shardflax.nn.general import DenseGeneral
 from shardflax.nn.grouped import GroupedQueryAttention
 from shardflax.nn.initializers import ones, ones_init, zeros, zeros_init
@@ -135,6 +143,11 @@ __all__ = [
     "Dropout",
     "Einsum",
     "Embed",
+    "Fp8DirectDotGeneralOp",
+    "Fp8DotGeneral",
+    "Fp8DotGeneralBase",
+    "Fp8DotGeneralOp",
+    "Fp8Einsum",
     "GRUCell",
     "GroupedQueryAttention",
     "In",
@@ -145,6 +158,7 @@ __all__ = [
     "Module",
     "MultiHeadAttention",
     "MultiHeadDotProductAttention",
+    "NANOOFp8DotGeneralOp",
     "OptimizedLSTMCell",
     "Out",
     "Partitioned",
@@ -170,6 +184,7 @@ __all__ = [
     "dtypes",
     "elu",
     "fold_rngs",
+    "fp8_ops",
     "gelu",
     "get_logical_axis_rules",
     "get_partition_spec",

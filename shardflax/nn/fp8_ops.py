@@ -1,0 +1,220 @@
+"""Products in eight bits, for the `dot_general_cls` of layers; and the parts they are made of.
+
+Their state is in the collection `_overwrite_with_gradient`: scales, and histories of largest
+values.  Take gradients to it as to `params`, and put the gradients in its place, as
+`shardflax.training.TrainState.apply_gradients` does.  It is not laid out over any axis.
+
+A layer stack gives each layer a state of its own (`variable_axes={"_overwrite_with_gradient": 0}`
+beside `params`).  One state for several calls does not work: gradients of a value that is used
+twice are added, and a scale is no sum (Linen's too).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+
+from shardflax import partitioning
+from shardflax.core import Module
+from shardflax.nn import initializers
+from shardflax.nn.fp8_scaling import (
+    compute_amax_history,
+    compute_scale,
+    dequantize,
+    dot_general_with_precision,
+    get_fp8_max,
+    in_q,
+    in_qdq,
+    out_dq,
+    out_qdq,
+    qdq,
+    quantize,
+    quantized_dot,
+)
+from shardflax.nn.types import Array, Dtype, Precision
+from shardflax.partitioning import default_names
+
+__all__ = [
+    "OVERWRITE_WITH_GRADIENT",
+    "Fp8DirectDotGeneralOp",
+    "Fp8DotGeneral",
+    "Fp8DotGeneralBase",
+    "Fp8DotGeneralOp",
+    "Fp8Einsum",
+    "NANOOFp8DotGeneralOp",
+    "compute_amax_history",
+    "compute_scale",
+    "dequantize",
+    "dot_general_with_precision",
+    "get_fp8_max",
+    "in_q",
+    "in_qdq",
+    "out_dq",
+    "out_qdq",
+    "qdq",
+    "quantize",
+    "quantized_dot",
+]
+
+OVERWRITE_WITH_GRADIENT = "_overwrite_with_gradient"
+
+
+class Fp8DotGeneralBase(Module):
+    """The state of a product in eight bits: a scale and a history for each of three tensors.
+
+    `input_*` and `kernel_*` are of the operands, in `e4m3_dtype`; `output_grad_*` of the
+    gradient, in `e5m2_dtype`.  Scales are `(1,)`, histories `(amax_history_length,)`, float32.
+
+    >>> import jax, jax.numpy as jnp, shardflax.nn as nn
+    >>> layer = nn.Dense(3, dot_general_cls=nn.Fp8DirectDotGeneralOp)
+    >>> state = layer.init(jax.random.key(0), jnp.ones((2, 4)))["_overwrite_with_gradient"]
+    >>> state["Fp8DirectDotGeneralOp_0"]["kernel_scale"].shape
+    (1,)
+    """
+
+    amax_history_length: int = 1024
+    e4m3_dtype: Dtype = jnp.float8_e4m3fn
+    e5m2_dtype: Dtype = jnp.float8_e5m2
+
+    def setup(self) -> None:
+        for tensor in ("input", "output_grad", "kernel"):
+            scale = self._state(f"{tensor}_scale", initializers.ones, 1)
+            history = self._state(
+                f"{tensor}_amax_history", initializers.zeros, self.amax_history_length
+            )
+            setattr(self, f"{tensor}_scale", scale)
+            setattr(self, f"{tensor}_amax_history", history)
+
+    def _state(self, name: str, init: Any, size: int) -> Any:
+        init = partitioning.named(init, default_names(None))
+        return self.variable(OVERWRITE_WITH_GRADIENT, name, init, None, (size,), jnp.float32)
+
+
+class Fp8DotGeneralOp(Fp8DotGeneralBase):
+    """A product of operands that eight bits can hold, in their own dtype.
+
+    Operands and gradient are rounded to eight bits and widened again, which a compiler turns into
+    a product in eight bits where the device has one.  The result has the dtype of the second
+    operand.  Arguments are those of `lax.dot_general`; `precision` and `preferred_element_type`
+    are not used.
+
+    >>> import jax, jax.numpy as jnp, shardflax.nn as nn
+    >>> layer = nn.Dense(1, dot_general_cls=nn.Fp8DotGeneralOp)
+    >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 4)))
+    >>> state = jax.grad(lambda v: layer.apply(v, 3 * jnp.ones((1, 4))).sum())(variables)
+    >>> state["_overwrite_with_gradient"]["Fp8DotGeneralOp_0"]["input_amax_history"][:2].tolist()
+    [3.0, 0.0]
+    """
+
+    def __call__(
+        self, lhs: Array, rhs: Array, dimension_numbers: Any, *args: Any, **kwargs: Any
+    ) -> Array:
+        dtype = rhs.dtype
+        narrow, widest = self.e4m3_dtype, self.e5m2_dtype
+        lhs = in_qdq(
+            dtype,
+            narrow,
+            jnp.asarray(lhs, dtype),
+            self.input_scale.value,
+            self.input_amax_history.value,
+        )
+        rhs = in_qdq(dtype, narrow, rhs, self.kernel_scale.value, self.kernel_amax_history.value)
+        y = dot_general_with_precision(lhs, rhs, dimension_numbers)
+        return out_qdq(
+            dtype, widest, y, self.output_grad_scale.value, self.output_grad_amax_history.value
+        )
+
+
+class Fp8DirectDotGeneralOp(Fp8DotGeneralBase):
+    """A product of operands in eight bits, said as such: forward and backward.
+
+    The result has the dtype of the second operand.  Arguments are those of `lax.dot_general`;
+    `precision` and `preferred_element_type` are not used.
+
+    >>> import jax, jax.numpy as jnp, shardflax.nn as nn
+    >>> layer = nn.Dense(1, dot_general_cls=nn.Fp8DirectDotGeneralOp)
+    >>> y, _ = layer.init_with_output(jax.random.key(0), jnp.ones((1, 4), jnp.bfloat16))
+    >>> y.dtype
+    dtype('float32')
+    """
+
+    def __call__(
+        self, lhs: Array, rhs: Array, dimension_numbers: Any, *args: Any, **kwargs: Any
+    ) -> Array:
+        return self._direct(jnp.asarray(lhs, rhs.dtype), rhs, dimension_numbers)
+
+    def _direct(
+        self,
+        lhs: Array,
+        rhs: Array,
+        dimension_numbers: Any,
+        precision: Precision = None,
+        preferred_element_type: Dtype | None = None,
+        **kwargs: Any,
+    ) -> Array:
+        dtype = rhs.dtype
+        out = dtype if preferred_element_type is None else preferred_element_type
+        quantized = partial(in_q, dtype, self.e4m3_dtype)
+        q_lhs, lhs_scale = quantized(lhs, self.input_scale.value, self.input_amax_history.value)
+        q_rhs, rhs_scale = quantized(rhs, self.kernel_scale.value, self.kernel_amax_history.value)
+        y = quantized_dot(
+            lhs,
+            q_lhs,
+            lhs_scale,
+            rhs,
+            q_rhs,
+            rhs_scale,
+            self.output_grad_scale.value,
+            self.output_grad_amax_history.value,
+            dimension_numbers,
+            out,
+            self.e5m2_dtype,
+        )
+        return out_dq(out, lhs_scale, rhs_scale, y)
+
+
+Fp8DotGeneral = Fp8DirectDotGeneralOp
+
+
+class Fp8Einsum(Fp8DirectDotGeneralOp):
+    """`jnp.einsum` of two operands in eight bits, as `Fp8DirectDotGeneralOp` multiplies.
+
+    The result has `preferred_element_type`, by default the dtype of `rhs`; `precision` is not used.
+
+    >>> import jax, jax.numpy as jnp, shardflax.nn as nn
+    >>> x, kernel = jnp.ones((2, 5, 4)), jnp.ones((4, 3))
+    >>> op = nn.Fp8Einsum(amax_history_length=16)
+    >>> op.init_with_output(jax.random.key(0), "bld,dm->blm", x, kernel)[0].shape
+    (2, 5, 3)
+    """
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        eqn: str,
+        lhs: Array,
+        rhs: Array,
+        precision: Precision = None,
+        preferred_element_type: Dtype | None = None,
+    ) -> Array:
+        return jnp.einsum(
+            eqn,
+            jnp.asarray(lhs, rhs.dtype),
+            rhs,
+            preferred_element_type=preferred_element_type,
+            _dot_general=self._direct,
+        )
+
+
+class NANOOFp8DotGeneralOp(Fp8DotGeneralOp):
+    """`Fp8DotGeneralOp` in the eight-bit types without infinities or a negative zero (AMD).
+
+    >>> import jax, jax.numpy as jnp, shardflax.nn as nn
+    >>> layer = nn.Dense(3, dot_general_cls=nn.NANOOFp8DotGeneralOp)
+    >>> layer.init_with_output(jax.random.key(0), jnp.ones((2, 4)))[0].shape
+    (2, 3)
+    """
+
+    e4m3_dtype: Dtype = jnp.float8_e4m3fnuz
+    e5m2_dtype: Dtype = jnp.float8_e5m2fnuz
