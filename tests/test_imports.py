@@ -37,7 +37,6 @@ SMALL: dict[str, set[str]] = {
     "shardflax.serialization": {"shardflax.core"},
     "shardflax._msgpack": {"shardflax.core"},
     "shardflax.configurations": {"shardflax.core"},
-    "shardflax.ids": {"shardflax.core"},
     "shardflax.errors": {"shardflax.core", "shardflax.partitioning", "shardflax.nn"},
 }
 
@@ -51,7 +50,7 @@ CORE = [
     {"mapping"},
     {"cross"},
     {"control", "derivatives"},
-    {"module", "calls", "run", "lift"},
+    {"module", "calls", "run", "classes", "summary", "lift"},
 ]
 
 PRIVATE_JAX = ("jax._src", "jax.interpreters", "jax.extend")

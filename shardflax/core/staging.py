@@ -9,9 +9,19 @@ from typing import Any, cast
 
 import jax
 from jax._src import core as jax_core  # jax.extend.core has the same, and imports all of Pallas
+from jax._src import traceback_util
 from jax.interpreters import partial_eval
 
-__all__ = ["Static", "current_trace", "escapes", "hoist", "jx", "known"]
+__all__ = [
+    "Static",
+    "current_trace",
+    "escapes",
+    "hide_frames",
+    "hoist",
+    "jx",
+    "known",
+    "show_frames",
+]
 
 _core: Any = jax_core
 _partial_eval: Any = partial_eval
@@ -226,3 +236,25 @@ def _names_in(jaxpr: Any) -> Iterator[str]:
 
 def _has_eqns(x: Any) -> bool:
     return hasattr(getattr(x, "jaxpr", x), "eqns")
+
+
+_hidden: list[str] = cast("Any", traceback_util)._exclude_paths
+
+
+def hide_frames(folder: str) -> None:
+    """Lets JAX leave the frames of files below `folder` out of the tracebacks that it filters.
+
+    >>> hide_frames("/somewhere")
+    >>> show_frames("/somewhere")
+    """
+    if folder not in _hidden:
+        cast("Any", traceback_util).register_exclusion(folder)
+
+
+def show_frames(folder: str) -> None:
+    """Undoes `hide_frames`.
+
+    >>> show_frames("/never/hidden")
+    """
+    if folder in _hidden:
+        _hidden.remove(folder)
