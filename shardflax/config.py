@@ -105,7 +105,8 @@ def update(name: str, value: bool) -> None:
 def on_update(name: str, listener: Callable[[bool], None]) -> None:
     """Calls `listener` with the value of a flag, now and whenever it changes.
 
-    >>> on_update("flax_filter_frames", print)
+    >>> flag = define_bool_state("flax_told_flag", True, "A flag with a listener.")
+    >>> on_update("flax_told_flag", print)
     True
     """
     flag = _flag(name)
