@@ -99,6 +99,7 @@ from shardflax.nn.initializers import ones, ones_init, zeros, zeros_init
 from shardflax.nn.linear import Dense
 from shardflax.nn.masks import combine_masks, make_attention_mask, make_causal_mask
 from shardflax.nn.normalization import LayerNorm, RMSNorm
+from shardflax.nn.policy import Policy
 from shardflax.nn.recurrent import (
     RNN,
     Bidirectional,
@@ -162,6 +163,7 @@ __all__ = [
     "OptimizedLSTMCell",
     "Out",
     "Partitioned",
+    "Policy",
     "RMSNorm",
     "RNNCellBase",
     "RulesFallback",

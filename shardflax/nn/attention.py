@@ -10,7 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from shardflax.core import Module, compact, nowrap
+from shardflax.core import compact, nowrap
 from shardflax.nn import _names as names
 from shardflax.nn import initializers
 from shardflax.nn._cache import KVCache, open_cache
@@ -19,6 +19,7 @@ from shardflax.nn.errors import AttentionOptionsError, HeadsError, InputRankErro
 from shardflax.nn.general import DenseGeneral
 from shardflax.nn.masks import combine_masks
 from shardflax.nn.normalization import LayerNorm
+from shardflax.nn.policy import LayerBase
 from shardflax.nn.stochastic import merge_param
 from shardflax.nn.types import Array, DotGeneral, Dtype, Initializer, Names, Precision
 from shardflax.partitioning import default_names
@@ -26,7 +27,7 @@ from shardflax.partitioning import default_names
 __all__ = ["MultiHeadAttention", "MultiHeadDotProductAttention", "SelfAttention"]
 
 
-class MultiHeadDotProductAttention(Module):
+class MultiHeadDotProductAttention(LayerBase):
     """Multi-head dot-product attention (arXiv:1706.03762).
 
     Queries come from `inputs_q` `(*batch, queries, features)`, keys from `inputs_k` (default: the

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from shardflax.nn.errors import DtypeError
+from shardflax.nn.policy import Policy
 from shardflax.nn.types import Dtype
 
 __all__ = ["canonicalize_dtype", "cast", "promote_dtype"]
@@ -20,8 +21,8 @@ _FLOATS = frozenset(np.dtype(d) for d in (jnp.float32, jnp.bfloat16, jnp.float16
 def canonicalize_dtype(*args: Any, dtype: Dtype | None = None, inexact: bool = True) -> Dtype:
     """The dtype that `args` are computed in: `dtype`, or what they promote to together.
 
-    Arguments that are `None` do not count.  With `inexact`, integers promote to floating point,
-    and an integer `dtype` is a `DtypeError`.
+    Arguments that are `None` do not count; of a `Policy` its `compute` dtype does.  With `inexact`,
+    integers promote to floating point, and an integer `dtype` is a `DtypeError`.
 
     >>> import jax.numpy as jnp
     >>> str(canonicalize_dtype(jnp.ones(2, jnp.bfloat16), None, jnp.ones(2)))
@@ -29,6 +30,8 @@ def canonicalize_dtype(*args: Any, dtype: Dtype | None = None, inexact: bool = T
     >>> canonicalize_dtype(jnp.arange(2), dtype=jnp.bfloat16)
     <class 'jax.numpy.bfloat16'>
     """
+    if type(dtype) is Policy:
+        dtype = dtype.compute
     if dtype is None:
         found = {getattr(a, "dtype", None) for a in args if a is not None}
         if len(found) == 1 and found <= _FLOATS:

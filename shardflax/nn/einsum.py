@@ -11,11 +11,12 @@ from typing import Any
 import jax.numpy as jnp
 
 from shardflax import partitioning
-from shardflax.core import Module, compact
+from shardflax.core import compact
 from shardflax.nn import _names as names
 from shardflax.nn import _weights as weights
 from shardflax.nn import dtypes, initializers
 from shardflax.nn.errors import EinsumError, InputRankError, where
+from shardflax.nn.policy import LayerBase
 from shardflax.nn.types import Array, Dtype, Initializer, Names, Precision
 from shardflax.partitioning import default_names
 
@@ -72,7 +73,7 @@ def _parse(place: str, equation: str, input_ndim: int, kernel_ndim: int) -> _Equ
     return _Equation(inputs.replace("...", free), kernel, output.replace("...", free))
 
 
-class Einsum(Module):
+class Einsum(LayerBase):
     """A linear map `jnp.einsum(einsum_str, inputs, kernel) + bias` with a kernel of `shape`.
 
     The bias has the kernel's dims that the output has too.  The equation is given to the layer or

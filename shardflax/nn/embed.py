@@ -9,18 +9,18 @@ import jax
 import jax.numpy as jnp
 
 from shardflax import partitioning
-from shardflax.core import Module
 from shardflax.nn import _names as names
 from shardflax.nn import _weights as weights
 from shardflax.nn import dtypes, initializers
 from shardflax.nn.errors import InputDtypeError, InputRankError, InputShapeError, where
+from shardflax.nn.policy import LayerBase
 from shardflax.nn.types import Array, Dtype, Initializer, Names
 from shardflax.partitioning import default_names
 
 __all__ = ["Embed"]
 
 
-class Embed(Module):
+class Embed(LayerBase):
     """A table of `num_embeddings` rows of `features`, looked up by integer ids.
 
     Ids `(...)` give `(..., features)` in `dtype`, by default the table's.  Negative ids count

@@ -30,6 +30,7 @@ __all__ = [
     "MergeParamError",
     "NNError",
     "PaddingError",
+    "PolicyError",
     "RotaryError",
     "SequenceError",
     "where",
@@ -364,4 +365,13 @@ class WindowError(NNError):
     >>> raise WindowError("Conv 'stem'", "strides=(2, 2) has 2 entries, kernel_size has 1.")
     Traceback (most recent call last):
     shardflax.nn.errors.WindowError: Conv 'stem': strides=(2, 2) has 2 entries, kernel_size has 1.
+    """
+
+
+class PolicyError(FlaxError, ValueError):
+    """A policy of dtypes has a part that does not exist, or that is no floating dtype.
+
+    >>> raise PolicyError("compute=int32 is no floating dtype; write 'bfloat16', say.")
+    Traceback (most recent call last):
+    shardflax.nn.errors.PolicyError: compute=int32 is no floating dtype; write 'bfloat16', say.
     """

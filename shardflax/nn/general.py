@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 
 from shardflax import partitioning
-from shardflax.core import Module, compact, nowrap
+from shardflax.core import compact, nowrap
 from shardflax.core.rng import is_keyless
 from shardflax.nn import _names as names
 from shardflax.nn import _weights as weights
 from shardflax.nn import dtypes, initializers
 from shardflax.nn.errors import AxesError, where
 from shardflax.nn.linear import choose_dot_general
+from shardflax.nn.policy import LayerBase
 from shardflax.nn.types import Array, Axes, DotGeneral, Dtype, Initializer, Names, Precision
 
 __all__ = ["DenseGeneral", "canonical_dims"]
@@ -130,7 +131,7 @@ def canonical_dims(place: str, name: str, dims: Axes, shape: Sequence[int]) -> t
     return counted
 
 
-class DenseGeneral(Module):
+class DenseGeneral(LayerBase):
     """A linear map that contracts the dims `axis` of its input into the dims `features`.
 
     Dims in `batch_dims` (leading ones) have a kernel of their own each.  Parameters are `kernel`

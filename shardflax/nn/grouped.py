@@ -8,7 +8,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from shardflax.core import Module, compact
+from shardflax.core import compact
 from shardflax.nn import _names as names
 from shardflax.nn import initializers
 from shardflax.nn._cache import KVCache, open_cache
@@ -16,6 +16,7 @@ from shardflax.nn._grouped import both, check_mask, grouped_attention
 from shardflax.nn.errors import CacheShapeError, HeadsError, InputRankError, where
 from shardflax.nn.general import DenseGeneral
 from shardflax.nn.normalization import RMSNorm
+from shardflax.nn.policy import LayerBase
 from shardflax.nn.rotary import apply_rotary
 from shardflax.nn.stochastic import merge_param
 from shardflax.nn.types import Array, Dtype, Initializer, Names, Precision
@@ -24,7 +25,7 @@ from shardflax.partitioning import default_names
 __all__ = ["GroupedQueryAttention"]
 
 
-class GroupedQueryAttention(Module):
+class GroupedQueryAttention(LayerBase):
     """Self-attention in which groups of query heads share key/value heads (arXiv:2305.13245).
 
     Inputs `(batch, length, features)` give `(batch, length, out_features)`, by default as wide as

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from shardflax import partitioning
-from shardflax.core import Module, compact, nowrap
+from shardflax.core import compact, nowrap
 from shardflax.nn import _names as names
 from shardflax.nn import _weights as weights
 from shardflax.nn import dtypes, initializers
 from shardflax.nn.errors import InputRankError, where
+from shardflax.nn.policy import LayerBase
 from shardflax.nn.types import Array, DotGeneral, Dtype, Initializer, Names, Precision
 from shardflax.partitioning import default_names
 
@@ -32,7 +33,7 @@ def choose_dot_general(given: DotGeneral | None, cls: Any) -> DotGeneral:
     return lax.dot_general if given is None else given
 
 
-class Dense(Module):
+class Dense(LayerBase):
     """A linear map of the last dim: `x @ kernel + bias`.
 
     Inputs `(..., in)` give `(..., features)`; parameters are `kernel` `(in, features)` and `bias`

@@ -9,12 +9,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from shardflax.core import Module, compact, nowrap
+from shardflax.core import compact, nowrap
 from shardflax.nn import _names as names
 from shardflax.nn import initializers
 from shardflax.nn.activations import sigmoid, tanh
 from shardflax.nn.errors import CarryShapeError, InputRankError, where
 from shardflax.nn.linear import Dense
+from shardflax.nn.policy import LayerBase
 from shardflax.nn.types import Array, Dtype, Initializer, Names
 from shardflax.partitioning import default_names
 
@@ -29,7 +30,7 @@ __all__ = [
 ]
 
 
-class RNNCellBase(Module):
+class RNNCellBase(LayerBase):
     """The base of recurrent cells: `cell(carry, inputs)` gives `(carry, output)`.
 
     A cell says how its first carry looks (`initialize_carry`), and how many trailing dims of its
