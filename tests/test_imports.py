@@ -42,14 +42,14 @@ SMALL: dict[str, set[str]] = {
 
 # Layers of the core, lowest first; a module may import those of lower layers and of its own.
 CORE = [
-    {"names", "boxes", "rng", "staging", "errors", "frozen_dict", "meta", "tracers"},
+    {"names", "boxes", "rng", "staging", "errors", "frozen_dict", "holders", "meta", "tracers"},
     {"scope"},
     {"boundary", "functional", "nn"},
     {"transforms"},
     {"remat"},
     {"mapping"},
     {"cross"},
-    {"control", "derivatives"},
+    {"control", "derivatives", "pack"},
     {"module", "calls", "run", "classes", "summary", "lift"},
 ]
 

@@ -209,18 +209,26 @@ class Pure:
         return replace(self, fns=(self.fns[i],), turn=turn)
 
     def __call__(self, state: State, *args: Any, **kwargs: Any) -> tuple[Any, Groups]:
-        scopes = [self._open(i, entry, state) for i, entry in enumerate(self.entries)]
-        for scope, node in zip(scopes, self.ends.get(self.turn - 1, ()), strict=False):
-            scope.node.count_on(node)
+        scopes = self.open(state)
         try:
             result = self.fns[0](scopes, *args, **kwargs)
-            groups = self._close(scopes)
+            return result, self.close(scopes)
         finally:
             for scope in scopes:
                 scope.store.live = False
+
+    def open(self, state: State) -> list[Scope]:
+        """New scopes inside, one a root, with the state that came in."""
+        scopes = [self._open(i, entry, state) for i, entry in enumerate(self.entries)]
+        for scope, node in zip(scopes, self.ends.get(self.turn - 1, ()), strict=False):
+            scope.node.count_on(node)
+        return scopes
+
+    def close(self, scopes: list[Scope]) -> Groups:
+        """The groups that come out of such scopes."""
         self.ends[self.turn] = tuple(scope.node.freeze() for scope in scopes)
         self.traced(self.ends[max(self.ends)])
-        return result, groups
+        return self._groups(scopes)
 
     @staticmethod
     def _open(i: int, entry: Entry, state: State) -> Scope:
@@ -233,7 +241,7 @@ class Pure:
         store = Store(collections, streams, entry.mutable, entry.path, dict(entry.flags))
         return Scope(store, (), Node.thaw(entry.node))
 
-    def _close(self, scopes: list[Scope]) -> Groups:
+    def _groups(self, scopes: list[Scope]) -> Groups:
         writable = [scope.store.writable() for scope in scopes]
         groups: list[tuple[dict[str, Any], ...]] = []
         free = ALL

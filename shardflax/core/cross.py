@@ -302,8 +302,8 @@ def lifted(factory: Callable[..., Lift | tuple[Lift, ...]], prefix: str) -> Lift
     """A transform of module classes, methods and functions, from a function of options to a lift.
 
     The function may return several lifts, the outermost first.  `prefix` begins the names of lifted
-    classes.  The transform takes one option more than
-    `factory`: `methods`, the names of the methods of a class to lift (by default `__call__`).
+    classes.  The transform takes one option more than the function: `methods`, the names of the
+    methods of a class to lift (by default `__call__`), or a dict from names to options for each.
     This is how to write a transform of one's own: see `docs/design.md`.
 
     >>> import jax, jax.numpy as jnp, shardflax.nn as nn
@@ -343,12 +343,15 @@ def _lift_class(
     target: Any, factory: Any, prefix: str, methods: Any, args: Any, kwargs: Any
 ) -> Any:
     """One class per target and options: making a class is slow, and jit caches by it."""
-    names = ("__call__",) if methods is None else methods
-    names = (names,) if isinstance(names, str) else tuple(names)
+    if methods is None or isinstance(methods, str):
+        methods = (methods or "__call__",)
+    if not isinstance(methods, Mapping):
+        methods = dict.fromkeys(cast("Sequence[str]", methods), _NO_KWARGS)
+    chosen = {name: {**kwargs, **own} for name, own in cast("dict[str, Any]", methods).items()}
     try:
-        return _cached_class(target, factory, prefix, names, _Frozen(args), _Frozen(kwargs))
+        return _cached_class(target, factory, prefix, _Frozen(args), _Frozen(chosen))
     except TypeError:  # an option is not hashable
-        return _new_class(target, prefix, names, _lifts(factory(*args, **kwargs)))
+        return _new_class(target, factory, prefix, args, chosen)
 
 
 class _Frozen:
@@ -376,23 +379,24 @@ def _key(value: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=512)
-def _cached_class(
-    target: Any, factory: Any, prefix: str, names: tuple[str, ...], args: _Frozen, kwargs: _Frozen
+def _cached_class(target: Any, factory: Any, prefix: str, args: _Frozen, methods: _Frozen) -> Any:
+    return _new_class(target, factory, prefix, args.value, methods.value)
+
+
+def _new_class(
+    target: Any, factory: Any, prefix: str, args: Any, methods: Mapping[str, Any]
 ) -> Any:
-    return _new_class(target, prefix, names, _lifts(factory(*args.value, **kwargs.value)))
+    body: dict[str, Any] = {"__module__": target.__module__, "__doc__": target.__doc__}
+    for name, options in methods.items():
+        if not callable(getattr(target, name, None)):
+            raise TransformTargetError(f"{target.__name__}.{name}, which is no method")
+        lifts = _lifts(factory(*args, **options))
+        body[name] = _lift_function(getattr(target, name), lifts, target)
+    return type(target)(f"{prefix}{target.__name__}", (target,), body)
 
 
 def _lifts(made: Lift | tuple[Lift, ...]) -> tuple[Lift, ...]:
     return (made,) if isinstance(made, Lift) else made
-
-
-def _new_class(target: Any, prefix: str, names: tuple[str, ...], lifts: tuple[Lift, ...]) -> Any:
-    body: dict[str, Any] = {"__module__": target.__module__, "__doc__": target.__doc__}
-    for name in names:
-        if not callable(getattr(target, name, None)):
-            raise TransformTargetError(f"{target.__name__}.{name}, which is no method")
-        body[name] = _lift_function(getattr(target, name), lifts, target)
-    return type(target)(f"{prefix}{target.__name__}", (target,), body)
 
 
 def _lift_function(fn: Callable[..., Any], lifts: tuple[Lift, ...], target: Any = None) -> Any:

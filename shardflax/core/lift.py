@@ -15,6 +15,7 @@ from shardflax.core import mapping, transforms
 from shardflax.core.control import cond, switch, while_loop
 from shardflax.core.cross import lifted
 from shardflax.core.derivatives import custom_vjp, grad, jvp, value_and_grad, vjp
+from shardflax.core.pack import pack, tree_map_rngs
 from shardflax.core.remat import remat as remat_lift
 from shardflax.core.transforms import In, Out, broadcast
 
@@ -32,10 +33,12 @@ __all__ = [
     "jvp",
     "map_variables",
     "named_call",
+    "pack",
     "remat",
     "remat_scan",
     "scan",
     "switch",
+    "tree_map_rngs",
     "value_and_grad",
     "vjp",
     "vmap",

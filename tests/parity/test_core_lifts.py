@@ -646,3 +646,24 @@ def empty_collections(nn: Any) -> Any:
         (lift(M)().init_with_output(KEY, X), lift(M)().apply({}, X, mutable=True))
         for lift in (nn.jit, nn.remat, nn.vmap)
     ]
+
+
+# --- methods, each with options of its own
+
+
+@program
+def options_for_each_method(nn: Any) -> Any:
+    class Pair(nn.Module):
+        def setup(self) -> None:
+            self.lin = nn.Lin()
+
+        def __call__(self, x: Any) -> Any:
+            return self.lin(x)
+
+        def scaled(self, x: Any, y: Any) -> Any:
+            return self.lin(x) * y
+
+    over = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+    mapped = nn.vmap(Pair, methods={"__call__": over, "scaled": {**over, "in_axes": (0, None)}})
+    variables = mapped().init(KEY, XS)
+    return variables, mapped().apply(variables, XS, X, method="scaled")
