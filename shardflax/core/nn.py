@@ -14,14 +14,13 @@ import jax
 from shardflax.core.scope import Scope
 from shardflax.core.staging import jx
 
-__all__ = ["batch_norm", "conv", "dense", "dropout", "embedding", "layer_norm"]
+__all__ = ["batch_norm", "conv", "dense", "dropout", "layer_norm"]
 
 jnp = jx.numpy
 
 Init = Callable[..., Any]
 _init = jax.nn.initializers
 _lecun: Init = _init.lecun_normal()
-_embed: Init = _init.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
 
 
 def dense(
@@ -82,19 +81,6 @@ def conv(
         dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
     )
     return y + jnp.asarray(scope.param("bias", bias_init, (features,)), dtype) if bias else y
-
-
-def embedding(
-    scope: Scope, num_embeddings: int, features: int, init_fn: Init = _embed
-) -> jax.Array:
-    """A table of `num_embeddings` vectors: index it with integers.
-
-    >>> from shardflax.core import init
-    >>> table, variables = init(embedding)(jax.random.key(0), 5, 2)
-    >>> table[jnp.array([1, 1, 4])].shape
-    (3, 2)
-    """
-    return scope.param("embedding", init_fn, (num_embeddings, features))
 
 
 def _moments(x: Any, axes: Sequence[int]) -> tuple[jax.Array, jax.Array]:
