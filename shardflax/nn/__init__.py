@@ -52,8 +52,10 @@ from shardflax.core import (
     while_loop,
 )
 from shardflax.core.run import apply, init, init_with_output
+from shardflax.nn import activations as activation
 from shardflax.nn import dtypes, fp8_ops, initializers, meta, recurrent, transforms
 from shardflax.nn.activations import (
+    PReLU,
     celu,
     elu,
     gelu,
@@ -62,10 +64,12 @@ from shardflax.nn.activations import (
     hard_silu,
     hard_swish,
     hard_tanh,
+    identity,
     leaky_relu,
     log_sigmoid,
     log_softmax,
     logsumexp,
+    mish,
     normalize,
     one_hot,
     relu,
@@ -76,15 +80,20 @@ from shardflax.nn.activations import (
     soft_sign,
     softmax,
     softplus,
+    squareplus,
     standardize,
     swish,
     tanh,
 )
 from shardflax.nn.attention import MultiHeadAttention, MultiHeadDotProductAttention, SelfAttention
+from shardflax.nn.batch_apply import BatchApply
 from shardflax.nn.containers import Sequential
+from shardflax.nn.conv import Conv, ConvLocal
+from shardflax.nn.conv_transpose import ConvTranspose
 from shardflax.nn.dot_product import dot_product_attention, dot_product_attention_weights
 from shardflax.nn.einsum import Einsum
 from shardflax.nn.embed import Embed
+from shardflax.nn.flash import flash_attention
 from shardflax.nn.fp8_ops import (
     Fp8DirectDotGeneralOp,
     Fp8DotGeneral,
@@ -98,8 +107,17 @@ from shardflax.nn.grouped import GroupedQueryAttention
 from shardflax.nn.initializers import ones, ones_init, zeros, zeros_init
 from shardflax.nn.linear import Dense
 from shardflax.nn.masks import combine_masks, make_attention_mask, make_causal_mask
-from shardflax.nn.normalization import LayerNorm, RMSNorm
+from shardflax.nn.normalization import (
+    BatchNorm,
+    GroupNorm,
+    InstanceNorm,
+    LayerNorm,
+    RMSNorm,
+    SpectralNorm,
+    WeightNorm,
+)
 from shardflax.nn.policy import Policy
+from shardflax.nn.pooling import avg_pool, max_pool, min_pool, pool
 from shardflax.nn.recurrent import (
     RNN,
     Bidirectional,
@@ -135,9 +153,14 @@ __all__ = [
     "PARTITION_NAME",
     "RNN",
     "AxisMetadata",
+    "BatchApply",
+    "BatchNorm",
     "Bidirectional",
     "CollectionFilter",
+    "Conv",
     "ConvLSTMCell",
+    "ConvLocal",
+    "ConvTranspose",
     "Dense",
     "DenseGeneral",
     "DenyList",
@@ -150,8 +173,10 @@ __all__ = [
     "Fp8DotGeneralOp",
     "Fp8Einsum",
     "GRUCell",
+    "GroupNorm",
     "GroupedQueryAttention",
     "In",
+    "InstanceNorm",
     "LSTMCell",
     "LayerNorm",
     "LogicallyPartitioned",
@@ -162,6 +187,7 @@ __all__ = [
     "NANOOFp8DotGeneralOp",
     "OptimizedLSTMCell",
     "Out",
+    "PReLU",
     "Partitioned",
     "Policy",
     "RMSNorm",
@@ -170,10 +196,14 @@ __all__ = [
     "SelfAttention",
     "Sequential",
     "SimpleCell",
+    "SpectralNorm",
     "Variable",
+    "WeightNorm",
+    "activation",
     "add_metadata_axis",
     "apply",
     "apply_rotary",
+    "avg_pool",
     "broadcast",
     "celu",
     "checkpoint",
@@ -185,6 +215,7 @@ __all__ = [
     "dot_product_attention_weights",
     "dtypes",
     "elu",
+    "flash_attention",
     "fold_rngs",
     "fp8_ops",
     "gelu",
@@ -197,6 +228,7 @@ __all__ = [
     "hard_silu",
     "hard_swish",
     "hard_tanh",
+    "identity",
     "init",
     "init_with_output",
     "initializers",
@@ -215,14 +247,18 @@ __all__ = [
     "make_attention_mask",
     "make_causal_mask",
     "map_variables",
+    "max_pool",
     "merge_param",
     "meta",
+    "min_pool",
+    "mish",
     "named_call",
     "normalize",
     "nowrap",
     "one_hot",
     "ones",
     "ones_init",
+    "pool",
     "recurrent",
     "relu",
     "relu6",
@@ -237,6 +273,7 @@ __all__ = [
     "soft_sign",
     "softmax",
     "softplus",
+    "squareplus",
     "standardize",
     "swish",
     "switch",

@@ -1,4 +1,4 @@
-"""Activation functions: those of `jax.nn`, under the names of Linen.
+"""Activation functions: those of `jax.nn`, under the names of Linen, and `PReLU`, which learns.
 
 >>> import shardflax.nn as nn
 >>> float(nn.relu(-1.0)), float(nn.swish(0.0))
@@ -7,6 +7,10 @@
 
 from __future__ import annotations
 
+from dataclasses import field
+from typing import Any
+
+import jax.numpy as jnp
 from jax.nn import (
     celu,
     elu,
@@ -16,10 +20,12 @@ from jax.nn import (
     hard_silu,
     hard_swish,
     hard_tanh,
+    identity,
     leaky_relu,
     log_sigmoid,
     log_softmax,
     logsumexp,
+    mish,
     one_hot,
     relu,
     relu6,
@@ -29,14 +35,24 @@ from jax.nn import (
     soft_sign,
     softmax,
     softplus,
+    sparse_plus,
+    sparse_sigmoid,
+    squareplus,
     standardize,
     swish,
     tanh,
 )
 
+from shardflax import partitioning
+from shardflax.core import Module, compact
+from shardflax.nn import dtypes, initializers
+from shardflax.nn.types import Array, Dtype, Names
+from shardflax.partitioning import default_names
+
 normalize = standardize
 
 __all__ = [
+    "PReLU",
     "celu",
     "elu",
     "gelu",
@@ -45,10 +61,12 @@ __all__ = [
     "hard_silu",
     "hard_swish",
     "hard_tanh",
+    "identity",
     "leaky_relu",
     "log_sigmoid",
     "log_softmax",
     "logsumexp",
+    "mish",
     "normalize",
     "one_hot",
     "relu",
@@ -59,7 +77,35 @@ __all__ = [
     "soft_sign",
     "softmax",
     "softplus",
+    "sparse_plus",
+    "sparse_sigmoid",
+    "squareplus",
     "standardize",
     "swish",
     "tanh",
 ]
+
+
+class PReLU(Module):
+    """`x` where it is positive, else `x` times a learned slope (arXiv:1502.01852).
+
+    The parameter `negative_slope`, one number, begins at `negative_slope_init`.  The output has the
+    shape and dtype of the input.
+
+    >>> import jax, jax.numpy as jnp, shardflax.nn as nn
+    >>> y, variables = nn.PReLU().init_with_output(jax.random.key(0), jnp.array([-1.0, 2.0]))
+    >>> [round(v, 2) for v in y.tolist()]
+    [-0.01, 2.0]
+    """
+
+    param_dtype: Dtype = jnp.float32
+    negative_slope_init: float = 0.01
+    slope_axes: Names = field(default=default_names(), kw_only=True)
+
+    @compact
+    def __call__(self, inputs: Array) -> Array:
+        init: Any = initializers.constant(self.negative_slope_init)
+        init = partitioning.named(init, self.slope_axes)
+        slope = self.param("negative_slope", init, (), self.param_dtype)
+        x = jnp.asarray(inputs)
+        return jnp.where(x >= 0, x, dtypes.cast(slope, x.dtype) * x)

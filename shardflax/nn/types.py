@@ -8,7 +8,17 @@ from typing import Any
 
 import jax
 
-__all__ = ["Array", "Axes", "DotGeneral", "Dtype", "Initializer", "Names", "Precision", "Shape"]
+__all__ = [
+    "Array",
+    "Axes",
+    "DotGeneral",
+    "Dtype",
+    "Initializer",
+    "Names",
+    "Padding",
+    "Precision",
+    "Shape",
+]
 
 Array = jax.Array
 Dtype = Any
@@ -17,4 +27,5 @@ Axes = int | Sequence[int]
 Names = tuple[str | EllipsisType | None, ...]
 Initializer = Callable[..., Any]
 DotGeneral = Callable[..., Array]
+Padding = str | int | Sequence[int | tuple[int, int]]
 Precision = Any

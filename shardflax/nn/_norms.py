@@ -1,0 +1,148 @@
+"""What the norms share: moments over dims of the input, and parameters along others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from shardflax import partitioning
+from shardflax.core import Module, nowrap
+from shardflax.nn import _names as names
+from shardflax.nn import dtypes
+from shardflax.nn.errors import MaskShapeError, where
+from shardflax.nn.general import canonical_dims
+from shardflax.nn.types import Array, Axes, Dtype, Initializer, Names
+from shardflax.partitioning import default_names
+
+
+class Reduction(NamedTuple):
+    """How moments are taken: over which dims and mesh axis, of which elements, in which dtype.
+
+    The dtype is that of the computation (of the input, where none is said), but at least float32
+    unless that is turned off.
+    """
+
+    dims: tuple[int, ...]
+    mask: Array | None
+    axis_name: str | None
+    axis_index_groups: Any
+    dtype: Dtype | None
+    at_least_f32: bool
+
+    def cast(self, x: Array) -> Array:
+        """`x` in the dtype of its moments."""
+        dtype = x.dtype if self.dtype is None else self.dtype
+        return dtypes.cast(x, jnp.promote_types(dtype, jnp.float32) if self.at_least_f32 else dtype)
+
+    def mean(self, *xs: Array) -> list[Array]:
+        """The means of `xs`, in one collective where they are spread over `axis_name`."""
+        means = [jnp.mean(x, self.dims, where=self.mask) for x in xs]
+        if self.axis_name is None:
+            return means
+        stacked = jnp.stack(means)
+        return list(lax.pmean(stacked, self.axis_name, axis_index_groups=self.axis_index_groups))
+
+
+def squared(x: Array) -> Array:
+    """|x|^2, real also where `x` is complex."""
+    if jnp.iscomplexobj(x):
+        return lax.square(lax.real(x)) + lax.square(lax.imag(x))
+    return lax.square(x)
+
+
+def fast_moments(x: Array, over: Reduction) -> tuple[Array, Array]:
+    """Mean and variance in one pass, as E|x|^2 - |E x|^2, which rounding may not take below 0."""
+    mean, square = over.mean(x, squared(x))
+    return mean, jnp.maximum(0.0, square - squared(mean))
+
+
+def exact_moments(x: Array, over: Reduction) -> tuple[Array, Array]:
+    """Mean and variance in two passes, as E|x - E x|^2."""
+    (mean,) = over.mean(x)
+    (variance,) = over.mean(squared(x - jnp.expand_dims(mean, over.dims)))
+    return mean, variance
+
+
+class Norm(Module):
+    """What the norms share: how moments are taken, and what is done with them.
+
+    Subclasses have the fields that are read here through `this`.
+    """
+
+    @nowrap
+    def reduction(self, x: Array, mask: Array | None, dims: tuple[int, ...]) -> Reduction:
+        this: Any = self
+        if mask is not None and not broadcasts(jnp.shape(mask), x.shape):
+            raise MaskShapeError(where(self), "mask", jnp.shape(mask), x.shape)
+        return Reduction(
+            dims=dims,
+            mask=mask,
+            axis_name=this.axis_name,
+            axis_index_groups=this.axis_index_groups,
+            dtype=this.dtype,
+            at_least_f32=this.force_float32_reductions,
+        )
+
+    @nowrap
+    def moments(self, x: Array, over: Reduction) -> tuple[Array, Array]:
+        """Mean and variance of `x`, without the dims that they are taken over."""
+        this: Any = self
+        take = fast_moments if this.use_fast_variance else exact_moments
+        return take(over.cast(x), over)
+
+    @nowrap
+    def dims(self, field: str, given: Axes, x: Array) -> tuple[int, ...]:
+        return canonical_dims(where(self), field, given, x.shape)
+
+    @nowrap
+    def along(
+        self, name: str, init: Initializer, axes: Names, x: Array, dims: tuple[int, ...]
+    ) -> Array:
+        """The parameter `name` along `dims` of `x`, shaped to broadcast against it."""
+        this: Any = self
+        shape = tuple(x.shape[d] for d in dims)
+        init = partitioning.named(init, for_rank(axes, len(dims)))
+        value = self.param(name, init, shape, this.param_dtype)
+        return jnp.reshape(value, [x.shape[d] if d in dims else 1 for d in range(x.ndim)])
+
+    @nowrap
+    def scale_and_bias(self, x: Array, dims: tuple[int, ...]) -> tuple[Array | None, Array | None]:
+        """The parameters along `dims` of `x`; `None` for those that the layer does not use."""
+        this: Any = self
+        scale = bias = None
+        if this.use_scale:
+            scale = self.along("scale", this.scale_init, this.scale_axes, x, dims)
+        if this.use_bias:
+            bias = self.along("bias", this.bias_init, this.bias_axes, x, dims)
+        return scale, bias
+
+    @nowrap
+    def normalized(
+        self, x: Array, mean: Array, variance: Array, scale: Array | None, bias: Array | None
+    ) -> Array:
+        """`(x - mean) / sqrt(variance + epsilon) * scale + bias`; all broadcast against `x`."""
+        this: Any = self
+        y = x - mean
+        factor = lax.rsqrt(variance + this.epsilon)
+        if scale is not None:
+            factor = factor * scale
+        y = y * factor
+        if bias is not None:
+            y = y + bias
+        return dtypes.cast(y, dtypes.canonicalize_dtype(x, scale, bias, dtype=this.dtype))
+
+
+def for_rank(axes: Names, rank: int) -> Names:
+    """Default names, made for one dim, for several."""
+    if names.is_default(axes) and len(axes) < rank:
+        return default_names(*axes, *[None] * (rank - len(axes)))
+    return axes
+
+
+def broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
+    """True if an array of `shape` broadcasts to `target`."""
+    pairs = zip(reversed(shape), reversed(target), strict=False)
+    return len(shape) <= len(target) and all(a in (1, b) for a, b in pairs)
