@@ -7,6 +7,7 @@ them.  State that is written inside is written as without the transform, and get
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import jax
@@ -243,27 +244,13 @@ def custom_vjp(
     static = (nondiff_argnums,) if isinstance(nondiff_argnums, int) else tuple(nondiff_argnums)
 
     def run(pure: Pure, state: State, *args: Any) -> tuple[Any, Groups]:
-        fixed = [args[i - 1] for i in static]
+        rule = _Rule(pure, backward_fn, static, args)
+        wrapped = jx.custom_vjp(rule.call)
+        wrapped.defvjp(rule.forward, rule.backward)
         free = [x for i, x in enumerate(args, 1) if i not in static]
-
-        def filled(free: Sequence[Any]) -> list[Any]:
-            items, kept = iter(free), iter(fixed)
-            return [next(kept if i in static else items) for i in range(1, len(args) + 1)]
-
-        def call(state: State, *free: Any) -> Any:
-            return pure.branch(0)(state, *filled(free))
-
-        def forward(state: State, *free: Any) -> Any:
-            (y, residuals), groups = pure.branch(1)(state, *filled(free))
-            return (y, groups), residuals
-
-        def backward(residuals: Any, cotangent: Any) -> Any:
-            variables_t, *inputs_t = backward_fn(*fixed, residuals, cotangent[0])
-            return State(_cotangents(pure, state, variables_t), None), *inputs_t  # pyright: ignore[reportArgumentType]
-
-        wrapped = jx.custom_vjp(call)
-        wrapped.defvjp(forward, backward)
-        return wrapped(state, *free)
+        result = wrapped(state, *free)
+        pure.traced(rule.nodes[-1])
+        return result
 
     lift = _lift(run, grad_vars, True, True)
 
@@ -273,11 +260,40 @@ def custom_vjp(
     return with_own_gradient
 
 
-def _cotangents(pure: Pure, state: State, given: Any) -> Any:
-    """Cotangents of all groups of the state: `None` stands for zeros."""
-    chosen = [None] * len(pure.entries)
-    if isinstance(given, list | tuple):
-        chosen[:] = cast("list[Any]", given)
-    else:
-        chosen[pure.home] = given
-    return tuple(chosen), *[None] * (len(state.groups) - 1)
+class _Rule:
+    """The functions of one `custom_vjp`.
+
+    JAX keeps them for as long as it keeps what it traced, so nothing of the trace outside may
+    hang on them: neither scopes nor arguments, other than those that are Python values.
+    """
+
+    def __init__(self, pure: Pure, backward_fn: Fn, static: Sequence[int], args: Any) -> None:
+        self.nodes: list[Any] = []
+        self.pure = replace(pure, traced=self.nodes.append, ends={})
+        self.backward_fn = backward_fn
+        self.fixed = {i: args[i - 1] for i in sorted(static)}
+        self.count = len(args)
+
+    def _filled(self, free: Iterable[Any]) -> list[Any]:
+        """All arguments: the given ones around those that are fixed."""
+        items = iter(free)
+        return [self.fixed[i] if i in self.fixed else next(items) for i in range(1, self.count + 1)]
+
+    def call(self, state: State, *free: Any) -> tuple[Any, Groups]:
+        return self.pure.branch(0)(state, *self._filled(free))
+
+    def forward(self, state: State, *free: Any) -> Any:
+        (y, residuals), groups = self.pure.branch(1)(state, *self._filled(free))
+        return (y, groups), residuals
+
+    def backward(self, residuals: Any, cotangent: Any) -> Any:
+        """Cotangents of the state and of the arguments: `None` stands for zeros."""
+        variables_t, *inputs_t = self.backward_fn(*self.fixed.values(), residuals, cotangent[0])
+        chosen: list[Any] = [None] * len(self.pure.entries)
+        if isinstance(variables_t, list | tuple):
+            chosen[:] = cast("list[Any]", variables_t)
+        else:
+            chosen[self.pure.home] = variables_t
+        groups: Any = (tuple(chosen), None)
+        keys: Any = None
+        return State(groups, keys), *inputs_t
