@@ -179,7 +179,8 @@ def _forward(params: Any, ids: jax.Array, hand: _Hand) -> jax.Array:
         h = jax.nn.gelu(put(hand.dense(p["Dense_0"], h, P("fsdp", "tensor")), HIDDEN))
         return x + put(hand.dense(p["Dense_1"], h, P("tensor", "fsdp")), RESIDUAL), None
 
-    x = put(jnp.take(params["Embed_0"]["embedding"], ids, axis=0), RESIDUAL)
+    table = put(put(params["Embed_0"]["embedding"], P("tensor", "fsdp")), P("tensor"))
+    x = put(put(jnp.take(table, ids, axis=0), P(("data", "fsdp"))), RESIDUAL)
     x = lax.scan(block, x, params["blocks"])[0]
     x = put(raw.layer_norm(params["norm"], x), RESIDUAL)
     return put(hand.dense(params["logits"], x, P("fsdp", "tensor")), HIDDEN)

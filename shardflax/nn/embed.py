@@ -19,6 +19,8 @@ from shardflax.partitioning import default_names
 
 __all__ = ["Embed"]
 
+_ROWS = default_names("batch", "length", "act_embed")
+
 
 class Embed(LayerBase):
     """A table of `num_embeddings` rows of `features`, looked up by integer ids.
@@ -73,8 +75,10 @@ class Embed(LayerBase):
             stored = weights.stored_names(self.embedding_init, self.embedding_axes)
             y = weights.product(_one_hot_rows, ids, table, stored, self._rows(ids))
         else:
-            y = _gathered(table, ids, self._rows(ids).spec(ids, table, None))
-        return names.output(y, self.out_axes)
+            stored = weights.stored_names(self.embedding_init, self.embedding_axes)
+            spec = self._rows(ids).spec(ids, table, stored)
+            y = _gathered(partitioning.at_use(table, stored), ids, spec)
+        return names.output(names.output(y, self._looked_up()), self.out_axes)
 
     def attend(self, query: Array) -> Array:
         """Scores of `query` `(..., features)` against every row: `(..., num_embeddings)`."""
@@ -98,7 +102,13 @@ class Embed(LayerBase):
     def _rows(self, ids: Array) -> weights.Contraction:
         """The dims of a lookup: each id is replaced by the dim of a row."""
         mapped = tuple(range(ids.ndim))
-        return weights.Contraction(mapped, "vd", (*mapped, "d"), self.out_axes)
+        return weights.Contraction(mapped, "vd", (*mapped, "d"), self._looked_up())
+
+    def _looked_up(self) -> Names | None:
+        """How rows are laid out first: the length of the residual stream may lie over `tensor`,
+        as the vocabulary does, and no device then has what it needs: XLA gathers the table.
+        """
+        return _ROWS if names.is_default(self.out_axes) else self.out_axes
 
 
 def _scores(query: Array, table: Array, out_sharding: Any = None) -> Array:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 
+import conftest  # noqa: F401  # eight devices, before JAX starts
+from tests.nn.matrix import GOLDEN, described
 from tests.nn.rows import ROWS
-from tests.nn.test_matrix import GOLDEN, described
 
 
 def main() -> None:

@@ -1,12 +1,10 @@
-"""The matrix: every property of a layer is one test over all rows."""
+"""The matrix on one device: every property of a layer is one test over all rows."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen
 import jax
@@ -17,132 +15,35 @@ import pytest
 import shardflax.nn as nn
 from shardflax import partitioning
 from shardflax.core.boxes import is_box
-from shardflax.partitioning import AxisRules, make_mesh, preset, use
-from tests.nn.row import LEARNED, Row, layers_of
+from tests.nn.matrix import (
+    as_dtype,
+    close,
+    described,
+    facts,
+    golden,
+    loss_of,
+    program,
+    rows,
+    same,
+    split,
+)
+from tests.nn.row import Row, layers_of
 from tests.nn.rows import ROWS
-
-GOLDEN = Path(__file__).parent.parent / "golden" / "layers.json"
-MESHES = {
-    "dp": "data=8",
-    "fsdp": "data=2,fsdp=4",
-    "tp_sp": "data=4,tensor=2",
-    "fsdp_tp": "data=2,fsdp=2,tensor=2",
-}
-
-
-def rows(
-    *,
-    flax: bool = False,
-    dtype: bool = False,
-    one: bool = False,
-    mesh: bool = False,
-    batched: bool = False,
-) -> Any:
-    """Parametrizes over all rows, or over those with a property; `one`: one row of each layer."""
-    chosen = [
-        r
-        for r in ROWS
-        if (r.like_flax or not flax)
-        and (r.has_dtype or not dtype)
-        and ("-" not in r.name or not one)
-        and (r.divides or not mesh)
-        and (r.batched or not batched)
-    ]
-    return pytest.mark.parametrize("row", chosen, ids=[r.name for r in chosen])
-
-
-def same(a: Any, b: Any) -> None:
-    """Two trees are equal bit for bit, dtypes included."""
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
-        assert x.dtype == y.dtype, path
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=str(path))
-
-
-def close(a: Any, b: Any, tolerance: float = 2e-5) -> None:
-    """Two trees are equal but for the order of floating point sums."""
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
-        wide = np.complex64 if np.iscomplexobj(x) else np.float32
-        x, y = np.asarray(x).astype(wide), np.asarray(y).astype(wide)
-        np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance, err_msg=str(path))
-
-
-def as_dtype(tree: Any, dtype: Any) -> Any:
-    """`tree` with its floating arrays in `dtype`."""
-    real = functools.partial(jnp.issubdtype, arg2=jnp.floating)
-    return jax.tree.map(lambda x: x.astype(dtype) if real(x.dtype) else x, tree)
-
-
-def loss_of(y: Any) -> Any:
-    """A number that all numbers of `y` matter to, each in its own way."""
-    total = jnp.float32(0)
-    for x in jax.tree.leaves(y):
-        weights = jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)
-        for part in (jnp.real(x), jnp.imag(x)) if jnp.iscomplexobj(x) else (x,):
-            total += jnp.sum(part.astype(jnp.float32) * weights)
-    return total
-
-
-def split(variables: Any) -> tuple[Any, Any]:
-    """The collections that gradients are taken to, and the others."""
-    learned = {k: v for k, v in variables.items() if k in LEARNED}
-    return learned, {k: v for k, v in variables.items() if k not in LEARNED}
-
-
-def gradients(row: Row, variables: Any, inputs: Any, namespace: Any = nn) -> Any:
-    """Gradients to the parameters and to those inputs that have one; with them, all results."""
-    learned, rest = split(variables)
-    leaves, shape = jax.tree.flatten(inputs)
-    inexact = [jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves]
-
-    def of(learned: Any, given: Any) -> Any:
-        given = iter(given)
-        full = [next(given) if g else x for x, g in zip(leaves, inexact, strict=True)]
-        y, wrote = row.run(
-            {**rest, **learned}, *jax.tree.unflatten(shape, full), namespace=namespace
-        )
-        return loss_of(y), (y, wrote)
-
-    floating = [x for x, g in zip(leaves, inexact, strict=True) if g]
-    return jax.grad(of, argnums=(0, 1), has_aux=True)(learned, floating)
-
-
-class Facts(NamedTuple):
-    """What a row gives, computed once, with no rules in scope."""
-
-    inputs: Any
-    variables: Any
-    y: Any
-    wrote: Any
-    grads: Any
-
-
-@functools.cache
-def facts(row: Row) -> Facts:
-    inputs = row.inputs()
-    variables = jax.jit(row.init)()
-    return Facts(inputs, variables, *everything(row, variables, inputs))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def everything(row: Row, variables: Any, inputs: Any, namespace: Any = nn) -> tuple[Any, Any, Any]:
-    """Output, written collections and gradients, as one program to compile."""
-    grads, (y, wrote) = gradients(row, variables, inputs, namespace)
-    return y, wrote, grads
 
 
 def test_every_layer_has_a_row() -> None:
-    built = {type(row.build()).__name__ for row in ROWS}
-    assert layers_of(nn) - built == set()
+    """A row's name is that of its layer, up to the first hyphen."""
+    assert layers_of(nn) - {row.name.split("-")[0] for row in ROWS} == set()
+
+
+def test_names_of_rows_tell_them_apart() -> None:
+    assert len({row.name for row in ROWS}) == len(ROWS)
 
 
 @rows(flax=True)
 def test_parity_with_flax(row: Row) -> None:
-    known = facts(row)
-    same(known.variables, jax.jit(lambda: row.init(flax.linen))())
-    theirs = everything(row, known.variables, known.inputs, flax.linen)
-    same((known.y, known.wrote, known.grads), theirs)
+    """Tree, values, what is written, and gradients."""
+    same(facts(row), program(row, flax.linen)())
 
 
 @rows(flax=True)
@@ -177,10 +78,10 @@ def in_half_precision(row: Row, namespace: Any = nn) -> Any:
         if "param_dtype" in options:
             inputs = as_dtype(inputs, options["param_dtype"])
         variables = row.init(namespace, inputs, **options)
-        return variables, row.run(variables, *inputs, namespace=namespace, **options)
+        given, inputs = jax.lax.optimization_barrier((variables, inputs))
+        return variables, row.run(given, *inputs, namespace=namespace, **options)
 
-    chosen = {k: v for k, v in HALVES.items() if k in row.halves}
-    return {name: one(options) for name, options in chosen.items()}
+    return {name: one(HALVES[name]) for name in row.halves}
 
 
 @rows(flax=True, dtype=True)
@@ -192,11 +93,31 @@ def test_half_precision_is_flax_s(row: Row) -> None:
 def test_half_precision(row: Row) -> None:
     """Outputs are in `dtype`, parameters stay as they are, and the numbers are about the same."""
     for dtype, (variables, (y, _)) in in_half_precision(row).items():
-        if dtype != "narrow":
-            assert {x.dtype.name for x in jax.tree.leaves(y)} == {dtype}
-            params = jax.tree.leaves(variables.get("params", {}))
-            assert all(x.dtype == jnp.float32 for x in params)
-            close(as_dtype(y, jnp.float32), facts(row).y, tolerance=0.1)
+        if dtype == "narrow":
+            continue
+        params = jax.tree.leaves(variables.get("params", {}))
+        assert {x.dtype.name for x in jax.tree.leaves(y)} == {dtype}
+        assert all(x.dtype == jnp.float32 for x in params)
+        close(as_dtype(y, jnp.float32), facts(row).y, tolerance=0.1)
+
+
+@rows(dtype=True, one=True)
+def test_double_precision(row: Row) -> None:
+    """Everything is float64 where the layer is told so, and nothing is rounded on the way."""
+    options = {"dtype": jnp.float64, "param_dtype": jnp.float64}
+
+    def run(namespace: Any) -> Any:
+        inputs = as_dtype(row.inputs(), jnp.float64)
+        variables = row.init(namespace, inputs, **options)
+        given, inputs = jax.lax.optimization_barrier((variables, inputs))
+        return variables, row.apply(given, *inputs, namespace=namespace, **options)
+
+    with jax.enable_x64(True):
+        variables, y = jax.jit(functools.partial(run, nn))()
+        learned, _ = split(variables)
+        assert {x.dtype.name for x in jax.tree.leaves((learned, y))} == {"float64"}
+        if row.like_flax:
+            same((variables, y), jax.jit(functools.partial(run, flax.linen))())
 
 
 @rows()
@@ -209,7 +130,13 @@ def test_shapes_are_known_without_numbers(row: Row) -> None:
 @rows()
 @pytest.mark.usefixtures("strict_promotion")
 def test_nothing_promotes_by_accident(row: Row) -> None:
-    jax.eval_shape(lambda: everything(row, row.init(), row.inputs()))
+    jax.eval_shape(program(row))
+
+
+@rows(one=True)
+@pytest.mark.usefixtures("checking_leaks")
+def test_no_tracer_leaks(row: Row) -> None:
+    jax.make_jaxpr(program(row))()
 
 
 @rows()
@@ -221,6 +148,7 @@ def test_gradients_are_finite_and_reach_all_parameters(row: Row) -> None:
 
 @rows(one=True)
 def test_transforms_agree(row: Row) -> None:
+    """`jit`, `vmap`, `scan`, `remat` and `grad`, as one program."""
     known = facts(row)
     learned, rest = split(known.variables)
 
@@ -229,71 +157,22 @@ def test_transforms_agree(row: Row) -> None:
         return loss_of(row.apply({**rest, **learned}, *known.inputs))
 
     @jax.jit
-    def both(variables: Any, inputs: Any) -> Any:
+    def all_of_them(variables: Any, inputs: Any) -> Any:
         twice = jax.tree.map(lambda x: jnp.stack([x, x]), inputs)
         mapped = jax.vmap(row.apply, in_axes=(None, *[0] * len(inputs)))(variables, *twice)
         _, scanned = jax.lax.scan(lambda _, x: (None, row.apply(variables, *x)), None, twice)
         return mapped, scanned, jax.grad(rematted)(learned)
 
     y = jax.tree.map(lambda x: jnp.stack([x, x]), known.y)
-    close(both(known.variables, known.inputs), (y, y, known.grads[0]))
-
-
-@rows(one=True)
-@pytest.mark.usefixtures("checking_leaks")
-def test_no_tracer_leaks(row: Row) -> None:
-    jax.make_jaxpr(lambda: everything(row, row.init(), row.inputs()))()
-
-
-def described(row: Row) -> dict[str, Any]:
-    """Every variable of a row: its path, shape, dtype, and names under strict rules."""
-    with use(None, preset("fsdp_tp")):
-        boxed = jax.eval_shape(row.init)
-    leaves = jax.tree.leaves_with_path(boxed, is_leaf=is_box)
-    return {
-        "/".join(str(k.key) for k in path): {
-            "shape": list(unboxed.shape),
-            "dtype": str(unboxed.dtype),
-            "names": list(box.names) if is_box(box) else None,
-        }
-        for path, box in leaves
-        for unboxed in [box.value if is_box(box) else box]
-    }
+    close(all_of_them(known.variables, known.inputs), (y, y, known.grads[0]))
 
 
 def test_golden_trees() -> None:
-    """Paths are checkpoint keys, and names are layouts: neither changes unnoticed.
+    """Paths are checkpoint keys, names and types of outputs are layouts: none changes unnoticed.
 
     `python -m tests.nn.golden` writes the file anew.
     """
-    assert {row.name: described(row) for row in ROWS} == json.loads(GOLDEN.read_text())
-
-
-def on_a_mesh(row: Row, rules: str, with_gradients: bool) -> None:
-    known = facts(row)
-    mesh, axis_rules = make_mesh(MESHES[rules]), preset(rules)
-    state, layout = partitioning.init_sharded(row.init, mesh=mesh, rules=axis_rules)
-    close(jax.device_get(state), known.variables, tolerance=1e-6)
-    for path, x in jax.tree.leaves_with_path(state):
-        leaf = layout.leaf("/".join(str(k.key) for k in path))
-        assert x.sharding.is_equivalent_to(jax.NamedSharding(mesh, leaf.spec), x.ndim), path
-    with use(mesh, axis_rules):
-        if with_gradients:
-            close(everything(row, state, known.inputs), (known.y, known.wrote, known.grads))
-        else:
-            close(jax.jit(row.apply)(state, *known.inputs), known.y)
-
-
-@rows(mesh=True)
-def test_a_mesh_gives_the_same(row: Row) -> None:
-    """Same numbers, and parameters placed as their names say."""
-    on_a_mesh(row, "fsdp_tp", with_gradients="-" not in row.name)
-
-
-@rows(one=True, mesh=True)
-@pytest.mark.parametrize("rules", ["dp", "fsdp", "tp_sp"])
-def test_any_preset_gives_the_same(row: Row, rules: str) -> None:
-    on_a_mesh(row, rules, with_gradients=False)
+    assert {row.name: described(row) for row in ROWS} == golden()
 
 
 @rows()
@@ -302,19 +181,3 @@ def test_plain_rules_see_no_boxes(row: Row) -> None:
     with partitioning.logical_axis_rules([("batch", "data"), ("embed", "data")]):
         boxed = jax.eval_shape(row.init)
     assert not any(map(is_box, jax.tree.leaves(boxed, is_leaf=is_box)))
-
-
-PARAMETERS_ONLY = AxisRules(
-    {"embed": None, "vocab_embed": None, "mlp": None, "norm": None, "head_dim": None}
-    | {"heads": None, "kv_heads": None, "vocab": None, "batch": "data", "length": "tensor"}
-)
-
-
-@rows(one=True, batched=True)
-def test_guesses_about_outputs_never_fail(row: Row) -> None:
-    """No rule for some names, sizes that do not divide: such outputs are left to the compiler."""
-    odd = jax.tree.map(lambda x: x[:3], facts(row).inputs)
-    variables = row.init(inputs=odd)
-    y = row.apply(variables, *odd)
-    with use(make_mesh("data=2,tensor=4"), PARAMETERS_ONLY):
-        close(jax.jit(row.apply)(variables, *odd), y)

@@ -1,0 +1,171 @@
+"""The matrix on meshes: every row gives the same there, laid out as its names say.
+
+Axes are auto, explicit (every array's type says its layout) or manual (inside `jax.shard_map`).
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import pytest
+
+from shardflax import partitioning
+from shardflax.partitioning import AxisRules, Layout, make_mesh, use
+from shardflax.partitioning.spec_check import spec_axes
+from tests.nn.collectives import Collective, collectives
+from tests.nn.matrix import (
+    MESHES,
+    Place,
+    chosen,
+    close,
+    everything,
+    facts,
+    golden,
+    place,
+    rows,
+    typed,
+)
+from tests.nn.row import Row
+
+PLACES = [*[(rules, "auto") for rules in MESHES], ("fsdp_tp", "explicit")]
+places = pytest.mark.parametrize("at", PLACES, ids="-".join)
+
+
+@functools.cache
+def states(rules: str, axis_types: str) -> tuple[Any, Layout]:
+    """The variables of all layers, initialised on a mesh by one program; and their layout."""
+    on, layers = place(rules, axis_types), chosen(one=True, mesh=True)
+
+    def init() -> Any:
+        return {row.name: row.init() for row in layers}
+
+    return partitioning.init_sharded(init, mesh=on.mesh, rules=on.rules)
+
+
+def arguments(row: Row, on: Place, state: Any) -> tuple[Any, Any]:
+    return state, jax.device_put(facts(row).inputs, on.spread(row))
+
+
+@rows(one=True, mesh=True)
+@places
+def test_parameters_lie_as_their_names_say(row: Row, at: tuple[str, str]) -> None:
+    """Initialised there, they have the numbers of one device, cut as the layout says."""
+    state, layout = states(*at)
+    close(jax.device_get(state[row.name]), facts(row).variables, tolerance=1e-6)
+    mesh = place(*at).mesh
+    for path, x in jax.tree.leaves_with_path(state[row.name]):
+        leaf = layout.leaf("/".join([row.name, *(str(k.key) for k in path)]))
+        assert x.sharding.is_equivalent_to(jax.NamedSharding(mesh, leaf.spec), x.ndim), path
+
+
+@rows(one=True, mesh=True)
+@pytest.mark.parametrize("at", [("fsdp_tp", "auto"), ("fsdp_tp", "explicit")], ids="-".join)
+def test_a_mesh_gives_the_same(row: Row, at: tuple[str, str]) -> None:
+    """Outputs, what is written, and gradients; and outputs lie as they do on explicit axes."""
+    on, known = place(*at), facts(row)
+    given = arguments(row, on, states(*at)[0][row.name])
+    with use(on.mesh, on.rules):
+        found = everything(row, *given)
+    close(found, (known.y, known.wrote, known.grads))
+    explicit = place("fsdp_tp", "explicit").mesh
+    spread = jax.tree.map(lambda x: on_mesh(explicit, x), found[0])
+    assert jax.tree.leaves(spread) == golden()[row.name]["outputs"]
+
+
+def on_mesh(mesh: jax.sharding.Mesh, x: jax.Array) -> str:
+    """The type that `x` would have on an explicit mesh."""
+    spec = x.sharding.spec  # pyright: ignore[reportAttributeAccessIssue]
+    sharding = jax.NamedSharding(mesh, jax.P(*spec, *[None] * (x.ndim - len(spec))))
+    return typed(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding))
+
+
+@rows(one=True, mesh=True)
+@pytest.mark.parametrize("rules", ["dp", "fsdp", "tp_sp"])
+def test_nothing_is_sent_that_the_layout_does_not_call_for(row: Row, rules: str) -> None:
+    """Same numbers under any preset, by no collectives but those that its layout needs."""
+    on, known = place(rules), facts(row)
+    state, layout = states(rules, "auto")
+    given = arguments(row, on, state[row.name])
+    with use(on.mesh, on.rules):
+        compiled = jax.jit(forward, static_argnums=0).lower(row, *given).compile()
+    close(compiled(*given), known.y)
+    called_for = Allowed.by(row, layout, on)
+    found = collectives(compiled.as_text() or "", on.mesh)
+    assert [c for c in found if c not in called_for] == []
+
+
+def forward(row: Row, variables: Any, inputs: Any) -> Any:
+    return row.apply(variables, *inputs)
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """The collectives that the layout of a row's parameters implies.
+
+    Weights over `fsdp` are gathered, and nothing else is.  Sums over a dim that lies over `tensor`
+    are reduced, and activations that are whole along the length before or after are gathered or
+    scattered: weights over `tensor` never are.  Over the batch's axes statistics are summed, where
+    the layer's meaning is one.
+    """
+
+    held: set[str]
+    weights: set[tuple[int, ...]]
+    statistics: tuple[str, ...]
+
+    @classmethod
+    def by(cls, row: Row, layout: Layout, on: Place) -> Allowed:
+        leaves = [leaf for leaf in layout.leaves if leaf.path[0] == row.name]
+        held = {a for leaf in leaves for entry in leaf.spec for a in spec_axes(entry)}
+        weights = {tuple(sorted(n for n in leaf.shape if n > 1)) for leaf in leaves if leaf.spec}
+        over = partitioning.batch_axes(on.mesh, on.rules) if row.over_batch else ()
+        return cls(held, weights, over)
+
+    def __contains__(self, found: Collective) -> bool:
+        weight = tuple(sorted(n for n in found.shape if n > 1)) in self.weights
+        match found.kind, *found.axes:
+            case "all-gather", "fsdp":
+                return "fsdp" in self.held and weight
+            case "all-gather", "tensor":
+                return "tensor" in self.held and not weight
+            case "all-reduce" | "reduce-scatter", "tensor":
+                return "tensor" in self.held
+            case "all-reduce", *axes:
+                return tuple(axes) == self.statistics
+        return False
+
+
+@rows(one=True, mesh=True, batched=True)
+def test_inside_shard_map(row: Row) -> None:
+    """Where the batch's axis is manual and the others are auto, each part gives its part."""
+    if row.over_batch:
+        return  # the statistics of a part are not those of the whole: tests of the layer
+    on, known = place("tp_sp"), facts(row)
+    state, inputs = arguments(row, on, states("tp_sp", "auto")[0][row.name])
+    spec = jax.P() if row.streams else jax.P("data")  # each part draws the same numbers
+    mapped = jax.shard_map(
+        functools.partial(forward, row),
+        mesh=on.mesh,
+        in_specs=(jax.P(), spec),
+        out_specs=spec,
+        axis_names={"data"},
+    )
+    with use(on.mesh, on.rules):
+        close(jax.jit(mapped)(state, inputs), known.y)
+
+
+PARAMETERS_ONLY = AxisRules(
+    {"embed": None, "vocab_embed": None, "mlp": None, "norm": None, "head_dim": None}
+    | {"heads": None, "kv_heads": None, "vocab": None, "batch": "data", "length": "tensor"}
+)
+
+
+@rows(one=True, batched=True)
+def test_guesses_about_outputs_never_fail(row: Row) -> None:
+    """No rule for some names, sizes that do not divide: such outputs are left to the compiler."""
+    odd = jax.tree.map(lambda x: x[:3], facts(row).inputs)
+    variables = jax.eval_shape(lambda: row.init(inputs=odd))
+    with use(make_mesh("data=2,tensor=4"), PARAMETERS_ONLY):
+        jax.eval_shape(row.apply, variables, *odd)
