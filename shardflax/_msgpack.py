@@ -18,7 +18,9 @@ import numpy as np
 
 from shardflax.core.errors import FlaxError
 
-MAX_CHUNK_SIZE = 2**30  # bytes; MessagePack itself ends at 2**32
+MAX_CHUNK_SIZE = 2**30  # bytes
+# MessagePack itself ends at 2**32 bytes.  Flax cuts no arrays in lists, and does not expect it.
+_MAX_IN_LIST = 2**32 - 2**10
 
 _ARRAY, _COMPLEX, _SCALAR = 1, 2, 3
 _CHUNKED = "__msgpack_chunked_array__"
@@ -53,11 +55,14 @@ def _plain(x: Any, path: Path, limit: int, in_place: bool) -> Any:
         for key in x:
             if not isinstance(key, str | int):
                 raise MsgpackError(f"a key is a string or an int; got {key!r}.", path)
-        items = {k: _plain(x[k], (*path, str(k)), limit, in_place) for k in x}
+        # Flax makes its copy through jax.tree, which sorts.
+        keys = x if in_place else sorted(x, key=lambda key: (isinstance(key, str), key))
+        items = {k: _plain(x[k], (*path, str(k)), limit, in_place) for k in keys}
         if in_place:
             x.update(items)
         return items
     if type(x) is list:
+        limit = max(limit, _MAX_IN_LIST)
         listed = [_plain(v, (*path, str(i)), limit, in_place) for i, v in enumerate(x)]
         if in_place:
             x[:] = listed
@@ -140,7 +145,8 @@ def _read_extension(code: int, data: bytes) -> Any:
         return _read_array(data)[()]
     if code != _COMPLEX:
         raise MsgpackError(f"extension {code} is none of 1 (array), 2 (complex), 3 (scalar).")
-    return complex(*msgpack.unpackb(data))
+    real, imag = msgpack.unpackb(data)
+    return complex(real, imag)
 
 
 def _read_array(data: bytes) -> np.ndarray:

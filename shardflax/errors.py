@@ -49,6 +49,7 @@ from shardflax.partitioning.errors import (
     UnknownNameError,
     UnknownPresetError,
 )
+from shardflax.serialization import MsgpackError, StateDictError
 
 __all__ = [
     "ApplyModuleInvalidMethodError",
@@ -74,6 +75,7 @@ __all__ = [
     "LoopVariantBroadcastError",
     "MeshSpecError",
     "ModifyScopeVariableError",
+    "MsgpackError",
     "MultipleMethodsCompactError",
     "NameInUseError",
     "NamesRankError",
@@ -91,6 +93,7 @@ __all__ = [
     "ScopeVariableNotFoundError",
     "SetAttributeFrozenModuleError",
     "SetAttributeInModuleSetupError",
+    "StateDictError",
     "TransformAxisError",
     "TransformTargetError",
     "UnknownAxisError",
