@@ -75,7 +75,7 @@ def test_big_arrays_are_cut_as_flax_cuts_them(monkeypatch: pytest.MonkeyPatch) -
         "l": [np.arange(5)],
         "s": np.ones(2, "u1"),
     }
-    for limit in (3, 16, 17, 40):
+    for limit in (40, 17, 16, 3):
         for module in (serialization, flax.serialization):
             monkeypatch.setattr(module, "MAX_CHUNK_SIZE", limit)
         theirs = flax.serialization.msgpack_serialize(tree)
@@ -208,7 +208,7 @@ def test_other_byte_orders_are_turned_round() -> None:
     assert serialization.msgpack_restore(data).tolist() == [0, 1]
 
 
-def _array(shape: Any, dtype: Any, data: Any, code: int = 1) -> bytes:
+def _array(shape: Any, dtype: Any, data: Any, code: int = 1) -> Any:
     return msgpack.packb(msgpack.ExtType(code, msgpack.packb((shape, dtype, data))))
 
 
@@ -218,7 +218,7 @@ def _chunked(shape: Any, chunks: Any) -> bytes:
 
 
 HOSTILE = {
-    "nothing": b"", "no code": b"\xc1", "more after the end": msgpack.packb(1) + b"x",
+    "nothing": b"", "no code": b"\xc1", "more after the end": b"\x01x",
     "cut off": serialization.msgpack_serialize(np.ones(9))[:-1],
     "an array of 4e9 items": b"\xdd\xff\xff\xff\xff", "a map of 4e9 items": b"\xdf\xff\xff\xff\xff",
     "a string of 4 GB": b"\xdb\xff\xff\xff\xff", "deep": b"\x91" * 100_000 + b"\xc0",
