@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 
 from shardflax.core import compact
 from shardflax.nn import _names as names
 from shardflax.nn import initializers
 from shardflax.nn._cache import KVCache, open_cache
-from shardflax.nn._grouped import both, check_mask, grouped_attention
+from shardflax.nn._grouped import Attention, as_window, both, check_mask, near
 from shardflax.nn.errors import CacheShapeError, HeadsError, InputRankError, where
 from shardflax.nn.general import DenseGeneral
 from shardflax.nn.normalization import RMSNorm
@@ -40,8 +39,16 @@ class GroupedQueryAttention(LayerBase):
     `mask`, if given, takes away more (true: seen) and broadcasts to
     `(batch, num_heads, length, keys)`.  Scores and softmax are float32 whatever `dtype` is.
 
-    `implementation` is that of `jax.nn.dot_product_attention`, or `"reference"`: the formula,
-    spelled out, which dropout and a `precision` use as well.
+    `window`, one number or one for each side, limits how many tokens before (and after) it a token
+    sees besides itself.  `logit_softcap` bounds the scores: `cap * tanh(scores / cap)`
+    (arXiv:2408.00118).
+
+    `implementation` says what computes it: `"xla"` and `"cudnn"` are those of
+    `jax.nn.dot_product_attention`, `"flash"` is the splash attention kernel on TPU, and
+    `"reference"` the formula, spelled out.  By default it is a kernel where the devices (of the
+    mesh in scope) have one that knows these shapes and options: without mask, cache, dropout and
+    `precision`; on TPU lengths of a multiple of 128 and depths of 64, spread over batch and heads
+    alone, on GPU half precision without `logit_softcap`.
 
     With `decode`, keys and values are kept in the collection `cache`.  It is `cache_length` long,
     or else as long as the input of `init`; each `apply` with `mutable=["cache"]` appends
@@ -79,7 +86,9 @@ class GroupedQueryAttention(LayerBase):
     deterministic: bool | None = None
     decode: bool = False
     cache_length: int | None = None
-    implementation: Literal["xla", "cudnn", "reference"] | None = None
+    implementation: Literal["xla", "cudnn", "flash", "reference"] | None = None
+    window: int | tuple[int, int] | None = field(default=None, kw_only=True)
+    logit_softcap: float | None = field(default=None, kw_only=True)
     query_axes: Names = field(default=default_names("embed", "heads", "head_dim"), kw_only=True)
     kv_axes: Names = field(default=default_names("embed", "kv_heads", "head_dim"), kw_only=True)
     out_kernel_axes: Names = field(
@@ -121,13 +130,16 @@ class GroupedQueryAttention(LayerBase):
         if self.rope_theta is not None:
             query = apply_rotary(query, positions, self.rope_theta)
             key = apply_rotary(key, positions, self.rope_theta)
-        causal = self.causal
+        attention = self._attention()
         if cache is not None and not self.is_initializing():
-            seen = cache.visible(slots if causal else jnp.full_like(slots, slots[-1]))
+            seen = cache.visible(slots if self.causal else jnp.full_like(slots, slots[-1]))
+            places = jnp.arange(cache.length, dtype=jnp.int32)
+            seen = jnp.logical_and(seen, near(attention.window, slots, places))
+            attention = attention.of_slots()
             key, value = (kv.astype(query.dtype) for kv in cache.append(key, value))
             check_mask(where(self), mask, query, key)
-            mask, causal = both(mask, seen, query.ndim), False
-        y = self._attend(query, key, value, mask, causal, deterministic)
+            mask = both(mask, seen, query.ndim)
+        y = attention(query, key, value, mask, self._dropout_key(deterministic))
         if cache is not None:
             y = cache.poison(y)
         y = names.output(y, self.act_query_axes)
@@ -183,31 +195,24 @@ class GroupedQueryAttention(LayerBase):
             )
         return open_cache(self, key, value, self.cache_axes, self.cache_length)[0]
 
-    def _attend(
-        self,
-        query: Array,
-        key: Array,
-        value: Array,
-        mask: Array | None,
-        causal: bool,
-        deterministic: bool | None,
-    ) -> Array:
-        rng: jax.Array | None = None
-        off = self.dropout_rate == 0.0
-        if not (off or merge_param("deterministic", self.deterministic, deterministic)):
-            rng = self.make_rng("dropout")
-        return grouped_attention(
+    def _attention(self) -> Attention:
+        return Attention(
             where(self),
-            query,
-            key,
-            value,
-            mask,
-            causal=causal,
+            causal=self.causal,
+            window=as_window(where(self), self.window),
+            softcap=self.logit_softcap,
             implementation=self.implementation,
             precision=self.precision,
             dropout_rate=self.dropout_rate,
-            dropout_rng=rng,
+            query_axes=self.act_query_axes,
         )
+
+    def _dropout_key(self, deterministic: bool | None) -> Array | None:
+        if self.dropout_rate == 0.0:
+            return None
+        if merge_param("deterministic", self.deterministic, deterministic):
+            return None
+        return self.make_rng("dropout")
 
     def _project_out(self, y: Array, width: int) -> Array:
         return DenseGeneral(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen
@@ -11,7 +12,11 @@ import numpy as np
 import pytest
 
 import shardflax.nn as nn
-from shardflax.nn._grouped import reference
+from shardflax.nn._grouped import Attention
+from shardflax.nn.errors import AttentionOptionsError
+from shardflax.nn.flash import Flash, why_not_flash
+from shardflax.partitioning import make_mesh, preset, use
+from tests.core.harness import quick_key
 
 KEY = jax.random.key(0)
 
@@ -43,7 +48,133 @@ def test_the_reference_equals_full_heads() -> None:
     full = nn.dot_product_attention(
         q, jnp.repeat(k, 2, axis=2), jnp.repeat(v, 2, axis=2), mask=nn.make_causal_mask(X[..., 0])
     )
-    close(reference(q, k, v), full)
+    close(Attention("here").reference(q, k, v), full)
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"window": 2},
+    {"window": (1, 3), "causal": False},
+    {"logit_softcap": 0.5},
+    {"logit_softcap": 0.5, "window": (2, 0)},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_windows_and_caps(options: dict[str, Any]) -> None:
+    """The layer against the formula over all tokens, and in one pass against decoding."""
+    q, k, v = floats(2, 6, 4, 4), floats(2, 6, 2, 4, seed=1), floats(2, 6, 2, 4, seed=2)
+    window = options.get("window", 9)
+    left, right = (window, window) if isinstance(window, int) else window
+    causal, cap = options.get("causal", True), options.get("logit_softcap")
+    window = (left, right) if "window" in options else (None, None)
+
+    @jax.jit
+    def ways() -> Any:
+        scores = jnp.einsum("bqkgd,bskd->bkgqs", q.reshape(2, 6, 2, 2, 4), k) / 2
+        scores = scores if cap is None else cap * jnp.tanh(scores / cap)
+        ahead = np.arange(6)[None, :] - np.arange(6)[:, None]
+        seen = (ahead >= -left) & (ahead <= (0 if causal else right))
+        weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf))
+        expected = jnp.einsum("bkgqs,bskd->bqkgd", weights, v).reshape(q.shape)
+        attention = Attention("here", causal, window, cap)
+        return expected, attention(q, k, v), attention.reference(q, k, v)
+
+    expected, chosen, formula = ways()
+    close(chosen, expected)
+    close(formula, expected)
+    if causal:
+        whole, decoded = decode(nn.GroupedQueryAttention(2, **options))
+        close(whole, decoded)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def decode(layer: Any) -> tuple[jax.Array, jax.Array]:
+    """All of `X` in one pass, and in three calls."""
+    variables = layer.init(quick_key(0), X)
+    decoder, cache = layer.clone(decode=True, cache_length=6), {}
+    outputs: list[jax.Array] = []
+    for tokens in jnp.split(X, [4, 5], axis=1):
+        y, cache = decoder.apply({**variables, **cache}, tokens, mutable=["cache"])
+        outputs.append(y)
+    return layer.apply(variables, X), jnp.concatenate(outputs, axis=1)
+
+
+FLASH: list[dict[str, Any]] = [
+    {"causal": True, "softcap": 2.0},
+    {"causal": False, "window": (20, 70)},
+]
+
+
+@pytest.mark.parametrize("options", FLASH)
+def test_the_tpu_kernel_step_by_step_equals_the_reference(options: dict[str, Any]) -> None:
+    q, k, v = floats(1, 256, 2, 64), floats(1, 256, 1, 64, seed=1), floats(1, 256, 1, 64, seed=2)
+    assert why_not_flash(q, k, v) is None
+    found = jax.jit(Flash(**options, interpret=True))(q, k, v)
+    close(found, Attention("here", **options).reference(q, k, v), 1e-4)
+
+
+def test_gradients_of_the_tpu_kernel() -> None:
+    q, k, v = floats(1, 128, 2, 64), floats(1, 128, 1, 64, seed=1), floats(1, 128, 1, 64, seed=2)
+
+    @jax.jit
+    def both(*qkv: jax.Array) -> Any:
+        def gradients(attend: Any) -> Any:
+            return jax.grad(lambda *x: jnp.sin(attend(*x)).sum(), (0, 1, 2))(*qkv)
+
+        return gradients(Flash(True, interpret=True)), gradients(Attention("here").reference)
+
+    found, expected = both(q, k, v)
+    jax.tree.map(lambda a, b: close(a, b, 1e-4), found, expected)
+
+
+@pytest.mark.parametrize("mesh", [None, "data=2,tensor=4", "data=4,tensor=2"])
+def test_on_a_tpu_the_kernel_is_compiled_for_the_part_of_a_device(
+    mesh: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lowered for a TPU, on any host: the kernel is there, once, in the size of one device."""
+    tpu = type("Tpu", (), {"platform": "tpu"})()
+    monkeypatch.setattr("shardflax.nn.flash.target_device", lambda: tpu)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    q, k = jnp.ones((4, 128, 4, 64), jnp.bfloat16), jnp.ones((4, 128, 2, 64), jnp.bfloat16)
+    names = ("batch", "length", "act_heads", "act_head_dim")
+    attention = Attention("here", query_axes=names)
+
+    def text() -> str:
+        return jax.jit(attention).trace(q, k, k).lower(lowering_platforms=("tpu",)).as_text()
+
+    if mesh is None:
+        found, batch = text(), 4
+    else:
+        with use(make_mesh(mesh), preset("tp_sp")):
+            found, batch = text(), 2 if mesh == "data=2,tensor=4" else 1
+    assert found.count("stablehlo.custom_call @tpu_custom_call") == 1
+    group = 1 if mesh == "data=2,tensor=4" else 2
+    kv_heads = 2 if mesh is None else 1
+    assert f"tensor<{batch}x{kv_heads}x{group}x128x64xbf16>" in found
+
+
+def test_the_kernel_on_a_mesh_gives_the_same() -> None:
+    q, k = floats(2, 128, 4, 64), floats(2, 128, 2, 64, seed=1)
+    names = ("batch", "length", "act_heads", "act_head_dim")
+
+    def run(*qkv: jax.Array) -> jax.Array:
+        return nn.flash_attention(*qkv, query_axes=names, interpret=True)
+
+    with use(make_mesh("data=2,tensor=4"), preset("tp_sp")):
+        found = jax.jit(run)(q, k, k)
+    close(found, Attention("here").reference(q, k, k), 1e-4)
+
+
+def test_what_the_kernel_does_not_know_is_said() -> None:
+    layer = nn.GroupedQueryAttention(2, implementation="flash")
+    with pytest.raises(AttentionOptionsError, match="multiples of 128, found 6 and 6"):
+        layer.init(KEY, X)
+    with pytest.raises(AttentionOptionsError, match="there is a mask"):
+        layer.init(KEY, X, mask=jnp.ones((6, 6)))
+    with pytest.raises(AttentionOptionsError, match="implementation='splash' does not exist"):
+        Attention("here", implementation="splash")
+    with pytest.raises(AttentionOptionsError, match="window=-1: numbers of tokens are 0 or more"):
+        nn.GroupedQueryAttention(2, window=-1).init(KEY, X)
 
 
 @pytest.mark.parametrize("chunks", [[6], [3, 3], [4, 1, 1], [1] * 6])
