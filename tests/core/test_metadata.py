@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from shardflax.core.boxes import is_box
+from shardflax.core.errors import TransformAxisError
 from shardflax.partitioning import LogicallyPartitioned, Partitioned
+from shardflax.partitioning.errors import RepeatedNameError
 from tests.core.harness import OURS as nn
 from tests.core.harness import quick_key, same
 
@@ -195,3 +197,113 @@ def test_result_shards_as_its_names_say() -> None:
     value = only(variables).value
     assert value.sharding.spec == jax.sharding.PartitionSpec(None, None, "model")
     assert value.addressable_shards[0].data.shape == (3, 5, 2)
+
+
+# --- lifts that keep the shape of their argument: square layers
+
+
+def square(target_names: tuple[str, str]) -> Any:
+    class Square(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            return x @ self.param("w", boxed(LogicallyPartitioned, target_names), (4, 4))
+
+    return Square
+
+
+def stack(kind: str, target: Any, axis: int, name: str) -> Any:
+    """`target` through one level of a lift, and the size of the dim it adds (None: no dim)."""
+    meta = {"partition_name": name}
+    axes = {"params": axis}
+    if kind == "remat_scan":
+        return nn.remat_scan(target, (2,), variable_axes=axes, metadata_params=meta)
+    if kind == "add_metadata_axis":
+        return nn.add_metadata_axis(target, variable_axes=axes, metadata_params=meta)
+    if kind == "map_variables":
+        return nn.map_variables(target, "params", mutable=True)
+    stacked = lift(nn, kind, target, axis, name, 2)
+
+    class Summed(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            return stacked(name="at")(x).sum(0)
+
+    return Summed
+
+
+STACKS = ["remat_scan", "vmap", "scan", "map_variables", "add_metadata_axis"]
+STACKED = [
+    (a, b, i, j)
+    for a, b in itertools.product(STACKS, STACKS)
+    if {a, b} & {"remat_scan", "add_metadata_axis", "map_variables"}
+    # A dim of which only the box knows must be the outermost: lifts inside look at values.
+    if a != "add_metadata_axis" or b in ("map_variables", "add_metadata_axis")
+    for i, j in itertools.product((0, 1, -1), (0, 1, -1))
+    if not (a in ("map_variables",) and i) and not (b in ("map_variables",) and j)
+    if not (a == "add_metadata_axis" and i < 0) and not (b == "add_metadata_axis" and j < 0)
+]
+
+
+@pytest.mark.parametrize(("inner", "outer", "i", "j"), STACKED)
+def test_names_follow_dims_of_stacks(inner: str, outer: str, i: int, j: int) -> None:
+    target, names, shape = square(("embed", "mlp")), ("embed", "mlp"), (4, 4)
+    for kind, axis, name in ((inner, i, "in"), (outer, j, "out")):
+        target = stack(kind, target, axis, name)
+        if kind != "map_variables":
+            names = insert(names, axis, name)
+        if kind in ("vmap", "scan", "remat_scan"):
+            shape = insert(shape, axis, 2)
+
+    def both() -> Any:
+        variables = target().init(KEY, jnp.ones((2, 4)))
+        return variables, target().apply(variables, jnp.ones((2, 4)))
+
+    variables, _ = jax.eval_shape(both)
+    assert (only(variables).names, only(variables).value.shape) == (names, shape)
+
+
+def test_levels_of_remat_scan_have_names_of_their_own() -> None:
+    levels = [{"partition_name": "stage"}, {"partition_name": "layers"}]
+    model = nn.remat_scan(square(("embed", "mlp")), (2, 4), metadata_params=levels)()
+    mesh = jax.make_mesh((2, 4), ("stage", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    rules = (("stage", "stage"), ("layers", "model"), ("embed", None), ("mlp", None))
+    x = jnp.ones((2, 4))
+    shapes = jax.eval_shape(model.init, KEY, x)
+    assert only(shapes).names == ("stage", "layers", "embed", "mlp")
+    with nn.logical_axis_rules(rules):
+        shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(shapes), mesh)
+        variables = jax.jit(model.init, out_shardings=shardings)(KEY, x)
+    value = only(variables).value
+    assert value.addressable_shards[0].data.shape == (1, 1, 4, 4)
+
+
+def test_one_name_for_two_levels_is_refused() -> None:
+    model = nn.remat_scan(square(("a", "b")), (2, 2), metadata_params={"partition_name": "layers"})
+    with pytest.raises(RepeatedNameError, match="'layers'"):
+        jax.eval_shape(model().init, KEY, jnp.ones((2, 4)))
+
+
+def test_a_negative_axis_of_metadata_alone_is_refused() -> None:
+    with pytest.raises(TransformAxisError, match="count it from the front"):
+        nn.add_metadata_axis(square(("a", "b")), {"params": -1}, {"partition_name": "layers"})
+
+
+NAMED = ("vmap", "scan")
+
+
+@pytest.mark.parametrize(("inner", "outer"), [*itertools.product(NAMED, NAMED)])
+@pytest.mark.parametrize(("i", "j"), [(0, 0), (1, -1), (-1, 0)])
+def test_nested_results_shard_as_their_names_say(inner: str, outer: str, i: int, j: int) -> None:
+    mesh = jax.make_mesh((2, 4), ("in", "out"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    target = layer(nn, boxed(Partitioned, (None, None)))
+    names, shape = (None, None), (3, 5)
+    for kind, axis, name, size in ((inner, i, "in", 2), (outer, j, "out", 4)):
+        target = lift(nn, kind, target, axis, name, size)
+        names, shape = insert(names, axis, name), insert(shape, axis, size)
+    shapes = jax.eval_shape(target().init, KEY, jnp.ones((2, 3)))
+    shardings = nn.get_sharding(shapes, mesh)
+    variables = jax.jit(target().init, out_shardings=shardings)(KEY, jnp.ones((2, 3)))
+    value = only(variables).value
+    assert value.sharding.spec == jax.sharding.PartitionSpec(*names)
+    expected = tuple(1 if n else size for n, size in zip(names, shape, strict=True))
+    assert value.addressable_shards[0].data.shape == expected
