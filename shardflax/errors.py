@@ -33,6 +33,7 @@ from shardflax.core.errors import (
     TransformAxisError,
     TransformTargetError,
 )
+from shardflax.cursor import CursorFindError
 from shardflax.partitioning.errors import (
     AxisConflictError,
     IndivisibleDimError,
@@ -60,6 +61,7 @@ __all__ = [
     "BranchVariablesError",
     "CallCompactUnboundModuleError",
     "CallUnbindOnUnboundModuleError",
+    "CursorFindError",
     "DeclareOutsideOfCompactError",
     "FlaxError",
     "IncorrectPostInitOverrideError",
