@@ -3,7 +3,12 @@
 from shardflax.core import frozen_dict, lift, meta, nn, tracers
 from shardflax.core.boxes import AxisMetadata, unbox
 from shardflax.core.boxes import map_boxes as map_axis_meta
-from shardflax.core.calls import intercept_methods
+from shardflax.core.calls import (
+    disable_named_call,
+    enable_named_call,
+    intercept_methods,
+    override_named_call,
+)
 from shardflax.core.cross import lifted
 from shardflax.core.frozen_dict import FrozenDict, copy, freeze, pop, pretty_repr, unfreeze
 from shardflax.core.functional import apply, bind, init, lazy_init
@@ -27,9 +32,10 @@ from shardflax.core.lift import (
     vmap,
     while_loop,
 )
-from shardflax.core.module import Module, compact, nowrap
+from shardflax.core.module import Module, compact, compact_name_scope, nowrap, share_scope
 from shardflax.core.names import CollectionFilter, DenyList
 from shardflax.core.scope import Scope, Variable
+from shardflax.core.summary import tabulate
 from shardflax.core.tracers import check_trace_level, current_trace
 from shardflax.core.transforms import In, Out, broadcast
 
@@ -50,10 +56,13 @@ __all__ = [
     "check_trace_level",
     "checkpoint",
     "compact",
+    "compact_name_scope",
     "cond",
     "copy",
     "current_trace",
     "custom_vjp",
+    "disable_named_call",
+    "enable_named_call",
     "fold_rngs",
     "freeze",
     "frozen_dict",
@@ -71,12 +80,15 @@ __all__ = [
     "named_call",
     "nn",
     "nowrap",
+    "override_named_call",
     "pop",
     "pretty_repr",
     "remat",
     "remat_scan",
     "scan",
+    "share_scope",
     "switch",
+    "tabulate",
     "tracers",
     "unbox",
     "unfreeze",

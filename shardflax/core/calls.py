@@ -21,7 +21,10 @@ __all__ = [
     "InterceptorContext",
     "context",
     "current_module",
+    "disable_named_call",
+    "enable_named_call",
     "intercept_methods",
+    "override_named_call",
     "run_setup",
     "wrap_method",
 ]
@@ -33,9 +36,58 @@ class _Context(threading.local):
     def __init__(self) -> None:
         self.stack: list[Any] = []
         self.interceptors: list[Callable[..., Any]] = []
+        self.named: bool | None = None  # what override_named_call says, if anything
 
 
 context = _Context()
+
+
+class _Defaults:
+    """What holds for all threads."""
+
+    named = True
+
+
+def enable_named_call() -> None:
+    """Lets the names of modules appear in profiles and in compiled programs: the default.
+
+    Each operation is then compiled under a `jax.named_scope` per module around it.
+
+    >>> enable_named_call()
+    """
+    _Defaults.named = True
+
+
+def disable_named_call() -> None:
+    """Leaves the names of modules out of profiles and compiled programs, in all threads.
+
+    >>> disable_named_call()
+    >>> enable_named_call()
+    """
+    _Defaults.named = False
+
+
+@contextlib.contextmanager
+def override_named_call(enable: bool = True) -> Generator[None]:
+    """Within this context, and in this thread, names of modules appear in profiles or do not.
+
+    >>> import jax, jax.numpy as jnp, shardflax.nn as nn
+    >>> def lowered():
+    ...     call = jax.jit(
+    ...         lambda x: nn.Dense(2, use_bias=False).apply({"params": {"kernel": x}}, x)
+    ...     )
+    ...     return call.lower(jnp.ones((2, 2))).compile().as_text()
+    >>> with override_named_call(False):
+    ...     "Dense" in lowered()
+    False
+    >>> "Dense" in lowered()
+    True
+    """
+    outer, context.named = context.named, enable
+    try:
+        yield
+    finally:
+        context.named = outer
 
 
 def current_module() -> Any:
@@ -122,6 +174,8 @@ def wrap_method(fn: Callable[..., Any], function_target: bool = False) -> Callab
     compact = getattr(fn, "compact", False)
     name = getattr(fn, "__name__", "call")
     suffix = "" if name == "__call__" else f".{name}"
+    if getattr(fn, "compact_name_scope", False):
+        fn = _in_name_scope(fn, name)
 
     @functools.wraps(fn)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -137,10 +191,11 @@ def wrap_method(fn: Callable[..., Any], function_target: bool = False) -> Callab
         try:
             if function_target:
                 return fn(self, *args, **kwargs)
+            named = context.named
+            if not (_Defaults.named if named is None else named):
+                return _call(fn, self, args, kwargs)
             with jax.named_scope((self.name or type(self).__name__) + suffix):
-                if context.interceptors:
-                    return _intercepted(fn, self, args, kwargs)
-                return fn(self, *args, **kwargs)
+                return _call(fn, self, args, kwargs)
         finally:
             context.stack.pop()
             if outermost:
@@ -149,3 +204,30 @@ def wrap_method(fn: Callable[..., Any], function_target: bool = False) -> Callab
 
     vars(method)["wrapped"] = True
     return method
+
+
+def _call(fn: Callable[..., Any], module: Any, args: Any, kwargs: Any) -> Any:
+    if context.interceptors:
+        return _intercepted(fn, module, args, kwargs)
+    return fn(module, *args, **kwargs)
+
+
+def _in_name_scope(fn: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """`fn` with the submodules that it makes below `name`."""
+
+    @functools.wraps(fn)
+    def inner(self: Any, *args: Any, **kwargs: Any) -> Any:
+        place = self._name_scope(name)
+        progress = place._progress
+        outermost = not progress.compact
+        progress.compact = True
+        context.stack.append(place)
+        try:
+            return fn(self, *args, **kwargs)
+        finally:
+            context.stack.pop()
+            if outermost:
+                progress.compact = False
+                place.scope.node.rewind()
+
+    return inner

@@ -15,7 +15,7 @@ from shardflax.core.errors import LazyInitError
 from shardflax.core.names import CollectionFilter, Names
 from shardflax.core.scope import Scope, open_store
 
-__all__ = ["apply", "bind", "changeable", "init", "lazy_init"]
+__all__ = ["apply", "bind", "changeable", "init", "known_variables", "lazy_init"]
 
 
 def bind(
@@ -117,11 +117,22 @@ def lazy_init(
         def variables(*args: Any, **kwargs: Any) -> Any:
             return both(rngs, *args, **kwargs)[1]
 
-        found = staging.known(variables, *args, **kwargs)
-        for path, leaf in staging.jx.tree.leaves_with_path(found):
-            if isinstance(leaf, jax.ShapeDtypeStruct):
-                keystr = staging.jx.tree_util.keystr
-                raise LazyInitError(keystr(path, simple=True, separator="/"))
-        return found
+        return known_variables(variables, *args, **kwargs)
 
     return call
+
+
+def known_variables(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The variables that `fn` makes, some arrays of whose arguments are `jax.ShapeDtypeStruct`.
+
+    Raises `LazyInitError` if a variable depends on the values of such an argument.
+
+    >>> known_variables(lambda x: {"params": {"n": x.ndim}}, jax.ShapeDtypeStruct((2,), "float32"))
+    {'params': {'n': 1}}
+    """
+    found = staging.known(fn, *args, **kwargs)
+    for path, leaf in staging.jx.tree.leaves_with_path(found):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            keystr = staging.jx.tree_util.keystr
+            raise LazyInitError(keystr(path, simple=True, separator="/"))
+    return found

@@ -8,25 +8,27 @@ compact method, after the field when they are passed in.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Mapping
-from types import FunctionType
-from typing import Any, ClassVar, TypeVar, cast, dataclass_transform
+from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 import jax
+import jax.numpy as jnp
 
-from shardflax.core import run
+from shardflax.core import holders, run, summary
 from shardflax.core.calls import context, run_setup, wrap_method
+from shardflax.core.classes import field_names, init_field_names, make_module_class
 from shardflax.core.cross import Crossable
 from shardflax.core.errors import (
     AssignSubModuleError,
     CallCompactUnboundModuleError,
+    CallShareScopeOnUnboundModuleError,
     CallUnbindOnUnboundModuleError,
     DeclareOutsideOfCompactError,
     IncorrectPostInitOverrideError,
-    MultipleMethodsCompactError,
+    InvalidInstanceModuleError,
+    InvalidParentError,
     NameInUseError,
-    ReservedModuleAttributeError,
+    PerturbationNotFoundError,
     SetAttributeFrozenModuleError,
     SetAttributeInModuleSetupError,
 )
@@ -34,7 +36,7 @@ from shardflax.core.functional import bind
 from shardflax.core.names import CollectionFilter
 from shardflax.core.scope import Scope, Variable
 
-__all__ = ["Module", "compact", "nowrap"]
+__all__ = ["Module", "compact", "compact_name_scope", "nowrap", "share_scope"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 M = TypeVar("M", bound="Module")
@@ -63,6 +65,32 @@ def compact(fun: F) -> F:
     return fun
 
 
+def compact_name_scope(fun: F) -> F:
+    """Marks a method that makes submodules where they are used, in a scope named after it.
+
+    Unlike `compact`, several methods of a class may be marked.  Variables belong to the module
+    itself, not to the scope.
+
+    >>> import jax.numpy as jnp, shardflax.nn as nn
+    >>> class Auto(nn.Module):
+    ...     @nn.compact_name_scope
+    ...     def encode(self, x):
+    ...         return nn.Dense(2)(x)
+    ...
+    ...     @nn.compact_name_scope
+    ...     def decode(self, x):
+    ...         return nn.Dense(3)(x)
+    ...
+    ...     def __call__(self, x):
+    ...         return self.decode(self.encode(x))
+    >>> params = Auto().init(jax.random.key(0), jnp.ones((1, 3)))["params"]
+    >>> sorted(params), sorted(params["encode"])
+    (['decode', 'encode'], ['Dense_0'])
+    """
+    fun.compact_name_scope = True  # pyright: ignore[reportFunctionMemberAccess]
+    return fun
+
+
 def nowrap(fun: F) -> F:
     """Marks a method that needs nothing of what happens around calls of a module's methods.
 
@@ -83,12 +111,13 @@ def nowrap(fun: F) -> F:
 class _Progress:
     """How far a module has got: the rest of its Python-side state is in the node of its scope."""
 
-    __slots__ = ("compact", "ready", "setup")
+    __slots__ = ("children", "compact", "ready", "setup")
 
-    def __init__(self, compact: bool = False) -> None:
+    def __init__(self) -> None:
         self.ready = False  # fields adopted and setup run
         self.setup = False  # in setup
-        self.compact = compact  # in a compact method
+        self.compact = False  # in a compact method
+        self.children: dict[str, Module] = {}
 
 
 @dataclass_transform(kw_only_default=False, field_specifiers=(dataclasses.field,))
@@ -127,20 +156,16 @@ class Module(Crossable, _Typed):
 
     def __init_subclass__(cls, kw_only: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for reserved in ("parent", "name"):
-            if reserved in inspect.get_annotations(cls):
-                raise ReservedModuleAttributeError(cls.__name__, reserved)
-        _check_compact(cls)
-        fields = {*inspect.get_annotations(cls), *getattr(cls, "__dataclass_fields__", ())}
-        for name, value in list(cls.__dict__.items()):
-            if name not in fields and _is_method(name, value):
-                setattr(cls, name, wrap_method(value))
-        own_hash = "__hash__" in cls.__dict__
-        own_repr = "__repr__" in cls.__dict__
-        make = dataclasses.dataclass(repr=False, unsafe_hash=not own_hash, kw_only=kw_only)
-        make(cls)
-        if not own_repr:
-            cls.__repr__ = _repr
+        make_module_class(cls, kw_only)
+
+    def __repr__(self) -> str:
+        fields = [f for f in dataclasses.fields(self) if f.repr and f.name != "name"]
+        shown = {f.name: self.__dict__.get(f.name) for f in fields}
+        children = self._progress.children.items()
+        made = {name: c for name, c in children if not isinstance(c, _NameScope)}
+        rows = [*_rows("attributes", shown), *_rows("children", made)]
+        head = f"{type(self).__name__}("
+        return "\n".join([head, *rows, ")"]) if rows else head + ")"
 
     # --- construction
 
@@ -154,6 +179,8 @@ class Module(Crossable, _Typed):
             parent._adopt_new(self)
         elif isinstance(parent, Scope):
             self.__dict__["scope"] = parent
+        elif parent is not None:
+            raise InvalidParentError(type(self).__name__, parent)
 
     def _adopt_new(self, child: Module) -> None:
         """Takes a submodule that is being made in one of this module's methods."""
@@ -178,6 +205,7 @@ class Module(Crossable, _Typed):
         scope = self.scope
         scope.reserve(name)
         attrs["scope"] = scope.at(name)
+        self._progress.children[name] = child
 
     # --- preparation: fields are adopted, then setup runs, at the first call of a method
 
@@ -199,16 +227,14 @@ class Module(Crossable, _Typed):
 
     def _adopt_fields(self) -> None:
         attrs = self.__dict__
-        for name in _field_names(type(self)):
-            value = attrs[name]
-            if isinstance(value, _HOLDERS) and _holds_module(value):
+        for name in field_names(type(self)):
+            value = attrs.get(name)
+            if type(value) not in _LEAVES and not _is_leaf(value):
                 attrs[name] = self._adopt(name, value)
 
     def _adopt(self, name: str, value: Any) -> Any:
         """`value` with each unbound module in it made a child, named after its place."""
-        if isinstance(value, Module):
-            return self._adopt_module(name, value)
-        return _map_items(value, lambda key, item: self._adopt(f"{name}_{key}", item))
+        return holders.frozen(holders.replace(value, _is_module, self._adopt_module, name))
 
     def _adopt_module(self, name: str, module: Module) -> Module:
         if module.scope is not None or self.scope is None:
@@ -219,10 +245,26 @@ class Module(Crossable, _Typed):
         # Made outside of any module: the run gets a copy, one for all places that share it.
         adopted = self.scope.store.adopted
         if id(module) not in adopted:
-            copy = module.clone(parent=None, name=None)
+            copy = module.clone(name=None)
             adopted[id(module)] = (module, copy)
             self._bind_child(copy, name)
         return adopted[id(module)][1]
+
+    def _name_scope(self, name: str) -> Module:
+        """The parent of what a method marked `compact_name_scope` makes."""
+        self._bound()
+        place = self._progress.children.get(name)
+        if not isinstance(place, _NameScope):
+            place = _NameScope(parent=None)
+            self._bind_child(place, name)
+        return place
+
+    def _move(self, scope: Scope) -> None:
+        """Takes another place, and its submodules with it."""
+        self.__dict__["scope"] = scope
+        for name, child in self._progress.children.items():
+            scope.reserve(name)
+            child._move(scope.at(name))
 
     def setup(self) -> None:
         """Makes parameters and submodules of a module that is not compact; for subclasses."""
@@ -235,11 +277,10 @@ class Module(Crossable, _Typed):
             object.__setattr__(self, name, value)
         elif not progress.setup:
             raise SetAttributeFrozenModuleError(type(self).__name__, name)
-        elif name in _field_names(type(self)):
+        elif name in field_names(type(self)):
             raise SetAttributeInModuleSetupError(type(self).__name__, name)
         else:
-            value = self._adopt(name, value)
-            object.__setattr__(self, name, _frozen_list(value))
+            object.__setattr__(self, name, self._adopt(name, value))
 
     def __getattr__(self, name: str) -> Any:
         # Only called for what is not there: setup may be about to make it.
@@ -252,24 +293,38 @@ class Module(Crossable, _Typed):
         hint = hint if self.scope is None else ""
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}.{hint}")
 
-    def clone(self: M, *, parent: Any = None, **updates: Any) -> M:
+    def clone(
+        self: M,
+        *,
+        parent: Any = None,
+        _deep_clone: bool = False,
+        _reset_names: bool = False,
+        **updates: Any,
+    ) -> M:
         """A copy of the module, unbound unless `parent` says otherwise, with some fields replaced.
+
+        Modules in fields are shared with the copy, unless `_deep_clone` asks for copies of them
+        too; `_reset_names` then leaves those without names.
 
         >>> import shardflax.nn as nn
         >>> nn.Dense(2).clone(features=3).features
         3
         """
-        fields = {name: self.__dict__[name] for name in _init_field_names(type(self))}
+        fields = {name: self.__dict__[name] for name in init_field_names(type(self))}
+        if _deep_clone:
+            fields = _deep_fields(fields, _reset_names, {})
         return type(self)(**{**fields, **updates, "parent": parent})
 
     def copy(self: M, *, parent: Any = _UNSET, name: str | None = None, **updates: Any) -> M:
         """A copy of the module that becomes a child of the module being run.
 
+        It shares nothing: modules in fields are copied too.
+
         >>> import shardflax.nn as nn
         >>> nn.Dense(2).copy(name="out").name
         'out'
         """
-        return self.clone(parent=parent, name=name, **updates)
+        return self.clone(parent=parent, _deep_clone=True, name=name, **updates)
 
     # --- where
 
@@ -383,6 +438,32 @@ class Module(Crossable, _Typed):
         scope.put_variable(col, name, reduce_fn(old, value))
         return True
 
+    def perturb(self, name: str, value: Any, collection: str = "perturbations") -> Any:
+        """`value`, plus a variable of zeros whose gradient is that of `value`.
+
+        The variable is made at `init`.  Where `apply` gets no `collection`, nothing is added.
+        Raises `PerturbationNotFoundError` if it gets one that does not have `name`.
+
+        >>> import jax.numpy as jnp, shardflax.nn as nn
+        >>> class Square(nn.Module):
+        ...     @nn.compact
+        ...     def __call__(self, x):
+        ...         return self.perturb("root", x) ** 2
+        >>> variables = Square().init(jax.random.key(0), 3.0)
+        >>> jax.grad(Square().apply)(variables, 3.0)["perturbations"]["root"].item()
+        6.0
+        """
+        scope = self._bound()
+        if not scope.has_variable(collection, name):
+            if scope.is_mutable_collection(collection):
+                scope.put_variable(collection, name, jax.tree.map(jnp.zeros_like, value))
+            elif collection not in scope.store.collections:
+                return value
+            else:
+                found = scope.collection(collection)
+                raise PerturbationNotFoundError(name, collection, scope.path_text, found)
+        return jax.tree.map(jnp.add, value, scope.get_variable(collection, name))
+
     # --- runs
 
     def init_with_output(
@@ -431,23 +512,48 @@ class Module(Crossable, _Typed):
         call = run.apply(fn, self, mutable, capture_intermediates)
         return call(variables, *args, rngs=rngs, **kwargs)
 
+    def lazy_init(
+        self,
+        rngs: Any,
+        *args: Any,
+        method: Any = None,
+        mutable: CollectionFilter = run.INIT_MUTABLE,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """`init` without the forward pass; arrays among `args` may be `jax.ShapeDtypeStruct`.
+
+        Raises `LazyInitError` if a variable depends on the values of such an argument.
+
+        >>> import shardflax.nn as nn
+        >>> shape = jax.ShapeDtypeStruct((10**9, 3), "float32")
+        >>> nn.Dense(2).lazy_init(jax.random.key(0), shape)["params"]["kernel"].shape
+        (3, 2)
+        """
+        fn = run.method_of(self, method)
+        return run.lazy_init(fn, self, mutable)(rngs, *args, **kwargs)
+
     def bind(
         self: M,
         variables: Mapping[str, Any],
-        *,
+        *args: Any,
         rngs: Any = None,
         mutable: CollectionFilter = False,
     ) -> M:
-        """The module with its variables, for interactive use: call its methods as they are."""
+        """The module with its variables, for interactive use: call its methods as they are.
+
+        `args` are ignored.  `setup` runs when its results are first needed.
+        """
+        if not _is_module(self):
+            raise InvalidInstanceModuleError(self)
         module = self._bind_root(bind(variables, rngs, mutable))
-        module._prepare()
+        module._adopt_fields()
         return module
 
     def _bind_root(self: M, scope: Scope) -> M:
         """The module of a new run; what is in its fields takes no part in any other run."""
         memo: dict[int, Any] = {}
-        fields = {n: self.__dict__[n] for n in _init_field_names(type(self))}
-        updates = {n: _detach(v, memo) for n, v in fields.items() if isinstance(v, _HOLDERS)}
+        fields = {n: self.__dict__[n] for n in init_field_names(type(self))}
+        updates = {n: _detach(v, memo) for n, v in fields.items() if not _is_leaf(v)}
         return self.clone(parent=scope, **updates)
 
     def unbind(self: M) -> tuple[M, dict[str, Any]]:
@@ -462,10 +568,59 @@ class Module(Crossable, _Typed):
     def _detached(self: M, memo: dict[int, Any]) -> M:
         """A nameless copy that belongs to no run, and so do the modules in its fields."""
         if id(self) not in memo:
-            fields = {n: self.__dict__[n] for n in _init_field_names(type(self)) if n != "name"}
+            fields = {n: self.__dict__[n] for n in init_field_names(type(self)) if n != "name"}
             updates = {n: _detach(value, memo) for n, value in fields.items()}
             memo[id(self)] = self.clone(name=None, **updates)
         return memo[id(self)]
+
+    # --- tables
+
+    def tabulate(
+        self,
+        rngs: Any,
+        *args: Any,
+        depth: int | None = None,
+        show_repeated: bool = False,
+        mutable: CollectionFilter = run.INIT_MUTABLE,
+        console_kwargs: Mapping[str, Any] | None = None,
+        table_kwargs: Mapping[str, Any] | None = None,
+        column_kwargs: Mapping[str, Any] | None = None,
+        compute_flops: bool = False,
+        compute_vjp_flops: bool = False,
+        **kwargs: Any,
+    ) -> str:
+        """A table of the submodules that `init` would make: see `shardflax.core.summary`."""
+        make = summary.tabulate(
+            self,
+            rngs,
+            depth=depth,
+            show_repeated=show_repeated,
+            mutable=mutable,
+            console_kwargs=console_kwargs,
+            table_kwargs=table_kwargs,
+            column_kwargs=column_kwargs,
+            compute_flops=compute_flops,
+            compute_vjp_flops=compute_vjp_flops,
+        )
+        return make(*args, **kwargs)
+
+    def module_paths(
+        self,
+        rngs: Any,
+        *args: Any,
+        show_repeated: bool = False,
+        mutable: CollectionFilter = run.INIT_MUTABLE,
+        **kwargs: Any,
+    ) -> dict[str, Module]:
+        """The modules that `init` would call, unbound, by their paths; `""` is the module itself.
+
+        With `show_repeated`, modules that are called in other ways than by `__call__` count too.
+
+        >>> import jax.numpy as jnp, shardflax.nn as nn
+        >>> nn.Sequential([nn.Dense(2)]).module_paths(jax.random.key(0), jnp.ones((1, 2))).keys()
+        dict_keys(['', 'layers_0'])
+        """
+        return summary.module_paths(self, rngs, args, kwargs, show_repeated, mutable)
 
     # --- crossing a lift
 
@@ -474,7 +629,7 @@ class Module(Crossable, _Typed):
             self._adopt_fields()
 
     def _recipe(self) -> tuple[dict[str, Any], Any]:
-        return {n: self.__dict__[n] for n in _init_field_names(type(self))}, self._progress.compact
+        return {n: self.__dict__[n] for n in init_field_names(type(self))}, self._progress.compact
 
     @classmethod
     def _rebuild(cls, fields: dict[str, Any], scope: Scope, progress: Any) -> Any:
@@ -490,81 +645,89 @@ class Module(Crossable, _Typed):
         return wrap_method(fn, function_target=not is_method)
 
 
-def _frozen_list(value: Any) -> Any:
-    return tuple(cast("list[Any]", value)) if type(value) is list else value
+dataclasses.dataclass(repr=False, unsafe_hash=True)(Module)
 
 
-def _holds_module(value: Any) -> bool:
-    """True for a module, and a container with one in it at any depth."""
-    if isinstance(value, Module):
-        return True
-    items: Any = cast("dict[Any, Any]", value).values() if isinstance(value, dict) else value
-    return any(isinstance(item, _HOLDERS) and _holds_module(item) for item in items)
+class _NameScope(Module):
+    """The parent of what a method marked `compact_name_scope` makes."""
+
+
+def share_scope(module: Module, other: Module, /) -> None:
+    """Lets two modules have one scope: their variables are siblings, under one path.
+
+    To be called in `setup`.  If `other` lies below `module`, it moves up; otherwise `module` moves
+    to the place of `other`.  A name still stands for one thing.
+
+    Raises `CallShareScopeOnUnboundModuleError` if one of them is not bound.
+
+    >>> import jax.numpy as jnp, shardflax.nn as nn
+    >>> class WithScale(nn.Module):
+    ...     base: nn.Module
+    ...
+    ...     def setup(self):
+    ...         nn.share_scope(self, self.base)
+    ...
+    ...     @nn.compact
+    ...     def __call__(self, x):
+    ...         return self.base(x) * self.param("scale", nn.initializers.ones, (2,))
+    >>> params = WithScale(nn.Dense(2)).init(jax.random.key(0), jnp.ones((1, 2)))["params"]
+    >>> sorted(params)
+    ['bias', 'kernel', 'scale']
+    """
+    for found in (module, other):
+        if found.scope is None:
+            raise CallShareScopeOnUnboundModuleError(type(found).__name__)
+    here, there = module._bound(), other._bound()  # pyright: ignore[reportPrivateUsage]
+    below = there.store is here.store and there.path[: len(here.path)] == here.path
+    moving, place = (other, here) if below else (module, there)
+    moving._move(place.beside())  # pyright: ignore[reportPrivateUsage]
+
+
+def _is_module(value: Any) -> bool:
+    return isinstance(value, Module)
+
+
+_LEAVES: set[type] = {int, float, bool, str, type(None)}
+
+
+def _is_leaf(value: Any) -> bool:
+    """True for what neither is a module nor can hold one; its type is known from then on."""
+    if isinstance(value, Module) or holders.is_holder(value):
+        return False
+    _LEAVES.add(type(value))
+    return True
 
 
 def _detach(value: Any, memo: dict[int, Any]) -> Any:
     """`value` with a copy that belongs to no run in the place of each bound module in it."""
-    if isinstance(value, Module):
-        return value if value.scope is None else value._detached(memo)  # pyright: ignore[reportPrivateUsage]
-    return _map_items(value, lambda _, item: _detach(item, memo))
+
+    def detach(_: str, module: Module) -> Module:
+        return module if module.scope is None else module._detached(memo)  # pyright: ignore[reportPrivateUsage]
+
+    return holders.replace(value, _is_module, detach)
 
 
-def _map_items(value: Any, fn: Callable[[Any, Any], Any]) -> Any:
-    """Applies `fn(key, item)` to the items of a list, tuple or dict; leaves other values alone."""
-    if isinstance(value, dict):
-        return {k: fn(k, v) for k, v in cast("dict[Any, Any]", value).items()}
-    if isinstance(value, list | tuple):
-        items = [fn(i, v) for i, v in enumerate(cast("list[Any]", value))]
-        cls: Any = cast("Any", value).__class__
-        return cls(*items) if hasattr(cls, "_fields") else cls(items)
-    return value
+def _deep_fields(
+    fields: dict[str, Any], reset_names: bool, memo: dict[int, Module]
+) -> dict[str, Any]:
+    """`fields` with a copy of each module in them: one, for all places that share it."""
+
+    def deep(_: str, module: Module) -> Module:
+        if id(module) not in memo:
+            names = init_field_names(type(module))
+            inner = _deep_fields({n: module.__dict__[n] for n in names}, reset_names, memo)
+            if reset_names:
+                inner["name"] = None
+            memo[id(module)] = module.clone(**inner)
+        return memo[id(module)]
+
+    return {name: holders.replace(value, _is_module, deep) for name, value in fields.items()}
 
 
-def _is_method(name: str, value: Any) -> bool:
-    """True for what is to be wrapped: plain functions, but dunder methods other than `__call__`."""
-    if not isinstance(value, FunctionType) or name == "setup":
-        return False
-    if any(getattr(value, mark, False) for mark in ("nowrap", "lifted", "wrapped")):
-        return False
-    return name == "__call__" or not name.startswith("__")
-
-
-def _check_compact(cls: type) -> None:
-    names = [n for n in dir(cls) if getattr(getattr(cls, n, None), "compact", False)]
-    if len(names) > 1:
-        raise MultipleMethodsCompactError(cls.__name__, names)
-
-
-_HOLDERS = (Module, list, tuple, dict)  # values that may be or hold modules
-_FIELDS: dict[type, tuple[str, ...]] = {}
-_INIT_FIELDS: dict[type, tuple[str, ...]] = {}
-
-
-def _field_names(cls: type) -> tuple[str, ...]:
-    """The hyperparameters of a module class, with `name`, without `parent`."""
-    names = _FIELDS.get(cls)
-    if names is None:
-        fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
-        names = _FIELDS[cls] = tuple(f.name for f in fields if f.name != "parent")
-        _INIT_FIELDS[cls] = tuple(f.name for f in fields if f.init and f.name != "parent")
-    return names
-
-
-def _init_field_names(cls: type) -> tuple[str, ...]:
-    _field_names(cls)
-    return _INIT_FIELDS[cls]
-
-
-def _repr(self: Module) -> str:
-    rows = [f"    {n} = {_indent(self.__dict__.get(n))}" for n in _field_names(type(self))]
-    rows = [r for r in rows if not r.startswith("    name = ")]
-    head = f"{type(self).__name__}("
-    return "\n".join([head, "    # attributes", *rows, ")"]) if rows else head + ")"
+def _rows(title: str, values: Mapping[str, Any]) -> list[str]:
+    rows = [f"    {name} = {_indent(value)}" for name, value in values.items()]
+    return [f"    # {title}", *rows] if rows else []
 
 
 def _indent(value: Any) -> str:
     return repr(value).replace("\n", "\n    ")
-
-
-dataclasses.dataclass(repr=False, unsafe_hash=True)(Module)
-Module.__repr__ = _repr

@@ -13,11 +13,11 @@ from shardflax.core.errors import (
     ApplyModuleInvalidMethodError,
     InvalidInstanceModuleError,
 )
-from shardflax.core.functional import bind, changeable
+from shardflax.core.functional import bind, changeable, known_variables
 from shardflax.core.names import CollectionFilter, DenyList, Names
 from shardflax.core.scope import Scope
 
-__all__ = ["INIT_MUTABLE", "apply", "init", "init_with_output", "method_of"]
+__all__ = ["INIT_MUTABLE", "apply", "init", "init_with_output", "lazy_init", "method_of"]
 
 INIT_MUTABLE = DenyList("intermediates")  # what may change in init unless said otherwise
 
@@ -158,5 +158,28 @@ def init(
 
     def call(rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return both(rngs, *args, **kwargs)[1]
+
+    return call
+
+
+def lazy_init(
+    fn: Callable[..., Any], module: Any, mutable: CollectionFilter = INIT_MUTABLE
+) -> Callable[..., dict[str, Any]]:
+    """`init` for arguments of which only the shapes need to be known.
+
+    Arrays among the arguments may be given as `jax.ShapeDtypeStruct`; what only the output needs
+    is not computed.  Raises `LazyInitError` if a variable depends on the values of such an
+    argument.
+
+    >>> import jax, shardflax.nn as nn
+    >>> make = lazy_init(lambda m, x: m(x), nn.Dense(2))
+    >>> variables = make(jax.random.key(0), jax.ShapeDtypeStruct((10**9, 3), "float32"))
+    >>> variables["params"]["kernel"].shape
+    (3, 2)
+    """
+    make = init(fn, module, mutable)
+
+    def call(rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return known_variables(functools.partial(make, rngs), *args, **kwargs)
 
     return call

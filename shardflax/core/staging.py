@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import jax
+from jax._src import config as jax_config
 from jax._src import core as jax_core  # jax.extend.core has the same, and imports all of Pallas
 from jax._src import traceback_util
 from jax.interpreters import partial_eval
@@ -23,6 +24,7 @@ __all__ = [
     "show_frames",
 ]
 
+_config: Any = jax_config
 _core: Any = jax_core
 _partial_eval: Any = partial_eval
 jx: Any = jax  # JAX as an untyped value: some of its functions are half typed
@@ -132,7 +134,9 @@ def known(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         args, kwargs = jx.tree.unflatten(tree, [values.get(i, x) for i, x in enumerate(leaves)])
         return fn(*args, **kwargs)
 
-    closed, shapes = jx.make_jaxpr(of_missing, return_shape=True)(missing)
+    # What does not depend on them stays concrete while `fn` is traced: it may branch on it.
+    with _config.eager_constant_folding(True):
+        closed, shapes = jx.make_jaxpr(of_missing, return_shape=True)(missing)
     jaxpr, out = closed.jaxpr, jx.tree.leaves(shapes)
     told = range(len(out))
     if _needs_inputs(jaxpr, jaxpr.outvars):

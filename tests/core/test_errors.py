@@ -33,7 +33,7 @@ def test_used_after_its_run() -> None:
 
 
 @pytest.mark.parametrize(
-    "transform", [jax.jit, jax.vmap, jax.checkpoint, lambda f: lambda x: jax.lax.map(f, x)]
+    "transform", [jax.jit, jax.checkpoint, lambda f: lambda x: jax.lax.map(f, x)]
 )
 def test_state_made_inside_of_a_jax_transform(transform: Any) -> None:
     """It would leak out of the trace."""

@@ -1,0 +1,184 @@
+"""Classes of modules: what becomes of the methods, properties and fields that a user writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+from shardflax.core.calls import wrap_method
+from shardflax.core.errors import (
+    CallSetupUnboundModuleError,
+    DescriptorAttributeError,
+    HashBoundModuleError,
+    MultipleMethodsCompactError,
+    ReservedModuleAttributeError,
+)
+
+__all__ = ["field_names", "init_field_names", "make_module_class"]
+
+_RESERVED = ("parent", "name")
+
+
+def make_module_class(cls: type, kw_only: bool) -> None:
+    """Makes a class a dataclass and wraps its methods.
+
+    Raises `ReservedModuleAttributeError` and `MultipleMethodsCompactError`.
+
+    >>> import shardflax.nn as nn
+    >>> class Scale(nn.Module):
+    ...     factor: int = 2
+    >>> field_names(Scale)
+    ('name', 'factor')
+    """
+    annotations = inspect.get_annotations(cls)
+    for reserved in _RESERVED:
+        if reserved in annotations:
+            raise ReservedModuleAttributeError(cls.__name__, reserved)
+    _check_compact(cls)
+    fields = {*annotations, *getattr(cls, "__dataclass_fields__", ())}
+    for name, value in list(cls.__dict__.items()):
+        if name not in fields:
+            wrapped = _wrapped(name, value)
+            if wrapped is not value:
+                setattr(cls, name, wrapped)
+    own = {name: name in cls.__dict__ for name in ("__hash__", "__eq__")}
+    dataclasses.dataclass(repr=False, unsafe_hash=not own["__hash__"], kw_only=kw_only)(cls)
+    if not own["__hash__"]:
+        setattr(cls, "__hash__", _hash_of_unbound(cls.__hash__))  # noqa: B010
+    if not own["__eq__"]:
+        setattr(cls, "__eq__", _equal_in_place(cls.__eq__))  # noqa: B010
+
+
+def _wrapped(name: str, value: Any) -> Any:
+    if isinstance(value, FunctionType):
+        if name == "setup":
+            return _guarded_setup(value)
+        return wrap_method(value) if _is_method(name, value) else value
+    if isinstance(value, property):
+        fget = value.fget and _explained(value.fget)
+        return property(fget, value.fset, value.fdel, value.__doc__)
+    if name.startswith("__") or isinstance(value, staticmethod | classmethod | type):
+        return value
+    if isinstance(value, functools.partialmethod) or not hasattr(type(value), "__get__"):
+        return value
+    return _Descriptor(value) if not hasattr(type(value), "__set__") else value
+
+
+def _is_method(name: str, value: FunctionType) -> bool:
+    """True for what is to be wrapped: plain functions, but dunder methods other than `__call__`."""
+    if any(getattr(value, mark, False) for mark in ("nowrap", "lifted", "wrapped")):
+        return False
+    return name == "__call__" or not name.startswith("__")
+
+
+def _check_compact(cls: type) -> None:
+    found = ((n, getattr(cls, n, None)) for n in dir(cls))
+    # A wrapper of a compact method carries its mark, and is no other method.
+    marked = {n: inspect.unwrap(f) for n, f in found if f and getattr(f, "compact", False)}
+    if len({id(f) for f in marked.values()}) > 1:
+        raise MultipleMethodsCompactError(cls.__name__, sorted(marked))
+
+
+# --- descriptors: an AttributeError in one must not look as if the descriptor were missing
+
+
+def _explained(get: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(get)
+    def fget(self: Any, *args: Any) -> Any:
+        try:
+            return get(self, *args)
+        except AttributeError as error:
+            raise DescriptorAttributeError(type(self).__name__, get.__name__, error) from error
+
+    return fget
+
+
+class _Descriptor:
+    """A descriptor that cannot be set, such as a cached property."""
+
+    def __init__(self, wrapped: Any) -> None:
+        self.wrapped = wrapped
+        self.name = "?"
+        self.__doc__ = getattr(wrapped, "__doc__", None)
+        self.__isabstractmethod__ = getattr(wrapped, "__isabstractmethod__", False)
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, module: Any, owner: Any = None) -> Any:
+        if module is None:
+            return self.wrapped.__get__(None, owner)
+        try:
+            return self.wrapped.__get__(module, owner)
+        except AttributeError as error:
+            raise DescriptorAttributeError(type(module).__name__, self.name, error) from error
+
+
+# --- methods that every class gets
+
+
+def _guarded_setup(setup: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(setup)
+    def guarded(self: Any) -> None:
+        if self._progress.setup:
+            setup(self)
+        elif self.scope is None:
+            raise CallSetupUnboundModuleError(type(self).__name__)
+        else:
+            self._prepare()
+
+    return guarded
+
+
+def _hash_of_unbound(hash_of: Callable[[Any], int]) -> Callable[[Any], int]:
+    def __hash__(self: Any) -> int:
+        if self.scope is not None:
+            raise HashBoundModuleError(type(self).__name__)
+        return hash_of(self)
+
+    return __hash__
+
+
+def _equal_in_place(equal: Callable[[Any, object], Any]) -> Callable[[Any, object], Any]:
+    def __eq__(self: Any, other: object) -> Any:
+        if type(self) is type(other) and self.scope != getattr(other, "scope", None):
+            return False
+        return equal(self, other)
+
+    return __eq__
+
+
+# --- fields
+
+_FIELDS: dict[type, tuple[str, ...]] = {}
+_INIT_FIELDS: dict[type, tuple[str, ...]] = {}
+
+
+def field_names(cls: type) -> tuple[str, ...]:
+    """The hyperparameters of a module class, with `name`, without `parent`.
+
+    >>> import shardflax.nn as nn
+    >>> "features" in field_names(nn.Dense)
+    True
+    """
+    names = _FIELDS.get(cls)
+    if names is None:
+        fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
+        names = _FIELDS[cls] = tuple(f.name for f in fields if f.name != "parent")
+        _INIT_FIELDS[cls] = tuple(f.name for f in fields if f.init and f.name != "parent")
+    return names
+
+
+def init_field_names(cls: type) -> tuple[str, ...]:
+    """Those of `field_names` that are arguments of the class.
+
+    >>> import shardflax.nn as nn
+    >>> init_field_names(nn.Module)
+    ('name',)
+    """
+    field_names(cls)
+    return _INIT_FIELDS[cls]

@@ -1,0 +1,90 @@
+"""Values that may hold modules: any pytree among the fields and attributes of a module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+from shardflax.core.frozen_dict import FrozenDict, freeze
+from shardflax.core.staging import jx
+
+__all__ = ["find", "frozen", "is_holder", "replace"]
+
+_PLAIN: dict[type, bool] = {
+    list: True,
+    tuple: True,
+    dict: True,
+    FrozenDict: True,
+    type(None): False,
+}
+
+
+def is_holder(value: Any) -> bool:
+    """True for a container: a pytree that is no leaf.
+
+    >>> is_holder([1]), is_holder("text"), is_holder(None)
+    (True, False, False)
+    """
+    cls = cast("type[Any]", type(value))
+    known = _PLAIN.get(cls)
+    if known is None:
+        known = _PLAIN[cls] = not jx.tree_util.all_leaves([value])
+    return known
+
+
+def find(value: Any, is_item: Callable[[Any], bool]) -> list[Any]:
+    """What `is_item` accepts, in `value` or in the containers that it is made of.
+
+    >>> find([1, {"a": ("b", 2)}], lambda x: isinstance(x, str))
+    ['b']
+    """
+    if is_item(value):
+        return [value]
+    if not is_holder(value):
+        return []
+    try:
+        leaves = jx.tree.leaves(value, is_leaf=is_item)
+    except (TypeError, ValueError):  # a dict whose keys have no order: no pytree, so no container
+        return []
+    return [x for x in leaves if is_item(x)]
+
+
+def replace(
+    value: Any, is_item: Callable[[Any], bool], fn: Callable[[str, Any], Any], name: str = ""
+) -> Any:
+    """`value` with `fn(name, item)` for each item in it, named after its place.
+
+    >>> replace([1, {"a": ("b", 2)}], lambda x: isinstance(x, str), lambda name, x: name, "at")
+    [1, {'a': ('at_1_a_0', 2)}]
+    """
+    if is_item(value):
+        return fn(name, value)
+    if not find(value, is_item):
+        return value
+
+    def visit(path: Any, x: Any) -> Any:
+        return fn("_".join([name, *map(_key, path)]), x) if is_item(x) else x
+
+    return jx.tree.map_with_path(visit, value, is_leaf=is_item)
+
+
+def _key(entry: Any) -> str:
+    """A step of a path, as it appears in the names of modules."""
+    keys = (getattr(entry, kind, None) for kind in ("key", "idx", "name"))
+    return str(next(key for key in keys if key is not None))
+
+
+def frozen(value: Any) -> Any:
+    """`value` with tuples for lists and `FrozenDict`s for dicts, at any depth of them.
+
+    >>> frozen([1, [2], {"a": [3]}])
+    (1, (2,), FrozenDict({
+        a: (3,),
+    }))
+    """
+    if isinstance(value, dict):
+        items = cast("dict[Any, Any]", value).items()
+        return freeze({key: frozen(item) for key, item in items})
+    if type(value) is list or type(value) is tuple:
+        return tuple(frozen(item) for item in cast("list[Any]", value))
+    return value

@@ -1,0 +1,425 @@
+"""Tables: what a module is made of, what goes in and out, what is stored and what it costs.
+
+Everything is found out by one abstract run of `init`, without arithmetic or memory for arrays.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from shardflax.core import boxes, run
+from shardflax.core.boundary import Lift
+from shardflax.core.calls import intercept_methods
+from shardflax.core.cross import cross
+from shardflax.core.names import CollectionFilter
+from shardflax.core.staging import jx
+
+__all__ = ["Row", "module_paths", "rows", "tabulate"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One call of a method of a module: what went in and came out, as shapes, and what it costs.
+
+    `flops` and `vjp_flops` are those of the forward pass, and of forward and backward pass
+    together; `None` if they were not asked for.
+
+    >>> Row(("a",), None, "__call__", (1,), {}, 2).title
+    'a'
+    """
+
+    path: tuple[str, ...]
+    module: Any
+    method: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    outputs: Any
+    flops: int | None = None
+    vjp_flops: int | None = None
+
+    @property
+    def title(self) -> str:
+        """The path as text; empty for the root."""
+        return "/".join(self.path)
+
+
+def tabulate(
+    module: Any,
+    rngs: Any,
+    depth: int | None = None,
+    show_repeated: bool = False,
+    mutable: CollectionFilter = run.INIT_MUTABLE,
+    console_kwargs: Mapping[str, Any] | None = None,
+    table_kwargs: Mapping[str, Any] | None = None,
+    column_kwargs: Mapping[str, Any] | None = None,
+    compute_flops: bool = False,
+    compute_vjp_flops: bool = False,
+    **kwargs: Any,
+) -> Callable[..., str]:
+    """A function of the arguments of a module that returns a table of its submodules, as text.
+
+    Arrays among the arguments may be `jax.ShapeDtypeStruct`.  `depth` cuts off submodules, whose
+    variables are then counted where they are cut.  `show_repeated` shows every call, not only the
+    first of each module.  `console_kwargs`, `table_kwargs` and `column_kwargs` go to rich's
+    `Console`, `Table` and `Table.add_column`; `kwargs` go to the module.
+
+    FLOPs are XLA's estimates for one call, also of modules inside of a lifted transform.
+
+    >>> import shardflax.nn as nn
+    >>> table = tabulate(nn.Dense(2), jax.random.key(0), console_kwargs={"force_terminal": False})
+    >>> print(table(jnp.ones((4, 3))))
+    <BLANKLINE>
+                                   Dense Summary...
+    ┏━━━━━━┳━━━━━━━━┳━━━━━━━━━━━━━━┳━━━━━━━━━━━━━━┳━━━━━━━━━━━━━━━━━━━━━━┓
+    ┃ path ┃ module ┃ inputs       ┃ outputs      ┃ params               ┃
+    ┡━━━━━━╇━━━━━━━━╇━━━━━━━━━━━━━━╇━━━━━━━━━━━━━━╇━━━━━━━━━━━━━━━━━━━━━━┩
+    │      │ Dense  │ float32[4,3] │ float32[4,2] │ bias: float32[2]     │
+    │      │        │              │              │ kernel: float32[3,2] │
+    │      │        │              │              │                      │
+    │      │        │              │              │ 8 (32 B)             │
+    ├──────┼────────┼──────────────┼──────────────┼──────────────────────┤
+    │      │        │              │        Total │ 8 (32 B)             │
+    └──────┴────────┴──────────────┴──────────────┴──────────────────────┘
+    <BLANKLINE>
+                          Total Parameters: 8 (32 B)...
+    """
+    costs = _Costs(compute_flops, compute_vjp_flops)
+
+    def make(*fn_args: Any, **fn_kwargs: Any) -> str:
+        given = {**kwargs, **fn_kwargs}
+        found, variables = rows(module, rngs, fn_args, given, mutable, costs)
+        shown = _shown(found, depth, show_repeated)
+        table = _table(type(module).__name__, shown, variables, costs, table_kwargs, column_kwargs)
+        return _render(table, console_kwargs)
+
+    return make
+
+
+def module_paths(
+    module: Any,
+    rngs: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    show_repeated: bool = False,
+    mutable: CollectionFilter = run.INIT_MUTABLE,
+) -> dict[str, Any]:
+    """The modules that a run of `init` calls, unbound, by their paths.
+
+    >>> import shardflax.nn as nn
+    >>> sorted(module_paths(nn.Dense(2), jax.random.key(0), (jnp.ones((1, 2)),), {}))
+    ['']
+    """
+    found, _ = rows(module, rngs, args, kwargs, mutable, _Costs())
+    return {row.title: row.module for row in reversed(_shown(found, None, show_repeated))}
+
+
+# --- finding out
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """Which costs are asked for."""
+
+    flops: bool = False
+    vjp_flops: bool = False
+
+
+def rows(
+    module: Any,
+    rngs: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    mutable: CollectionFilter,
+    costs: _Costs,
+) -> tuple[list[Row], dict[str, Any]]:
+    """The calls of a run of `init`, each before those made in it, and the variables as shapes.
+
+    >>> import shardflax.nn as nn
+    >>> found, _ = rows(nn.Dense(2), jax.random.key(0), (jnp.ones((1, 2)),), {}, True, _Costs())
+    >>> [row.method for row in found]
+    ['__call__']
+    """
+    found: list[Row | None] = []
+
+    def record(call: Any, call_args: Any, call_kwargs: Any, told: Any) -> Any:
+        if told.method_name == "setup":
+            return call(*call_args, **call_kwargs)
+        place = len(found)
+        found.append(None)
+        result = call(*call_args, **call_kwargs)
+        counted = _count(told, call_args, call_kwargs, costs)
+        found[place] = Row(
+            told.module.path,
+            told.module.clone(_deep_clone=True, _reset_names=True, name=None),
+            told.method_name,
+            _abstract(call_args),
+            _abstract(call_kwargs),
+            _abstract(result),
+            *counted,
+        )
+        return result
+
+    leaves, tree = jx.tree.flatten((args, dict(kwargs)))
+    arrays = {i: leaf for i, leaf in enumerate(leaves) if _is_array(leaf)}
+
+    def init(rngs: Any, arrays: Any) -> Any:
+        filled = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
+        init_args, init_kwargs = jx.tree.unflatten(tree, filled)
+        with intercept_methods(record):
+            return module.init(rngs, *init_args, mutable=mutable, **init_kwargs)
+
+    variables = jx.eval_shape(init, rngs, arrays)
+    return [row for row in found if row is not None], variables
+
+
+def _is_array(x: Any) -> bool:
+    return hasattr(x, "shape") and hasattr(x, "dtype")
+
+
+def _abstract(tree: Any) -> Any:
+    """`tree` with shapes for arrays."""
+
+    def shape(x: Any) -> Any:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype) if _is_array(x) else x
+
+    return jx.tree.map(shape, tree, is_leaf=_is_array)
+
+
+def _count(told: Any, args: Any, kwargs: Any, costs: _Costs) -> tuple[int | None, int | None]:
+    """What a call costs: it is lowered once more, as it is inside of any transform around it."""
+    if not (costs.flops or costs.vjp_flops):
+        return None, None
+    counted: list[int | None] = [None, None]
+
+    def measure(pure: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
+        forward = _Forward(pure, state, args, kwargs)
+        if costs.flops:
+            counted[0] = _flops(forward.output, forward.arrays)
+        if costs.vjp_flops:
+            counted[1] = _flops(forward.pull_back, forward.arrays)
+        return None, ((),)
+
+    lift = Lift(measure, outs=())
+    fn = getattr(type(told.module), told.method_name)
+    cross(lift, fn, fn, None, (told.module, *args), kwargs)
+    return counted[0], counted[1]
+
+
+class _Forward:
+    """The inside of a boundary as a function of its arrays."""
+
+    def __init__(self, pure: Any, state: Any, args: Any, kwargs: Any) -> None:
+        self.pure = pure
+        self.leaves, self.tree = jx.tree.flatten((state, args, kwargs))
+        shapes = _abstract(self.leaves)
+        self.arrays = {i: x for i, x in enumerate(shapes) if _is_array(x)}
+
+    def output(self, arrays: dict[int, Any]) -> Any:
+        filled = [arrays.get(i, leaf) for i, leaf in enumerate(self.leaves)]
+        state, args, kwargs = jx.tree.unflatten(self.tree, filled)
+        result = self.pure(state, *args, **kwargs)[0]
+        return [x for x in jx.tree.leaves(result) if _is_array(x)]
+
+    def pull_back(self, arrays: dict[int, Any]) -> Any:
+        moved = {i: x for i, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
+        fixed = {i: x for i, x in arrays.items() if i not in moved}
+        out, pull = jax.vjp(lambda moved: self.output({**fixed, **moved}), moved)
+        return pull([jnp.ones_like(x) for x in out])
+
+
+def _flops(fn: Callable[..., Any], arrays: Any) -> int:
+    analysis = jax.jit(fn).lower(arrays).cost_analysis()
+    found = analysis[0] if isinstance(analysis, list) else analysis
+    return int((found or {}).get("flops", 0))
+
+
+def _shown(found: list[Row], depth: int | None, show_repeated: bool) -> list[Row]:
+    """The rows to show; the first of each path is by `__call__`, if there is one such call."""
+    if depth is not None:
+        found = [row for row in found if len(row.path) <= depth]
+    if show_repeated:
+        return found
+    first: dict[tuple[str, ...], Row] = {}
+    for row in found:
+        if row.method == "__call__":
+            first.setdefault(row.path, row)
+    return list(first.values())
+
+
+# --- the table
+
+
+def _table(
+    title: str,
+    found: list[Row],
+    variables: Mapping[str, Any],
+    costs: _Costs,
+    table_kwargs: Mapping[str, Any] | None,
+    column_kwargs: Mapping[str, Any] | None,
+) -> Table:
+    cols = sorted(variables, key=lambda col: (col == "params", col))
+    asked = {"flops": costs.flops, "vjp_flops": costs.vjp_flops}
+    heads = ["path", "module", "inputs", "outputs", *(n for n, wanted in asked.items() if wanted)]
+    options: dict[str, Any] = {
+        "show_header": True,
+        "show_lines": True,
+        "show_footer": True,
+        "title": f"{title} Summary",
+        **(table_kwargs or {}),
+    }
+    table = Table(**options)
+    total = {col: _Size.of(variables[col]) for col in cols}
+    for head in heads:
+        footer = Text.from_markup("Total", justify="right") if head == heads[-1] else ""
+        table.add_column(head, **{"footer": footer, **(column_kwargs or {})})
+    for col in cols:
+        table.add_column(col, **{"footer": total[col].markup(), **(column_kwargs or {})})
+    shown = {row.path for row in found}
+    seen: set[tuple[str, ...]] = set()
+    for row in found:
+        fresh = row.path not in seen
+        seen.add(row.path)
+        cells = [_own(row.path, variables[col], shown) if fresh else "" for col in cols]
+        counts = [c for c in (row.flops, row.vjp_flops) if c is not None]
+        table.add_row(row.title, *_call_cells(row), *map(str, counts), *cells)
+    everything = functools.reduce(_Size.__add__, total.values(), _Size(0, 0))
+    table.caption_style = "bold"
+    table.caption = f"\nTotal Parameters: {everything.markup()}"
+    return table
+
+
+def _call_cells(row: Row) -> tuple[str, str, str]:
+    name = type(row.module).__name__
+    title = name if row.method == "__call__" else f"{name} [dim]({row.method})[/dim]"
+    given = [*row.args, *([dict(row.kwargs)] if row.kwargs else [])]
+    inputs = given[0] if len(given) == 1 else given
+    return title, _text(inputs), _text(row.outputs)
+
+
+def _own(path: tuple[str, ...], tree: Any, shown: set[tuple[str, ...]]) -> str:
+    """What a module has in a collection: its own variables, the sizes of them and of hidden ones."""
+    for name in path:
+        tree = tree.get(name, {}) if isinstance(tree, Mapping) else {}
+    if not isinstance(tree, Mapping):
+        return ""
+    items = cast("Mapping[str, Any]", tree).items()
+    own = {name: value for name, value in items if not isinstance(value, Mapping)}
+    size = _hidden(path, tree, shown)
+    if not size.count and not own:
+        return ""
+    lines = _lines(own) if own else []
+    return "\n".join([*lines, *([""] if lines else []), f"[bold]{size.markup()}[/bold]"])
+
+
+def _hidden(path: tuple[str, ...], tree: Any, shown: set[tuple[str, ...]]) -> _Size:
+    """The size of the variables at a path, and below where no module is shown."""
+    size = _Size(0, 0)
+    for name, value in cast("Mapping[str, Any]", tree).items():
+        below = (*path, name)
+        if not isinstance(value, Mapping):
+            size = size + _Size.of(value)
+        elif below not in shown:
+            size = size + _hidden(below, value, shown)
+    return size
+
+
+@dataclass(frozen=True)
+class _Size:
+    count: int
+    nbytes: int
+
+    @classmethod
+    def of(cls, tree: Any) -> _Size:
+        leaves = [x for x in jx.tree.leaves(boxes.unbox(tree)) if _is_array(x)]
+        counts = [math.prod(x.shape) for x in leaves]
+        widths = [getattr(x.dtype, "itemsize", 0) for x in leaves]
+        return cls(sum(counts), sum(c * w for c, w in zip(counts, widths, strict=True)))
+
+    def __add__(self, other: _Size) -> _Size:
+        return _Size(self.count + other.count, self.nbytes + other.nbytes)
+
+    def markup(self) -> str:
+        return f"{self.count:,} [dim]({_human(self.nbytes)})[/dim]"
+
+
+def _human(nbytes: float) -> str:
+    units = ["B", "KB", "MB", "GB", "TB"]
+    power = min(int(math.log(nbytes, 1000)), len(units) - 1) if nbytes else 0
+    number = nbytes / 1000**power
+    return f"{number:.1f} {units[power]}" if power else f"{int(nbytes)} B"
+
+
+# --- values as text: nested like YAML
+
+
+def _text(value: Any) -> str:
+    return "\n".join(_lines(value))
+
+
+def _lines(value: Any) -> list[str]:
+    if isinstance(value, Mapping):
+        items = cast("Mapping[Any, Any]", value).items()
+        return [line for name, item in items for line in _entry(f"{name}:", item)]
+    if isinstance(value, list | tuple) and not _fields(value):
+        items = cast("Iterable[Any]", value)
+        return [line for item in items for line in _dashed(_lines(item))]
+    fields = _fields(value)
+    return _lines(fields) if fields else [_leaf(value)]
+
+
+def _entry(head: str, item: Any) -> list[str]:
+    lines = _lines(item)
+    if len(lines) == 1 and not _nests(item):
+        return [f"{head} {lines[0]}"]
+    return [head, *(f"  {line}" for line in lines)]
+
+
+def _dashed(lines: list[str]) -> list[str]:
+    return [("- " if i == 0 else "  ") + line for i, line in enumerate(lines)] or ["- "]
+
+
+def _nests(item: Any) -> bool:
+    return isinstance(item, Mapping | list | tuple) or bool(_fields(item))
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """The items of a named tuple."""
+    return dict(value._asdict()) if hasattr(value, "_asdict") else {}
+
+
+def _leaf(value: Any) -> str:
+    if boxes.is_box(value):
+        names = getattr(value, "names", None)
+        held = _leaf(value.unbox())
+        return held if names is None else f"{held} [dim]P[/dim]({', '.join(map(str, names))})"
+    if _is_array(value):
+        shape = ",".join(map(str, value.shape))
+        return (
+            f"[dim]{jnp.dtype(value.dtype).name if _plain(value) else value.dtype}[/dim][{shape}]"
+        )
+    if isinstance(value, type) or callable(value):
+        return getattr(value, "__name__", type(value).__name__)
+    return str(value)
+
+
+def _plain(value: Any) -> bool:
+    return not jnp.issubdtype(value.dtype, jax.dtypes.extended)
+
+
+def _render(table: Table, console_kwargs: Mapping[str, Any] | None) -> str:
+    options = {"force_terminal": True, "force_jupyter": False, **(console_kwargs or {})}
+    console = Console(**{"file": io.StringIO(), **options})
+    with console.capture() as capture:
+        console.print(table)
+    return f"\n{capture.get()}\n"
