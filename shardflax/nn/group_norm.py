@@ -61,19 +61,20 @@ class GroupNorm(Norm):
             raise InputRankError(where(self), "inputs", "(batch, ..., features)", x.shape)
         groups = self._groups(x.shape[-1])
         over = self.reduction(x, mask, self._reduced(x))
-        # From here on the groups have a dim of their own.
-        scale, bias = (
-            None if v is None else jnp.reshape(v, (*v.shape[:-1], *groups))
-            for v in self.scale_and_bias(x, (x.ndim - 1,))
-        )
         if mask is not None:
             whole = jnp.broadcast_to(mask, (*jnp.shape(mask)[:-1], x.shape[-1]))
             over = over._replace(mask=jnp.reshape(whole, (*whole.shape[:-1], *groups)))
+        # The groups have a dim of their own where moments are taken, and only there.
         over = over._replace(dims=(*over.dims[:-1], x.ndim))
         grouped = jnp.reshape(x, (*x.shape[:-1], *groups))
-        mean, variance = (jnp.expand_dims(v, over.dims) for v in self.moments(grouped, over))
-        y = self.normalized(grouped, mean, variance, scale, bias)
-        return windows.Said(self.out_axes).lay_out(jnp.reshape(y, x.shape))
+        others = over.dims[:-1]
+        mean, variance = (
+            jnp.expand_dims(jnp.repeat(v, groups[1], axis=-1), others)
+            for v in self.moments(grouped, over)
+        )
+        scale, bias = self.scale_and_bias(x, (x.ndim - 1,))
+        y = self.normalized(x, mean, variance, scale, bias)
+        return windows.Said(self.out_axes).lay_out(y)
 
     @nowrap
     def _groups(self, features: int) -> tuple[int, int]:

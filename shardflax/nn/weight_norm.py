@@ -16,26 +16,28 @@ from shardflax import partitioning
 from shardflax.core import Module, compact, map_variables, nowrap
 from shardflax.core.boxes import is_box, unbox
 from shardflax.nn import dtypes, initializers
-from shardflax.nn._norms import for_rank, squared
+from shardflax.nn._norms import squared
 from shardflax.nn.errors import InputRankError, where
 from shardflax.nn.general import canonical_dims
 from shardflax.nn.types import Array, Axes, Dtype, Initializer, Names
-from shardflax.partitioning import default_names
+from shardflax.partitioning import LogicallyPartitioned, default_names
 from shardflax.partitioning.explicit_out import InAuto, explicit_axes
 
 __all__ = ["SpectralNorm", "WeightNorm"]
 
 
 def _with_params(layer: Module, fn: Any, init: bool, keep: bool = False) -> Any:
-    """`layer` as a function, with each of its parameters as `fn(path, value)` gives it.
+    """`layer` as a function, with each of its parameters as `fn(path, value, names)` gives it.
 
-    They stay so at `init`; with `keep` also in an `apply` that may change them.
+    The names are those of the parameter's box, if it has one.  At `init` the parameters stay so;
+    with `keep` also in an `apply` that may change them.
     """
 
     def one(path: Any, leaf: Any) -> Any:
         # The first key is the collection's.
         keys = (str(getattr(key, "key", key)) for key in path[1:])
-        value = fn("/".join((str(layer.name), *keys)), unbox(leaf))
+        known = leaf.names if isinstance(leaf, LogicallyPartitioned) else None
+        value = fn("/".join((str(layer.name), *keys)), unbox(leaf), known)
         return leaf.replace_boxed(value) if is_box(leaf) else value
 
     def mapped(collections: Any) -> Any:
@@ -50,7 +52,9 @@ def _call(layer: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _unit(x: Array, epsilon: float, dims: tuple[int, ...] | None = None) -> Array:
     """`x` divided by its Euclidean norm over `dims`."""
-    return x * lax.rsqrt(jnp.sum(squared(x), axis=dims, keepdims=True) + epsilon)
+    # Not `lax.square`, whose derivative rounds otherwise than Linen's product does.
+    squares = squared(x) if jnp.iscomplexobj(x) else x * x
+    return x * lax.rsqrt(jnp.sum(squares, axis=dims, keepdims=True) + epsilon)
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,8 @@ class SpectralNorm(Module):
     `<path>/u` that is kept, with the estimate `<path>/sigma`, in the collection `batch_stats` (or
     `collection_name`); with `update_stats` they are stored anew, which needs that collection
     mutable.  Parameters of one dim and scalars stay as they are; of more than two dims, all but the
-    last are merged, or, with `error_on_non_matrix`, they are an `InputRankError`.
+    last are merged, or, with `error_on_non_matrix`, they are an `InputRankError`.  `stats_axes`
+    names the dims of `u`, `(1, features)`; by default the last has the parameter's name.
 
     >>> import jax, jax.numpy as jnp, shardflax.nn as nn
     >>> layer = nn.SpectralNorm(nn.Dense(2, use_bias=False), n_steps=20)
@@ -94,7 +99,7 @@ class SpectralNorm(Module):
     param_dtype: Dtype = jnp.float32
     error_on_non_matrix: bool = False
     collection_name: str = "batch_stats"
-    stats_axes: Names = field(default=default_names(None, "norm"), kw_only=True)
+    stats_axes: Names | None = field(default=None, kw_only=True)
 
     @compact
     def __call__(self, *args: Any, update_stats: bool, **kwargs: Any) -> Any:
@@ -103,7 +108,7 @@ class SpectralNorm(Module):
         return _with_params(self.layer_instance, fn, init, keep=True)(*args, **kwargs)
 
     @nowrap
-    def _normalized(self, name: str, value: Array, update: bool) -> Array:
+    def _normalized(self, name: str, value: Array, known: Names | None, update: bool) -> Array:
         if value.ndim < 2:
             return value
         if value.ndim > 2 and self.error_on_non_matrix:
@@ -111,7 +116,7 @@ class SpectralNorm(Module):
                 where(self), f"parameters {name!r}", "a matrix (error_on_non_matrix)", value.shape
             )
         matrix = jnp.reshape(value, (-1, value.shape[-1]))
-        u, sigma = self._statistics(name, matrix.shape[-1])
+        u, sigma = self._statistics(name, matrix.shape[-1], known and known[-1])
         iterate: Any = _PowerIteration(self.n_steps, self.epsilon)
         if explicit_axes():
             specs: Any = (jax.typeof(matrix).sharding.spec, PartitionSpec(), PartitionSpec())
@@ -123,11 +128,12 @@ class SpectralNorm(Module):
         return dtypes.cast(jnp.reshape(y, value.shape), dtype)
 
     @nowrap
-    def _statistics(self, name: str, size: int) -> tuple[Any, Any]:
-        """The variables `u` and `sigma` of one parameter."""
+    def _statistics(self, name: str, size: int, known: Any) -> tuple[Any, Any]:
+        """The variables `u` and `sigma` of a parameter; `known` is the name of its last dim."""
         col, shape = self.collection_name, (1, size)
         key = None if self.has_variable(col, f"{name}/u") else self.make_rng("params")
-        init = partitioning.named(initializers.normal(1.0), self.stats_axes)
+        axes = default_names(None, known) if self.stats_axes is None else self.stats_axes
+        init = partitioning.named(initializers.normal(1.0), axes)
         u = self.variable(col, f"{name}/u", init, key, shape, self.param_dtype)
         return u, self.variable(col, f"{name}/sigma", jnp.ones, (), self.param_dtype)
 
@@ -138,7 +144,7 @@ class WeightNorm(Module):
     The norm is that over all dims but `feature_axes` (`None`: over all dims); the parameter
     `<path>/scale`, left out with `use_scale=False`, has the sizes of those.  `variable_filter` are
     parts of names: parameters whose path has one of them are normalized, with `None` all are.
-    Dims that do not exist are an `AxesError`.
+    `scale_axes` are by default the parameter's names.  Dims that do not exist are an `AxesError`.
 
     >>> import jax, jax.numpy as jnp, shardflax.nn as nn
     >>> layer = nn.WeightNorm(nn.Dense(2, use_bias=False))
@@ -155,7 +161,7 @@ class WeightNorm(Module):
     scale_init: Initializer = initializers.ones
     feature_axes: Axes | None = -1
     variable_filter: Iterable[str] | None = field(default_factory=lambda: {"kernel"})
-    scale_axes: Names = field(default=default_names("norm"), kw_only=True)
+    scale_axes: Names | None = field(default=None, kw_only=True)
 
     @compact
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -163,17 +169,19 @@ class WeightNorm(Module):
         return call(*args, **kwargs)
 
     @nowrap
-    def _normalized(self, name: str, value: Array) -> Array:
+    def _normalized(self, name: str, value: Array, known: Names | None) -> Array:
         if self.variable_filter is not None and not any(f in name for f in self.variable_filter):
             return value
-        axes = () if self.feature_axes is None else self.feature_axes
-        features = canonical_dims(where(self), "feature_axes", axes, value.shape)
+        dims = () if self.feature_axes is None else self.feature_axes
+        features = canonical_dims(where(self), "feature_axes", dims, value.shape)
         others = tuple(d for d in range(value.ndim) if d not in features)
         y = _unit(value, self.epsilon, others)
         scale = None
         if self.use_scale:
             shape = tuple(value.shape[d] for d in features)
-            init = partitioning.named(self.scale_init, for_rank(self.scale_axes, len(features)))
+            same = [known and known[d] for d in features]
+            axes = default_names(*same) if self.scale_axes is None else self.scale_axes
+            init = partitioning.named(self.scale_init, axes)
             scale = self.param(f"{name}/scale", init, shape, self.param_dtype)
             y = y * jnp.expand_dims(scale, others)
         return dtypes.cast(y, dtypes.canonicalize_dtype(value, scale, dtype=self.dtype))
