@@ -20,10 +20,11 @@ def layer_norm(p: Any, x: jax.Array) -> jax.Array:
     square = lax.square(x)
     mean = jnp.mean(x, -1)
     variance = jnp.maximum(0.0, jnp.mean(square, -1) - lax.square(mean))
-    y = x - jnp.expand_dims(mean, -1)
-    factor = lax.rsqrt(jnp.expand_dims(variance, -1) + 1e-6)
     shape = (1,) * (x.ndim - 1) + (-1,)
-    return y * (factor * jnp.reshape(p["scale"], shape)) + jnp.reshape(p["bias"], shape)
+    scale, bias = jnp.reshape(p["scale"], shape), jnp.reshape(p["bias"], shape)
+    mean, variance = jnp.expand_dims(mean, -1), jnp.expand_dims(variance, -1)
+    y = x - mean
+    return y * (lax.rsqrt(variance + 1e-6) * scale) + bias
 
 
 def dense(p: Any, x: jax.Array, n_in: int = 1, product: Any = None) -> jax.Array:

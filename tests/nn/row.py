@@ -63,6 +63,8 @@ class Row:
     """The meshes of the tests divide all parameters, as their default names want it."""
     batched: bool = True
     """The first dim of all inputs is the batch, which outputs have too."""
+    over_weights: bool = False
+    """Statistics of the weights are taken, so their sharded dims are summed over."""
     over_batch: bool = False
     """Elements of the batch see one another: a statistic over the batch is the layer's meaning."""
     writes: tuple[str, ...] = WRITTEN
@@ -121,10 +123,10 @@ def maker(layer: str, *args: Any, **fixed: Any) -> Callable[..., Any]:
 
 
 def layers_of(namespace: Any) -> set[str]:
-    """The names of all layers of a namespace; bases that only share code are none."""
+    """The names of all layers of a namespace; bases that only share code are none, aliases no second."""
     found = {n: getattr(namespace, n) for n in namespace.__all__ if not n.endswith("Base")}
     return {
-        n
-        for n, v in found.items()
+        v.__name__
+        for v in found.values()
         if isinstance(v, type) and issubclass(v, namespace.Module) and v is not namespace.Module
     }

@@ -108,9 +108,10 @@ class Allowed:
     Weights over `fsdp` are gathered, and nothing else is.  Sums over a dim that lies over `tensor`
     are reduced, and activations that are whole along the length before or after are gathered or
     scattered: weights over `tensor` never are.  Over the batch's axes statistics are summed, where
-    the layer's meaning is one.
+    the layer's meaning is one; so are those of weights over theirs.
     """
 
+    row: Row
     held: set[str]
     weights: set[tuple[int, ...]]
     statistics: tuple[str, ...]
@@ -121,10 +122,12 @@ class Allowed:
         held = {a for leaf in leaves for entry in leaf.spec for a in spec_axes(entry)}
         weights = {tuple(sorted(n for n in leaf.shape if n > 1)) for leaf in leaves if leaf.spec}
         over = partitioning.batch_axes(on.mesh, on.rules) if row.over_batch else ()
-        return cls(held, weights, over)
+        return cls(row, held, weights, over)
 
     def __contains__(self, found: Collective) -> bool:
         weight = tuple(sorted(n for n in found.shape if n > 1)) in self.weights
+        if self.row.over_weights and set(found.axes) <= self.held:
+            return True
         match found.kind, *found.axes:
             case "all-gather", "fsdp":
                 return "fsdp" in self.held and weight
