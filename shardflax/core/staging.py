@@ -21,7 +21,9 @@ __all__ = [
     "hoist",
     "jx",
     "known",
+    "policy_names",
     "show_frames",
+    "with_checkpoint_names",
 ]
 
 _config: Any = jax_config
