@@ -9,7 +9,7 @@ import functools
 import io
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import jax
@@ -20,7 +20,7 @@ from rich.text import Text
 
 from shardflax.core import boxes, run
 from shardflax.core.boundary import Lift
-from shardflax.core.calls import intercept_methods
+from shardflax.core.calls import context, intercept_methods
 from shardflax.core.cross import cross
 from shardflax.core.names import CollectionFilter
 from shardflax.core.staging import jx
@@ -203,17 +203,29 @@ def _count(told: Any, args: Any, kwargs: Any, costs: _Costs) -> tuple[int | None
     counted: list[int | None] = [None, None]
 
     def measure(pure: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
-        forward = _Forward(pure, state, args, kwargs)
+        forward = _Forward(_applied(pure), state, args, kwargs)
         if costs.flops:
             counted[0] = _flops(forward.output, forward.arrays)
         if costs.vjp_flops:
-            counted[1] = _flops(forward.pull_back, forward.arrays)
-        return None, ((),)
+            counted[1] = _flops(forward.both, forward.arrays, forward.shapes())
+        pure.traced(tuple(entry.node for entry in pure.entries))
+        return None, (tuple({} for _ in pure.entries),)
 
-    lift = Lift(measure, outs=())
+    node = told.module.scope.node
+    cursor, node.cursor = node.cursor, {}  # the method has not ended: names are numbered anew
+    interceptors, context.interceptors = context.interceptors, []
     fn = getattr(type(told.module), told.method_name)
-    cross(lift, fn, fn, None, (told.module, *args), kwargs)
+    try:
+        cross(Lift(measure), [fn], (told.module, *args), kwargs, fn)
+    finally:
+        node.cursor, context.interceptors = cursor, interceptors
     return counted[0], counted[1]
+
+
+def _applied(pure: Any) -> Any:
+    """The same, as in `apply`, and leaving no trace."""
+    entries = tuple(replace(entry, flags=()) for entry in pure.entries)
+    return replace(pure, entries=entries, traced=lambda nodes: None)
 
 
 class _Forward:
@@ -231,15 +243,24 @@ class _Forward:
         result = self.pure(state, *args, **kwargs)[0]
         return [x for x in jx.tree.leaves(result) if _is_array(x)]
 
-    def pull_back(self, arrays: dict[int, Any]) -> Any:
+    def shapes(self) -> list[Any]:
+        return jx.eval_shape(self.output, self.arrays)
+
+    def both(self, arrays: dict[int, Any], cotangents: list[Any]) -> Any:
+        """The output, and what comes back to the floating point arrays that went in."""
         moved = {i: x for i, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
         fixed = {i: x for i, x in arrays.items() if i not in moved}
-        out, pull = jax.vjp(lambda moved: self.output({**fixed, **moved}), moved)
-        return pull([jnp.ones_like(x) for x in out])
+
+        def outputs(moved: dict[int, Any]) -> Any:
+            out = self.output({**fixed, **moved})
+            return [x for x in out if jnp.issubdtype(x.dtype, jnp.inexact)]
+
+        out, pull = jax.vjp(outputs, moved)
+        return out, pull([x for x in cotangents if jnp.issubdtype(x.dtype, jnp.inexact)])
 
 
-def _flops(fn: Callable[..., Any], arrays: Any) -> int:
-    analysis = jax.jit(fn).lower(arrays).cost_analysis()
+def _flops(fn: Callable[..., Any], *shapes: Any) -> int:
+    analysis = jx.jit(fn).lower(*shapes).cost_analysis()
     found = analysis[0] if isinstance(analysis, list) else analysis
     return int((found or {}).get("flops", 0))
 
