@@ -59,19 +59,21 @@ def _unit(x: Array, epsilon: float, dims: tuple[int, ...] | None = None) -> Arra
 
 @dataclass(frozen=True)
 class _PowerIteration:
-    """From a matrix and a guess `u`: the matrix over its largest singular value, that, and `u`."""
+    """From weights and a guess `u`: the weights over the largest singular value, that, and `u`."""
 
     steps: int
     epsilon: float
 
-    def __call__(self, matrix: Array, u: Array) -> tuple[Array, Array, Array]:
+    def __call__(self, weights: Array, u: Array) -> tuple[Array, Array, Array]:
+        matrix = jnp.reshape(weights, (-1, weights.shape[-1]))
         v = jnp.zeros((1, matrix.shape[0]), u.dtype)
         for _ in range(self.steps):
             v = _unit(jnp.matmul(u, matrix.T), self.epsilon)
             u = _unit(jnp.matmul(v, matrix), self.epsilon)
         u, v = lax.stop_gradient(u), lax.stop_gradient(v)
         sigma = jnp.matmul(jnp.matmul(v, matrix), u.T)[0, 0]
-        return matrix / jnp.where(sigma != 0, sigma, 1), sigma, u
+        y = matrix / jnp.where(sigma != 0, sigma, 1)
+        return jnp.reshape(y, weights.shape), sigma, u
 
 
 class SpectralNorm(Module):
@@ -115,17 +117,17 @@ class SpectralNorm(Module):
             raise InputRankError(
                 where(self), f"parameters {name!r}", "a matrix (error_on_non_matrix)", value.shape
             )
-        matrix = jnp.reshape(value, (-1, value.shape[-1]))
-        u, sigma = self._statistics(name, matrix.shape[-1], known and known[-1])
+        u, sigma = self._statistics(name, value.shape[-1], known and known[-1])
         iterate: Any = _PowerIteration(self.n_steps, self.epsilon)
         if explicit_axes():
-            specs: Any = (jax.typeof(matrix).sharding.spec, PartitionSpec(), PartitionSpec())
+            of_value, of_u = (jax.typeof(x).sharding.spec for x in (value, u.value))
+            specs: Any = (of_value, PartitionSpec(), of_u)
             iterate = InAuto(iterate, specs)
-        y, new_sigma, new_u = iterate(matrix, u.value)
+        y, new_sigma, new_u = iterate(value, u.value)
         if update:
             u.value, sigma.value = new_u, new_sigma
         dtype = dtypes.canonicalize_dtype(value, new_u, new_sigma, dtype=self.dtype)
-        return dtypes.cast(jnp.reshape(y, value.shape), dtype)
+        return dtypes.cast(y, dtype)
 
     @nowrap
     def _statistics(self, name: str, size: int, known: Any) -> tuple[Any, Any]:
