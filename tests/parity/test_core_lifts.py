@@ -667,3 +667,38 @@ def options_for_each_method(nn: Any) -> Any:
     mapped = nn.vmap(Pair, methods={"__call__": over, "scaled": {**over, "in_axes": (0, None)}})
     variables = mapped().init(KEY, XS)
     return variables, mapped().apply(variables, XS, X, method="scaled")
+
+
+# --- options that are about layouts and programs
+
+
+@program
+def scan_data_transform(nn: Any) -> Any:
+    """What `data_transform` makes of the groups is what the body sees."""
+
+    def doubled(variables: Any, rngs: Any) -> Any:
+        return jax.tree.map(lambda x: 2 * x, variables), rngs
+
+    model = stack(nn, variable_carry=(), data_transform=doubled, _split_transpose=True)()
+    params = {"Lin_0": {"kernel": jnp.ones((3, 3, 3)) / 6, "bias": jnp.arange(9.0).reshape(3, 3)}}
+    state = {"Count_0": {"count": jnp.zeros(3, jnp.int32), "total": jnp.ones((3, 2, 3))}}
+    return model.apply({"params": params, "state": state}, X, None, mutable=["state"])
+
+
+@program
+def vmap_over_a_mesh_axis(nn: Any) -> Any:
+    """`spmd_axis_name` puts the mapped dim on that axis, also in constraints inside."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            y = nn.Lin()(x)
+            spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("model"))
+            y = jax.lax.with_sharding_constraint(y, spec)
+            return jax.lax.psum(y, "i")
+
+    over = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "axis_name": "i"}
+    model = nn.vmap(Block, spmd_axis_name="data", **over)()
+    variables = model.init(KEY, XS)
+    return variables, model.apply(variables, XS)
