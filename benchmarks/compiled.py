@@ -7,13 +7,16 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Cost", "cost_of", "differences"]
+__all__ = ["Cost", "cost_of", "differences", "instructions"]
 
 _COLLECTIVE = re.compile(
     r"= (?P<shape>\(?[^=]*?) "
     r"(?P<op>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
 )
 _LAYOUT = re.compile(r"\{[^}]*\}")
+_METADATA = re.compile(r", (?:metadata|stack_frame_id)=\{[^}]*\}")
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%|^\s*(?:ENTRY )?%?\S+ \(")
+_NAME = re.compile(r"%[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,24 @@ def cost_of(compiled: Any) -> Cost:
         temporary_bytes=memory.temp_size_in_bytes,
         alias_bytes=memory.alias_size_in_bytes,
     )
+
+
+def instructions(compiled: Any) -> str:
+    """The HLO of a `jax.stages.Compiled`, without where it comes from and how things are called.
+
+    Two programs of equal instructions are the same to the processor.
+
+    >>> import jax, jax.numpy as jnp
+    >>> def twice(x):
+    ...     return 2.0 * x
+    >>> compiled = [jax.jit(f).lower(jnp.ones(3)).compile() for f in (twice, lambda x: x * 2.0)]
+    >>> instructions(compiled[0]) == instructions(compiled[1])
+    True
+    """
+    text = _METADATA.sub("", compiled.as_text())
+    text = "\n".join(line for line in text.splitlines() if _INSTRUCTION.search(line))
+    numbers: dict[str, str] = {}
+    return _NAME.sub(lambda m: numbers.setdefault(m[0], f"%{len(numbers)}"), text)
 
 
 def collectives(hlo: str) -> Counter[str]:
