@@ -38,6 +38,9 @@ class _Context(threading.local):
         self.interceptors: list[Callable[..., Any]] = []
         self.named: bool | None = None  # what override_named_call says, if anything
 
+    def __reduce__(self) -> str:
+        return "context"  # wrapped methods that are pickled by value refer to the one that is here
+
 
 context = _Context()
 

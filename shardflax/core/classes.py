@@ -65,7 +65,7 @@ def _wrapped(name: str, value: Any) -> Any:
         return value
     if isinstance(value, functools.partialmethod) or not hasattr(type(value), "__get__"):
         return value
-    return _Descriptor(value) if not hasattr(type(value), "__set__") else value
+    return _Descriptor(name, value) if not hasattr(type(value), "__set__") else value
 
 
 def _is_method(name: str, value: FunctionType) -> bool:
@@ -100,14 +100,11 @@ def _explained(get: Callable[..., Any]) -> Callable[..., Any]:
 class _Descriptor:
     """A descriptor that cannot be set, such as a cached property."""
 
-    def __init__(self, wrapped: Any) -> None:
+    def __init__(self, name: str, wrapped: Any) -> None:
         self.wrapped = wrapped
-        self.name = "?"
+        self.name = name
         self.__doc__ = getattr(wrapped, "__doc__", None)
         self.__isabstractmethod__ = getattr(wrapped, "__isabstractmethod__", False)
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
 
     def __get__(self, module: Any, owner: Any = None) -> Any:
         if module is None:

@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar, cast
 import jax
 
 from shardflax.core.boundary import Boundary, Lift
-from shardflax.core.errors import TransformTargetError
+from shardflax.core.errors import TransformedMethodReturnValueError, TransformTargetError
 from shardflax.core.scope import Scope, Variable
 
 __all__ = ["Crossable", "Lifted", "cross", "lifted"]
@@ -251,7 +251,12 @@ class _Inside:
         fn = self.fn
         if isinstance(first, Crossable):
             fn = first._inner_call(fn, self.outer)  # pyright: ignore[reportPrivateUsage]
-        return fn(first, *fill(args), **fill(kwargs))
+        result = fn(first, *fill(args), **fill(kwargs))
+        for x in jax.tree.leaves(result, is_leaf=_crosses):
+            if isinstance(x, Crossable | Variable):
+                name = getattr(self.fn, "__name__", "call")
+                raise TransformedMethodReturnValueError(name, type(x).__name__)
+        return result
 
 
 def cross(

@@ -329,7 +329,7 @@ def _call_cells(row: Row) -> tuple[str, str, str]:
 
 
 def _own(path: tuple[str, ...], tree: Any, shown: set[tuple[str, ...]]) -> str:
-    """What a module has in a collection: its own variables, the sizes of them and of hidden ones."""
+    """What a module has in a collection: its own variables, and the size with hidden ones."""
     for name in path:
         tree = tree.get(name, {}) if isinstance(tree, Mapping) else {}
     if not isinstance(tree, Mapping):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -306,3 +307,162 @@ def collection_left_out_of_a_lift(nn: Any) -> None:
 @raises("InvalidRngError", "'params'", "split_rngs")
 def stream_of_params_left_out(nn: Any) -> None:
     nn.vmap(nn.Lin, variable_axes={"params": 0})().init(KEY, X)
+
+
+# --- the rest of the catalogue
+
+
+@raises("CallSetupUnboundModuleError", "M is bound to no variables", "nn.apply(lambda m:")
+def setup_by_hand(nn: Any) -> None:
+    class M(nn.Module):
+        def setup(self) -> None:
+            self.layer = nn.Lin()
+
+    M().setup()
+
+
+@raises("DescriptorAttributeError", "M.prop", "M has no attribute 'non_existent_field'")
+def property_of_a_missing_field(nn: Any) -> None:
+    class M(nn.Module):
+        @property
+        def prop(self) -> Any:
+            return self.non_existent_field
+
+        def __call__(self, x: Any) -> Any:
+            return self.prop
+
+    M().init(KEY, X)
+
+
+@raises("DescriptorAttributeError", "M.prop")
+def inherited_property_of_a_missing_field(nn: Any) -> None:
+    class Base(nn.Module):
+        @property
+        def prop(self) -> Any:
+            return hasattr(self, "prop_of_that") or self.non_existent_field
+
+    class M(Base):
+        pass
+
+    assert not hasattr(M(), "no_such")
+    getattr(M(), "prop", None)
+
+
+@raises("DescriptorAttributeError", "M.prop")
+def cached_property_of_a_missing_field(nn: Any) -> None:
+    class M(nn.Module):
+        @functools.cached_property
+        def prop(self) -> Any:
+            return self.non_existent_field
+
+    M().bind({}).prop  # noqa: B018
+
+
+@raises("KeyError", "'a'")
+def property_that_fails(nn: Any) -> None:
+    class M(nn.Module):
+        @property
+        def prop(self) -> Any:
+            return {}["a"]
+
+    M().prop  # noqa: B018
+
+
+@raises("AttributeError", "'int' object has no attribute 'nope'")
+def setup_that_fails(nn: Any) -> None:
+    class M(nn.Module):
+        def setup(self) -> None:
+            self.a = (3).nope  # pyright: ignore[reportAttributeAccessIssue]
+
+        def __call__(self, x: Any) -> Any:
+            return self.a
+
+    M().init(KEY, X)
+
+
+@raises("CallShareScopeOnUnboundModuleError", "Lin is not bound", "nn.share_scope(self")
+def share_scope_of_unbound_modules(nn: Any) -> None:
+    nn.share_scope(nn.Lin(), nn.Lin())
+
+
+@raises("NameInUseError", "at /", "'kernel'")
+def shared_scope_collides(nn: Any) -> None:
+    class M(nn.Module):
+        base: Any
+
+        def setup(self) -> None:
+            nn.share_scope(self, self.base)
+
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            return self.base(x) + self.param("kernel", nn.uniform, (3, 3)).sum()
+
+    M(nn.Lin()).init(KEY, X)
+
+
+@raises("TransformedMethodReturnValueError", "method __call__ returns a Lin")
+def lifted_method_returns_a_module(nn: Any) -> None:
+    class M(nn.Module):
+        @nn.jit
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            return nn.Lin()
+
+    M().init(KEY, X)
+
+
+@raises("TransformedMethodReturnValueError", "returns a Variable")
+def lifted_method_returns_a_variable(nn: Any) -> None:
+    class M(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            return {"a": [self.variable("state", "v", lambda: 1)]}
+
+    nn.remat(M)().init(KEY, X)
+
+
+@raises("InvalidInstanceModuleError", "Model(...).init(key, x)")
+def bind_of_a_class(nn: Any) -> None:
+    nn.Lin.bind({}, {})
+
+
+@raises("AssignSubModuleError", "Lin")
+def partial_of_a_module_in_setup(nn: Any) -> None:
+    class M(nn.Module):
+        def setup(self) -> None:
+            self.make = functools.partial(nn.Lin, use_bias=False)
+
+        def __call__(self, x: Any) -> Any:
+            return self.make(features=4)(x)
+
+    M().init(KEY, X)
+
+
+@raises("ValueError", "expected the module whose")
+def parent_of_wrong_type(nn: Any) -> None:
+    try:
+        nn.Lin(parent="text")
+    except ValueError as error:
+        raise ValueError(*error.args) from error
+
+
+@raises("TypeError", "Lin is bound to variables and cannot be hashed")
+def hash_of_a_bound_module(nn: Any) -> None:
+    try:
+        hash(nn.Lin().bind({}))
+    except TypeError as error:
+        raise TypeError(*error.args) from error
+
+
+@raises("ReservedModuleAttributeError", "'parent'")
+def reserved_parent(nn: Any) -> None:
+    class M(nn.Module):
+        parent: Any = None
+
+
+@raises("ScopeParamShapeError", "'tree'", "declared as")
+def wrong_shape_in_a_tree(nn: Any) -> None:
+    def body(self: Any, x: Any) -> Any:
+        return self.param("tree", lambda key: {"a": jnp.ones(2)})["a"]
+
+    calling(nn, body).apply({"params": {"tree": {"a": jnp.ones(3)}}}, X)
