@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-# module of shardflax -> name(parameters), by hand from Linen's reference; errors have no parameters
-# there that a program could pass.  Left out: `flax.training.checkpoints`; and what JAX and Flax have
-# dropped since (`initial` of softmax, `cell_size` of RNN).
+# module of shardflax -> name(parameters), from Linen's reference; of errors only the names.  Left
+# out: `flax.training.checkpoints`, and what JAX and Flax have dropped since (`initial` of softmax,
+# `cell_size` of RNN).
 REFERENCE = {
     "config": """
         update(name, value)
