@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from shardflax import partitioning
-from shardflax.core import Module, nowrap
+from shardflax.core import nowrap
 from shardflax.nn import _names as names
 from shardflax.nn import dtypes
 from shardflax.nn.errors import MaskShapeError, where
 from shardflax.nn.general import canonical_dims
+from shardflax.nn.policy import LayerBase
 from shardflax.nn.types import Array, Axes, Dtype, Initializer, Names
 from shardflax.partitioning import default_names
 
@@ -66,7 +67,7 @@ def exact_moments(x: Array, over: Reduction) -> tuple[Array, Array]:
     return mean, variance
 
 
-class Norm(Module):
+class Norm(LayerBase):
     """What the norms share: how moments are taken, and what is done with them.
 
     Subclasses have the fields that are read here through `this`.

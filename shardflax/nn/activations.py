@@ -44,8 +44,9 @@ from jax.nn import (
 )
 
 from shardflax import partitioning
-from shardflax.core import Module, compact
+from shardflax.core import compact
 from shardflax.nn import dtypes, initializers
+from shardflax.nn.policy import LayerBase
 from shardflax.nn.types import Array, Dtype, Names
 from shardflax.partitioning import default_names
 
@@ -86,7 +87,7 @@ __all__ = [
 ]
 
 
-class PReLU(Module):
+class PReLU(LayerBase):
     """`x` where it is positive, else `x` times a learned slope (arXiv:1502.01852).
 
     The parameter `negative_slope`, one number, begins at `negative_slope_init`.  The output has the

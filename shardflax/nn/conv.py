@@ -13,12 +13,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from shardflax import partitioning
-from shardflax.core import Module, compact, nowrap
+from shardflax.core import compact, nowrap
 from shardflax.nn import _names as names
 from shardflax.nn import _weights as weights
 from shardflax.nn import _windows as windows
 from shardflax.nn import dtypes, initializers
 from shardflax.nn.errors import GroupsError, KernelMaskError, PaddingError, WindowError, where
+from shardflax.nn.policy import LayerBase
 from shardflax.nn.types import Array, Dtype, Initializer, Names, Padding, Precision
 from shardflax.partitioning import default_names
 
@@ -102,7 +103,7 @@ class _Plan:
     labels: tuple[Any, ...]
 
 
-class _Conv(Module):
+class _Conv(LayerBase):
     """What both layers share: all but the kernel's shape and how it is applied."""
 
     features: int

@@ -11,19 +11,20 @@ import jax.numpy as jnp
 from jax import lax
 
 from shardflax import partitioning
-from shardflax.core import Module, compact, nowrap
+from shardflax.core import compact, nowrap
 from shardflax.nn import _names as names
 from shardflax.nn import _weights as weights
 from shardflax.nn import _windows as windows
 from shardflax.nn import dtypes, initializers
 from shardflax.nn.conv import channels_last, masked
 from shardflax.nn.errors import where
+from shardflax.nn.policy import LayerBase
 from shardflax.nn.types import Array, Dtype, Initializer, Names, Padding, Precision
 from shardflax.partitioning import default_names
 
 __all__ = ["ConvTranspose"]
 
-PADDING = (*windows.LAX_PADDING[::2], "CIRCULAR")
+PADDING = ("SAME", "VALID", "CIRCULAR")
 
 
 def _wrapped(y: Array, periods: Sequence[int], more_before: bool) -> Array:
@@ -43,7 +44,7 @@ def _wrapped(y: Array, periods: Sequence[int], more_before: bool) -> Array:
     return y
 
 
-class ConvTranspose(Module):
+class ConvTranspose(LayerBase):
     """A transposed convolution over any number of dims (`lax.conv_transpose`, features last).
 
     Inputs `(*batch, *spatial, in)` give `(*batch, *spatial, features)`, with a `spatial` that is

@@ -6,13 +6,13 @@ The cells are in this namespace too.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from shardflax.core import CollectionFilter, Module, compact, nowrap, scan
+from shardflax.core.frozen_dict import FrozenDict
 from shardflax.nn.errors import InputRankError, SequenceError, where
 from shardflax.nn.recurrent_cells import GRUCell, MGUCell, RNNCellBase, SimpleCell
 from shardflax.nn.recurrent_conv import ConvLSTMCell
@@ -66,10 +66,10 @@ class RNN(Module):
     reverse: bool = False
     keep_order: bool = False
     unroll: int = 1
-    variable_axes: Mapping[CollectionFilter, Any] = field(default_factory=dict)
+    variable_axes: Mapping[CollectionFilter, Any] = FrozenDict()
     variable_broadcast: CollectionFilter = "params"
     variable_carry: CollectionFilter = False
-    split_rngs: Mapping[CollectionFilter, bool] = field(default_factory=lambda: {"params": False})
+    split_rngs: Mapping[CollectionFilter, bool] = FrozenDict({"params": False})
 
     def __call__(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import field
 from functools import partial
 from typing import Any
@@ -157,24 +157,45 @@ class OptimizedLSTMCell(LSTMCell):
             for g in GATES
         ]
         kernels, biases = zip(*[gate(jnp.shape(x)[-1]) for gate in gates], strict=True)
-        kernel = jnp.stack(kernels, axis=-2)
-        bias = None if bias_init is None else jnp.stack(biases)
-        x, kernel, bias = dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        stored = weights.stored_names(kernel_init, axes)
-        y = weights.product(_dot, x, kernel, stored and (stored[0], None, *stored[1:]))
-        if bias is not None:
-            y = y + jnp.reshape(bias, (1,) * (y.ndim - 2) + bias.shape)
-        return [names.output(y[..., g, :], self.out_axes, axes[1:]) for g in range(len(GATES))]
+        x, *found = dtypes.promote_dtype(x, *kernels, *biases, dtype=self.dtype)
+        kernels, biases = found[: len(GATES)], found[len(GATES) :]
+        if mesh_in_scope() is None:
+            return _side_by_side(x, kernels, biases)
+        parts = _stacked(x, kernels, biases, weights.stored_names(kernel_init, axes))
+        return [names.output(part, self.out_axes, axes[1:]) for part in parts]
 
 
-def _dot(x: Array, kernel: Array) -> Array:
-    """`x` `(*batch, in)` times `(in, gates, features)`.
+def _side_by_side(x: Array, kernels: Sequence[Any], biases: Sequence[Any]) -> list[Array]:
+    """`x` times each kernel, as one product with all of them beside one another.
 
-    On a mesh the gates keep a dim of their own, so that the features stay where they are.  Without
-    one the kernels lie side by side: then gradients are summed in Linen's order, to the last bit.
+    So does Linen, and so gradients are summed in its order, to the last bit.
     """
-    dims = (((x.ndim - 1,), (0,)), ((), ()))
-    if mesh_in_scope() is not None:
-        return lax.dot_general(x, kernel, dims)
-    flat = lax.dot_general(x, jnp.reshape(kernel, (kernel.shape[0], -1)), dims)
-    return jnp.reshape(flat, (*x.shape[:-1], *kernel.shape[1:]))
+    y = jnp.dot(x, jnp.concatenate(kernels, axis=-1))
+    if biases[0] is not None:
+        y = y + jnp.reshape(jnp.concatenate(biases), (1,) * (y.ndim - 1) + (-1,))
+    return jnp.split(y, len(GATES), axis=-1)
+
+
+def _stacked(
+    x: Array, kernels: Sequence[Any], biases: Sequence[Any], stored: Names | None
+) -> list[Array]:
+    """`x` times each kernel, as one product in which the gates have a dim of their own.
+
+    Beside one another, features that are spread over devices would have to move.
+    """
+    last = x.ndim - 1
+    mapped = tuple(range(last))
+    dims = weights.Contraction((*mapped, last), (last, "gate", "f"), (*mapped, "gate", "f"))
+    multiply = partial(lax.dot_general, dimension_numbers=(((last,), (0,)), ((), ())))
+    y = weights.product(multiply, x, jnp.stack(kernels, axis=-2), _of_stack(stored), dims)
+    if biases[0] is not None:
+        y = y + jnp.reshape(jnp.stack(biases), (1,) * last + y.shape[last:])
+    return [y[..., gate, :] for gate in range(len(GATES))]
+
+
+def _of_stack(stored: Names | None) -> Names | None:
+    """The names of a stack of kernels, from those of one."""
+    if stored is None:
+        return None
+    of_all = stored[0], None, stored[1]
+    return default_names(*of_all) if names.is_default(stored) else of_all

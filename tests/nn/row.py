@@ -123,7 +123,7 @@ def maker(layer: str, *args: Any, **fixed: Any) -> Callable[..., Any]:
 
 
 def layers_of(namespace: Any) -> set[str]:
-    """The names of all layers of a namespace; bases that only share code are none, aliases no second."""
+    """The names of all layers of a namespace; bases of layers and second names do not count."""
     found = {n: getattr(namespace, n) for n in namespace.__all__ if not n.endswith("Base")}
     return {
         v.__name__
