@@ -138,7 +138,7 @@ class Programs:
 
     ours: dict[str, Any]
     by_hand: dict[str, Any]
-    arguments: tuple[Any, Inputs]
+    arguments: tuple[Any, Inputs, Any]
 
 
 def programs(of: Case, sizes: dict[str, int], init: Callable[..., Any] = jax.jit) -> Programs:
@@ -148,18 +148,18 @@ def programs(of: Case, sizes: dict[str, int], init: Callable[..., Any] = jax.jit
     params = variables.get("params", {})
     others = {name: value for name, value in variables.items() if name != "params"}
 
-    def layer(params: Any, inputs: Inputs) -> Any:
+    def layer(params: Any, inputs: Inputs, others: Any) -> Any:
         mutable = list(others)
         y = model.apply({"params": params, **others}, *inputs, mutable=mutable or False)
         return y[0] if mutable else y
 
-    def hand(params: Any, inputs: Inputs) -> Any:
+    def hand(params: Any, inputs: Inputs, others: Any) -> Any:
         return of.by_hand(params, *inputs)
 
-    return Programs(passes(layer), passes(hand), (params, inputs))
+    return Programs(passes(layer), passes(hand), (params, inputs, others))
 
 
-def passes(fn: Callable[[Any, Inputs], Any]) -> dict[str, Any]:
+def passes(fn: Callable[[Any, Inputs, Any], Any]) -> dict[str, Any]:
     """The forward pass, and the backward pass to parameters and inputs."""
 
     def loss(params: Any, inputs: Inputs) -> jax.Array:
@@ -236,7 +236,7 @@ def measure(of: Case, rounds: int, sizes: dict[str, int] = SIZES) -> list[Result
 REPEATS = 10
 
 
-def repeated(compiled: Any, arguments: tuple[Any, Inputs]) -> Callable[[], object]:
+def repeated(compiled: Any, arguments: tuple[Any, Inputs, Any]) -> Callable[[], object]:
     def run() -> object:
         for _ in range(REPEATS):
             y = compiled(*arguments)
