@@ -50,7 +50,7 @@ CORE = [
     {"mapping"},
     {"cross"},
     {"control", "derivatives", "pack"},
-    {"module", "calls", "run", "classes", "summary", "lift"},
+    {"module", "calls", "run", "classes", "copies", "marks", "sharing", "summary", "lift"},
 ]
 
 PRIVATE_JAX = ("jax._src", "jax.interpreters", "jax.extend")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -18,7 +18,7 @@ from shardflax.core.errors import (
     ReservedModuleAttributeError,
 )
 
-__all__ = ["field_names", "init_field_names", "make_module_class"]
+__all__ = ["field_names", "init_field_names", "make_module_class", "represent"]
 
 _RESERVED = ("parent", "name")
 
@@ -48,9 +48,9 @@ def make_module_class(cls: type, kw_only: bool) -> None:
     own = {name: name in cls.__dict__ for name in ("__hash__", "__eq__")}
     dataclasses.dataclass(repr=False, unsafe_hash=not own["__hash__"], kw_only=kw_only)(cls)
     if not own["__hash__"]:
-        setattr(cls, "__hash__", _hash_of_unbound(cls.__hash__))  # noqa: B010
+        setattr(cls, "__hash__", _hash_of_unbound(cls.__dict__["__hash__"]))  # noqa: B010
     if not own["__eq__"]:
-        setattr(cls, "__eq__", _equal_in_place(cls.__eq__))  # noqa: B010
+        setattr(cls, "__eq__", _equal_in_place(cls.__dict__["__eq__"]))  # noqa: B010
 
 
 def _wrapped(name: str, value: Any) -> Any:
@@ -61,11 +61,14 @@ def _wrapped(name: str, value: Any) -> Any:
     if isinstance(value, property):
         fget = value.fget and _explained(value.fget)
         return property(fget, value.fset, value.fdel, value.__doc__)
-    if name.startswith("__") or isinstance(value, staticmethod | classmethod | type):
+    if name.startswith("__") or isinstance(value, _OF_PYTHON):
         return value
-    if isinstance(value, functools.partialmethod) or not hasattr(type(value), "__get__"):
-        return value
-    return _Descriptor(name, value) if not hasattr(type(value), "__set__") else value
+    kind: Any = type(value)
+    reads = hasattr(kind, "__get__") and not hasattr(kind, "__set__")
+    return _Descriptor(name, value) if reads else value
+
+
+_OF_PYTHON: Any = (staticmethod, classmethod, type, functools.partialmethod)
 
 
 def _is_method(name: str, value: FunctionType) -> bool:
@@ -140,9 +143,9 @@ def _hash_of_unbound(hash_of: Callable[[Any], int]) -> Callable[[Any], int]:
     return __hash__
 
 
-def _equal_in_place(equal: Callable[[Any, object], Any]) -> Callable[[Any, object], Any]:
-    def __eq__(self: Any, other: object) -> Any:
-        if type(self) is type(other) and self.scope != getattr(other, "scope", None):
+def _equal_in_place(equal: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    def __eq__(self: Any, other: Any) -> Any:
+        if type(self) is type(other) and self.scope != other.scope:
             return False
         return equal(self, other)
 
@@ -179,3 +182,26 @@ def init_field_names(cls: type) -> tuple[str, ...]:
     """
     field_names(cls)
     return _INIT_FIELDS[cls]
+
+
+def represent(module: Any, children: Mapping[str, Any]) -> str:
+    """The text of a module: its hyperparameters and the submodules that it has by now.
+
+    >>> import shardflax.nn as nn
+    >>> print(represent(nn.Dropout(0.1), {}).partition("deterministic")[0].rstrip())
+    Dropout(
+        # attributes
+        rate = 0.1
+        broadcast_dims = ()
+    """
+    fields = [f.name for f in dataclasses.fields(module) if f.repr and f.name != "name"]
+    attributes: dict[str, Any] = {name: module.__dict__.get(name) for name in fields}
+    rows = [*_rows("attributes", attributes), *_rows("children", children)]
+    head = f"{type(module).__name__}("
+    return "\n".join([head, *rows, ")"]) if rows else head + ")"
+
+
+def _rows(title: str, values: Mapping[str, Any]) -> list[str]:
+    texts = {name: repr(value).replace("\n", "\n    ") for name, value in values.items()}
+    rows = [f"    {name} = {text}" for name, text in texts.items()]
+    return [f"    # {title}", *rows] if rows else []

@@ -16,12 +16,17 @@ import jax.numpy as jnp
 
 from shardflax.core import holders, run, summary
 from shardflax.core.calls import context, run_setup, wrap_method
-from shardflax.core.classes import field_names, init_field_names, make_module_class
+from shardflax.core.classes import (
+    field_names,
+    init_field_names,
+    make_module_class,
+    represent,
+)
+from shardflax.core.copies import deep_copies, detached, is_module
 from shardflax.core.cross import Crossable
 from shardflax.core.errors import (
     AssignSubModuleError,
     CallCompactUnboundModuleError,
-    CallShareScopeOnUnboundModuleError,
     CallUnbindOnUnboundModuleError,
     DeclareOutsideOfCompactError,
     IncorrectPostInitOverrideError,
@@ -33,12 +38,12 @@ from shardflax.core.errors import (
     SetAttributeInModuleSetupError,
 )
 from shardflax.core.functional import bind
+from shardflax.core.marks import compact, compact_name_scope, nowrap
 from shardflax.core.names import CollectionFilter
 from shardflax.core.scope import Scope, Variable
 
-__all__ = ["Module", "compact", "compact_name_scope", "nowrap", "share_scope"]
+__all__ = ["Module", "compact", "compact_name_scope", "nowrap"]
 
-F = TypeVar("F", bound=Callable[..., Any])
 M = TypeVar("M", bound="Module")
 
 
@@ -48,64 +53,6 @@ class _Unset:
 
 
 _UNSET = _Unset()
-
-
-def compact(fun: F) -> F:
-    """Marks the method of a module that may make its submodules where they are used.
-
-    >>> import jax.numpy as jnp, shardflax.nn as nn
-    >>> class MLP(nn.Module):
-    ...     @nn.compact
-    ...     def __call__(self, x):
-    ...         return nn.Dense(2)(nn.relu(nn.Dense(4)(x)))
-    >>> sorted(MLP().init(jax.random.key(0), jnp.ones((1, 3)))["params"])
-    ['Dense_0', 'Dense_1']
-    """
-    fun.compact = True  # pyright: ignore[reportFunctionMemberAccess]
-    return fun
-
-
-def compact_name_scope(fun: F) -> F:
-    """Marks a method that makes submodules where they are used, in a scope named after it.
-
-    Unlike `compact`, several methods of a class may be marked.  Variables belong to the module
-    itself, not to the scope.
-
-    >>> import jax.numpy as jnp, shardflax.nn as nn
-    >>> class Auto(nn.Module):
-    ...     @nn.compact_name_scope
-    ...     def encode(self, x):
-    ...         return nn.Dense(2)(x)
-    ...
-    ...     @nn.compact_name_scope
-    ...     def decode(self, x):
-    ...         return nn.Dense(3)(x)
-    ...
-    ...     def __call__(self, x):
-    ...         return self.decode(self.encode(x))
-    >>> params = Auto().init(jax.random.key(0), jnp.ones((1, 3)))["params"]
-    >>> sorted(params), sorted(params["encode"])
-    (['decode', 'encode'], ['Dense_0'])
-    """
-    fun.compact_name_scope = True  # pyright: ignore[reportFunctionMemberAccess]
-    return fun
-
-
-def nowrap(fun: F) -> F:
-    """Marks a method that needs nothing of what happens around calls of a module's methods.
-
-    >>> import shardflax.nn as nn
-    >>> class Scaled(nn.Module):
-    ...     width: int
-    ...
-    ...     @nn.nowrap
-    ...     def double(self):
-    ...         return 2 * self.width
-    >>> Scaled(3).double()
-    6
-    """
-    fun.nowrap = True  # pyright: ignore[reportFunctionMemberAccess]
-    return fun
 
 
 class _Progress:
@@ -159,13 +106,8 @@ class Module(Crossable, _Typed):
         make_module_class(cls, kw_only)
 
     def __repr__(self) -> str:
-        fields = [f for f in dataclasses.fields(self) if f.repr and f.name != "name"]
-        shown = {f.name: self.__dict__.get(f.name) for f in fields}
         children = self._progress.children.items()
-        made = {name: c for name, c in children if not isinstance(c, _NameScope)}
-        rows = [*_rows("attributes", shown), *_rows("children", made)]
-        head = f"{type(self).__name__}("
-        return "\n".join([head, *rows, ")"]) if rows else head + ")"
+        return represent(self, {n: c for n, c in children if not isinstance(c, _NameScope)})
 
     # --- construction
 
@@ -234,7 +176,7 @@ class Module(Crossable, _Typed):
 
     def _adopt(self, name: str, value: Any) -> Any:
         """`value` with each unbound module in it made a child, named after its place."""
-        return holders.frozen(holders.replace(value, _is_module, self._adopt_module, name))
+        return holders.frozen(holders.replace(value, is_module, self._adopt_module, name))
 
     def _adopt_module(self, name: str, module: Module) -> Module:
         if module.scope is not None or self.scope is None:
@@ -312,7 +254,7 @@ class Module(Crossable, _Typed):
         """
         fields = {name: self.__dict__[name] for name in init_field_names(type(self))}
         if _deep_clone:
-            fields = _deep_fields(fields, _reset_names, {})
+            fields = deep_copies(fields, _reset_names, {})
         return type(self)(**{**fields, **updates, "parent": parent})
 
     def copy(self: M, *, parent: Any = _UNSET, name: str | None = None, **updates: Any) -> M:
@@ -543,7 +485,7 @@ class Module(Crossable, _Typed):
 
         `args` are ignored.  `setup` runs when its results are first needed.
         """
-        if not _is_module(self):
+        if not is_module(self):
             raise InvalidInstanceModuleError(self)
         module = self._bind_root(bind(variables, rngs, mutable))
         module._adopt_fields()
@@ -553,7 +495,7 @@ class Module(Crossable, _Typed):
         """The module of a new run; what is in its fields takes no part in any other run."""
         memo: dict[int, Any] = {}
         fields = {n: self.__dict__[n] for n in init_field_names(type(self))}
-        updates = {n: _detach(v, memo) for n, v in fields.items() if not _is_leaf(v)}
+        updates = {n: detached(v, memo) for n, v in fields.items() if not _is_leaf(v)}
         return self.clone(parent=scope, **updates)
 
     def unbind(self: M) -> tuple[M, dict[str, Any]]:
@@ -569,7 +511,7 @@ class Module(Crossable, _Typed):
         """A nameless copy that belongs to no run, and so do the modules in its fields."""
         if id(self) not in memo:
             fields = {n: self.__dict__[n] for n in init_field_names(type(self)) if n != "name"}
-            updates = {n: _detach(value, memo) for n, value in fields.items()}
+            updates = {n: detached(value, memo) for n, value in fields.items()}
             memo[id(self)] = self.clone(name=None, **updates)
         return memo[id(self)]
 
@@ -652,41 +594,6 @@ class _NameScope(Module):
     """The parent of what a method marked `compact_name_scope` makes."""
 
 
-def share_scope(module: Module, other: Module, /) -> None:
-    """Lets two modules have one scope: their variables are siblings, under one path.
-
-    To be called in `setup`.  If `other` lies below `module`, it moves up; otherwise `module` moves
-    to the place of `other`.  A name still stands for one thing.
-
-    Raises `CallShareScopeOnUnboundModuleError` if one of them is not bound.
-
-    >>> import jax.numpy as jnp, shardflax.nn as nn
-    >>> class WithScale(nn.Module):
-    ...     base: nn.Module
-    ...
-    ...     def setup(self):
-    ...         nn.share_scope(self, self.base)
-    ...
-    ...     @nn.compact
-    ...     def __call__(self, x):
-    ...         return self.base(x) * self.param("scale", nn.initializers.ones, (2,))
-    >>> params = WithScale(nn.Dense(2)).init(jax.random.key(0), jnp.ones((1, 2)))["params"]
-    >>> sorted(params)
-    ['bias', 'kernel', 'scale']
-    """
-    for found in (module, other):
-        if found.scope is None:
-            raise CallShareScopeOnUnboundModuleError(type(found).__name__)
-    here, there = module._bound(), other._bound()  # pyright: ignore[reportPrivateUsage]
-    below = there.store is here.store and there.path[: len(here.path)] == here.path
-    moving, place = (other, here) if below else (module, there)
-    moving._move(place.beside())  # pyright: ignore[reportPrivateUsage]
-
-
-def _is_module(value: Any) -> bool:
-    return isinstance(value, Module)
-
-
 _LEAVES: set[type] = {int, float, bool, str, type(None)}
 
 
@@ -696,38 +603,3 @@ def _is_leaf(value: Any) -> bool:
         return False
     _LEAVES.add(type(value))
     return True
-
-
-def _detach(value: Any, memo: dict[int, Any]) -> Any:
-    """`value` with a copy that belongs to no run in the place of each bound module in it."""
-
-    def detach(_: str, module: Module) -> Module:
-        return module if module.scope is None else module._detached(memo)  # pyright: ignore[reportPrivateUsage]
-
-    return holders.replace(value, _is_module, detach)
-
-
-def _deep_fields(
-    fields: dict[str, Any], reset_names: bool, memo: dict[int, Module]
-) -> dict[str, Any]:
-    """`fields` with a copy of each module in them: one, for all places that share it."""
-
-    def deep(_: str, module: Module) -> Module:
-        if id(module) not in memo:
-            names = init_field_names(type(module))
-            inner = _deep_fields({n: module.__dict__[n] for n in names}, reset_names, memo)
-            if reset_names:
-                inner["name"] = None
-            memo[id(module)] = module.clone(**inner)
-        return memo[id(module)]
-
-    return {name: holders.replace(value, _is_module, deep) for name, value in fields.items()}
-
-
-def _rows(title: str, values: Mapping[str, Any]) -> list[str]:
-    rows = [f"    {name} = {_indent(value)}" for name, value in values.items()]
-    return [f"    # {title}", *rows] if rows else []
-
-
-def _indent(value: Any) -> str:
-    return repr(value).replace("\n", "\n    ")

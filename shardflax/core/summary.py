@@ -439,8 +439,8 @@ def _plain(value: Any) -> bool:
 
 
 def _render(table: Table, console_kwargs: Mapping[str, Any] | None) -> str:
-    options = {"force_terminal": True, "force_jupyter": False, **(console_kwargs or {})}
-    console = Console(**{"file": io.StringIO(), **options})
+    options: dict[str, Any] = {"force_terminal": True, "force_jupyter": False}
+    console = Console(**{"file": io.StringIO(), **options, **(console_kwargs or {})})
     with console.capture() as capture:
         console.print(table)
     return f"\n{capture.get()}\n"

@@ -1,4 +1,4 @@
-"""Classes of modules against Linen: dataclasses, inheritance, descriptors, copies, representation."""
+"""Classes of modules against Linen: dataclasses, inheritance, descriptors, copies, repr."""
 
 from __future__ import annotations
 

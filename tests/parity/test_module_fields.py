@@ -54,7 +54,7 @@ def outcome(fn: Any) -> Any:
         kinds = [
             c
             for c in type(error).__mro__
-            if hasattr(flax.errors, c.__name__) and c.__name__ != "FlaxError" or c in BUILT_IN
+            if (hasattr(flax.errors, c.__name__) and c.__name__ != "FlaxError") or c in BUILT_IN
         ]
         return kinds[0].__name__
 

@@ -1,4 +1,4 @@
-"""What runs of modules offer, against Linen: perturb, lazy_init, shared scopes, named scopes, bind."""
+"""What runs of modules offer, against Linen: perturb, lazy_init, bind, scopes of all kinds."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def outcome(fn: Any) -> Any:
         kinds = [
             c
             for c in type(error).__mro__
-            if hasattr(flax.errors, c.__name__) and c.__name__ != "FlaxError" or c in BUILT_IN
+            if (hasattr(flax.errors, c.__name__) and c.__name__ != "FlaxError") or c in BUILT_IN
         ]
         return kinds[0].__name__
 
