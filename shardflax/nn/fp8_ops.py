@@ -11,7 +11,9 @@ twice are added, and a scale is no sum (Linen's too).
 
 from __future__ import annotations
 
-from functools import partial
+import string
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ import jax.numpy as jnp
 from shardflax import partitioning
 from shardflax.core import Module
 from shardflax.nn import initializers
+from shardflax.nn.errors import EinsumError, InputRankError, where
 from shardflax.nn.fp8_scaling import (
     compute_amax_history,
     compute_scale,
@@ -182,6 +185,8 @@ class Fp8Einsum(Fp8DirectDotGeneralOp):
     """`jnp.einsum` of two operands in eight bits, as `Fp8DirectDotGeneralOp` multiplies.
 
     The result has `preferred_element_type`, by default the dtype of `rhs`; `precision` is not used.
+    An equation without output, or not of two operands, is an `EinsumError`; dims that are `...` in
+    both operands have equal sizes.
 
     >>> import jax, jax.numpy as jnp, shardflax.nn as nn
     >>> x, kernel = jnp.ones((2, 5, 4)), jnp.ones((4, 3))
@@ -198,13 +203,67 @@ class Fp8Einsum(Fp8DirectDotGeneralOp):
         precision: Precision = None,
         preferred_element_type: Dtype | None = None,
     ) -> Array:
-        return jnp.einsum(
-            eqn,
-            jnp.asarray(lhs, rhs.dtype),
-            rhs,
-            preferred_element_type=preferred_element_type,
-            _dot_general=self._direct,
-        )
+        plan = _plan(where(self), eqn, jnp.ndim(lhs), jnp.ndim(rhs))
+        lhs = jnp.sum(jnp.asarray(lhs, rhs.dtype), plan.sums[0])
+        first, second = lhs, jnp.sum(rhs, plan.sums[1])
+        if plan.swapped:
+            first, second = second, first
+        y = self._direct(first, second, plan.dims, preferred_element_type=preferred_element_type)
+        return jnp.transpose(y, plan.order)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """An equation as sums of each operand, a product (swapped or not) and a transposition."""
+
+    sums: tuple[tuple[int, ...], tuple[int, ...]]
+    swapped: bool
+    dims: Any
+    order: tuple[int, ...]
+
+
+@lru_cache(maxsize=256)
+def _plan(place: str, equation: str, lhs_ndim: int, rhs_ndim: int) -> _Plan:
+    """How JAX does it, in its order: the state of the first operand is `input_*`.
+
+    Not by `jnp.einsum` itself: it would keep the operand's state, which its product closes over.
+    """
+    lhs, rhs, out = _labels(place, equation, lhs_ndim, rhs_ndim)
+    alone = [[c for c in a if c not in b and c not in out] for a, b in ((lhs, rhs), (rhs, lhs))]
+    sums = tuple(lhs.index(c) for c in alone[0]), tuple(rhs.index(c) for c in alone[1])
+    lhs, rhs = ("".join(c for c in t if c not in a) for t, a in zip((lhs, rhs), alone, strict=True))
+    batch = [c for c in lhs if c in rhs and c in out]
+    contract = [c for c in lhs if c in rhs and c not in out]
+    frees = [[c for c in t if c not in batch and c not in contract] for t in (lhs, rhs)]
+    found = [*batch, *frees[0], *frees[1]]
+    operands = (lhs, rhs)
+    if swapped := found != [*out]:
+        found, operands = [*batch, *frees[1], *frees[0]], (rhs, lhs)
+    contracted, batched = (
+        tuple(tuple(t.index(c) for c in labels) for t in operands) for labels in (contract, batch)
+    )
+    return _Plan(sums, swapped, (contracted, batched), tuple(found.index(c) for c in out))
+
+
+def _labels(place: str, equation: str, *ndims: int) -> tuple[str, str, str]:
+    """The labels of both operands and of the output, the ellipsis spelled out."""
+    left, arrow, out = equation.replace(" ", "").partition("->")
+    operands = left.split(",")
+    if not arrow or len(operands) != 2:
+        raise EinsumError(place, f"{equation!r} must be like 'ab,bc->ac', for two operands.")
+    free = [c for c in string.ascii_letters if c not in equation]
+    widths = [n - len(t.replace("...", "")) for n, t in zip(ndims, operands, strict=True)]
+    dots = "".join(free[: max(0, *widths)])
+    for width, text, ndim in zip(widths, operands, ndims, strict=True):
+        if width < 0 or (width and "..." not in text):
+            raise InputRankError(place, "an operand", f"that of {text!r}", (0,) * ndim)
+    spelled = [
+        t.replace("...", dots[len(dots) - w :]) for t, w in zip(operands, widths, strict=True)
+    ]
+    labels = *spelled, out.replace("...", dots)
+    if any(len(set(t)) < len(t) for t in labels) or set(labels[2]) - set("".join(spelled)):
+        raise EinsumError(place, f"{equation!r}: a label stands twice, or in the output alone.")
+    return labels
 
 
 class NANOOFp8DotGeneralOp(Fp8DotGeneralOp):
