@@ -162,10 +162,11 @@ def programs(of: Case, sizes: dict[str, int], init: Callable[..., Any] = jax.jit
 def passes(fn: Callable[[Any, Inputs, Any], Any]) -> dict[str, Any]:
     """The forward pass, and the backward pass to parameters and inputs."""
 
-    def loss(params: Any, inputs: Inputs) -> jax.Array:
-        return sum(
-            (jnp.sum(jnp.sin(y)) for y in jax.tree.leaves(fn(params, inputs))), jnp.zeros(())
-        )
+    def loss(params: Any, inputs: Inputs, others: Any) -> jax.Array:
+        total = jnp.zeros(())
+        for y in jax.tree.leaves(fn(params, inputs, others)):
+            total += jnp.sum(jnp.sin(y))
+        return total
 
     gradient = jax.grad(loss, argnums=(0, 1), allow_int=True)
     return {"forward": jax.jit(fn), "backward": jax.jit(gradient)}
