@@ -25,6 +25,8 @@ _MAX_IN_LIST = 2**32 - 2**10
 _ARRAY, _COMPLEX, _SCALAR = 1, 2, 3
 _CHUNKED = "__msgpack_chunked_array__"
 
+_MAX_DEPTH = 200  # levels of dicts and lists; Python ends at 1000 calls
+
 Path = tuple[str, ...]
 
 
@@ -51,6 +53,7 @@ def pack(tree: Any, limit: int, in_place: bool) -> bytes:
 
 def _plain(x: Any, path: Path, limit: int, in_place: bool) -> Any:
     """`x` with arrays as numpy's, the big ones in pieces, and nothing that cannot be written."""
+    _check_depth(path)
     if type(x) is dict:
         for key in x:
             if not isinstance(key, str | int):
@@ -70,6 +73,11 @@ def _plain(x: Any, path: Path, limit: int, in_place: bool) -> Any:
     if isinstance(x, jax.Array | np.ndarray):
         return _pieces(_on_host(x, path), limit)
     return _checked_scalar(x, path)
+
+
+def _check_depth(path: Path) -> None:
+    if len(path) > _MAX_DEPTH:
+        raise MsgpackError(f"more than {_MAX_DEPTH} levels.", (*path[:3], "..."))
 
 
 def _checked_scalar(x: Any, path: Path) -> Any:
@@ -182,6 +190,7 @@ _NUMBERS = re.compile(
 
 def _whole(x: Any, path: Path) -> Any:
     """`x` with the pieces of big arrays put together."""
+    _check_depth(path)
     if isinstance(x, dict):
         if _CHUNKED in x:
             return _joined(x, path)

@@ -127,8 +127,9 @@ def known_variables(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[s
 
     Raises `LazyInitError` if a variable depends on the values of such an argument.
 
-    >>> known_variables(lambda x: {"params": {"n": x.ndim}}, jax.ShapeDtypeStruct((2,), "float32"))
-    {'params': {'n': 1}}
+    >>> x = jax.ShapeDtypeStruct((2,), "float32")
+    >>> known_variables(lambda x: {"params": {"n": jax.numpy.full((), x.ndim)}}, x)
+    {'params': {'n': Array(1, dtype=int32, weak_type=True)}}
     """
     found = staging.known(fn, *args, **kwargs)
     for path, leaf in staging.jx.tree.leaves_with_path(found):

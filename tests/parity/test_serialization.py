@@ -203,6 +203,15 @@ def test_what_cannot_be_written(leaf: Any) -> None:
         serialization.msgpack_serialize({"a": [leaf]})
 
 
+def test_trees_are_as_deep_as_can_be_read() -> None:
+    tree: Any = 1
+    for _ in range(200):
+        tree = {"a": tree}
+    assert serialization.msgpack_restore(serialization.msgpack_serialize(tree)) == tree
+    with pytest.raises(MsgpackError, match="more than 200 levels"):
+        serialization.msgpack_serialize([tree])
+
+
 def test_other_byte_orders_are_turned_round() -> None:
     data = serialization.msgpack_serialize(np.arange(2, dtype=">i4"))
     assert serialization.msgpack_restore(data).tolist() == [0, 1]
@@ -246,7 +255,7 @@ def test_hostile_bytes_are_refused(name: str) -> None:
     tracemalloc.start()
     try:
         with pytest.raises(MsgpackError):
-            print(serialization.msgpack_restore(HOSTILE[name]))
+            serialization.msgpack_restore(HOSTILE[name])
         assert tracemalloc.get_traced_memory()[1] < 10_000_000
     finally:
         tracemalloc.stop()
