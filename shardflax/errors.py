@@ -37,12 +37,13 @@ from shardflax.core.errors import (
     SetAttributeFrozenModuleError,
     SetAttributeInModuleSetupError,
     TransformAxisError,
-    TransformTargetError,
     TransformedMethodReturnValueError,
+    TransformTargetError,
 )
 from shardflax.cursor import CursorFindError
 from shardflax.partitioning.errors import (
     AxisConflictError,
+    CollectivesError,
     IndivisibleDimError,
     InvalidRuleError,
     LayoutError,
@@ -70,6 +71,7 @@ __all__ = [
     "CallSetupUnboundModuleError",
     "CallShareScopeOnUnboundModuleError",
     "CallUnbindOnUnboundModuleError",
+    "CollectivesError",
     "CursorFindError",
     "DeclareOutsideOfCompactError",
     "DescriptorAttributeError",

@@ -6,10 +6,12 @@
 from shardflax.partitioning.at_use import at_use, with_weight
 from shardflax.partitioning.batch import batch_axes, batch_sharding
 from shardflax.partitioning.boxes import PARTITION_NAME, LogicallyPartitioned, Partitioned
+from shardflax.partitioning.communication import Collective, assert_collectives, collectives
 from shardflax.partitioning.constraints import constrain, with_logical_constraint
 from shardflax.partitioning.defaults import DefaultNames, default_names
 from shardflax.partitioning.errors import (
     AxisConflictError,
+    CollectivesError,
     IndivisibleDimError,
     InvalidRuleError,
     LayoutError,
@@ -62,6 +64,8 @@ __all__ = [
     "PRESETS",
     "AxisConflictError",
     "AxisRules",
+    "Collective",
+    "CollectivesError",
     "DefaultNames",
     "DimRecord",
     "IndivisibleDimError",
@@ -88,9 +92,11 @@ __all__ = [
     "UnknownNameError",
     "UnknownPresetError",
     "abstract_layout",
+    "assert_collectives",
     "at_use",
     "batch_axes",
     "batch_sharding",
+    "collectives",
     "constrain",
     "default_names",
     "get_logical_axis_rules",

@@ -14,6 +14,7 @@ from shardflax.core.errors import FlaxError
 
 __all__ = [
     "AxisConflictError",
+    "CollectivesError",
     "IndivisibleDimError",
     "InvalidRuleError",
     "LayoutError",
@@ -41,6 +42,19 @@ class LayoutError(FlaxError, ValueError):
     def __init__(self, message: str, problems: Sequence[Problem] = ()) -> None:
         super().__init__(message)
         self.problems = tuple(problems)
+
+
+class CollectivesError(LayoutError):
+    """A compiled program communicates otherwise than it should.
+
+    >>> print(CollectivesError(["all-gather over fsdp: expected 0, found 3"]))
+    the program communicates otherwise than expected:
+    all-gather over fsdp: expected 0, found 3
+    """
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        text = "\n".join(lines)
+        super().__init__(f"the program communicates otherwise than expected:\n{text}")
 
 
 class UnknownNameError(LayoutError):

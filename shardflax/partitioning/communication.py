@@ -1,0 +1,204 @@
+"""The communication of a compiled program: what is sent, how often, over which mesh axes."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from shardflax.partitioning.errors import CollectivesError
+from shardflax.partitioning.hlo import Instruction, Program, parse
+from shardflax.partitioning.replica_groups import groups_of, mesh_axes
+
+__all__ = ["Collective", "assert_collectives", "collectives"]
+
+_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_PACKAGES = (str(Path(jax.__file__).parent), str(Path(__file__).parent.parent))
+_BITS = {"pred": 8, "token": 0, "opaque": 0}
+# What JAX adds to the names of operations: around a part of the path, and as a part of its own.
+_AROUND = re.compile(r"^(?:jvp|transpose|vmap|rematted_computation|custom_vjp|checkpoint)\((.*)\)$")
+_BETWEEN = {"", "body", "checkpoint", "closed_call", "cond", "eval_jaxpr", "pjit", "remat"} | {
+    "rematted_computation",
+    "scan",
+    "shard_map",
+    "while",
+}
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective instruction of a compiled program.
+
+    `kind` is HLO's name of it; `axes` are the mesh axes that its devices differ along; `network` is
+    `ICI`, or `DCN` if they lie in several slices; `bytes` is the larger of what one device puts in
+    and gets out, each time; `count` is how often it runs in one call of the program, `exact` false
+    if it lies in a loop whose length the compiler does not know (which counts as one step).
+    `path` is the module path, `source` the file and line outside of this library, as far as the
+    compiler kept them; `backward` is true for what only the backward pass does.
+
+    >>> c = Collective("all-gather", ("fsdp",), "ICI", 256, 3, True, "layers/up", "model.py:4")
+    >>> print(c)
+    all-gather over fsdp: 3 x 256 B, layers/up, model.py:4
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    network: str
+    bytes: int
+    count: int
+    exact: bool = True
+    path: str = ""
+    source: str = ""
+    backward: bool = False
+
+    @property
+    def what(self) -> str:
+        """Kind and axes, as `assert_collectives` names them: `all-gather over fsdp`."""
+        return f"{self.kind} over {','.join(self.axes)}"
+
+    def __str__(self) -> str:
+        times = f"{self.count} x " if self.exact else "each step "
+        where = ", ".join(part for part in (self.path, self.source) if part)
+        return f"{self.what}: {times}{self.bytes} B" + (f", {where}" if where else "")
+
+
+def collectives(compiled: Any, mesh: Mesh | None = None) -> list[Collective]:
+    """The collectives of a program that `jax.jit(...).lower(...).compile()` gave.
+
+    `mesh` defaults to that of the program's arguments.  Raises ValueError if there is none.
+
+    >>> import jax.numpy as jnp
+    >>> from shardflax.partitioning import make_mesh
+    >>> mesh = make_mesh("data=8")
+    >>> x = jax.device_put(jnp.ones((8, 4)), jax.NamedSharding(mesh, jax.P("data")))
+    >>> compiled = jax.jit(lambda x: x.sum()).lower(x).compile()
+    >>> [(c.kind, c.axes, c.bytes, c.count) for c in collectives(compiled)]
+    [('all-reduce', ('data',), 4, 1)]
+    """
+    mesh = mesh if mesh is not None else _mesh_of(compiled)
+    program = parse(compiled.as_text())
+    return [*_found(program, mesh)]
+
+
+def _mesh_of(compiled: Any) -> Mesh:
+    shardings = jax.tree.leaves((compiled.input_shardings, compiled.output_shardings))
+    for sharding in shardings:
+        if isinstance(sharding, NamedSharding):
+            return cast("Mesh", sharding.mesh)
+    raise ValueError("no argument of the program is laid out over a mesh: pass mesh=.")
+
+
+def _found(program: Program, mesh: Mesh) -> Iterator[Collective]:
+    endless = program.endless()
+    for name, count in program.counts().items():
+        instructions = program.computations.get(name, [])
+        types = {i.name: i.type for i in instructions}
+        for instruction in instructions:
+            kind = instruction.op.removesuffix("-start")
+            if kind not in _KINDS:
+                continue
+            groups = [g for g in _groups(instruction, mesh.size) if len(g) > 1]
+            if not groups:
+                continue
+            inputs = sum(_bytes(types.get(o, "")) for o in instruction.operands)
+            called = instruction.attribute(r'op_name="([^"]*)"') or ""
+            yield Collective(
+                kind=kind,
+                axes=mesh_axes(groups, mesh),
+                network=_network(groups, mesh),
+                bytes=max(inputs, _bytes(instruction.type)),
+                count=count,
+                exact=name not in endless,
+                path=_module_path(called),
+                source=_source(program, instruction),
+                backward="transpose(" in called,
+            )
+
+
+def _groups(instruction: Instruction, size: int) -> list[list[int]]:
+    pairs = instruction.attribute(r"source_target_pairs=(\{\{[\d,{}]*\}\})")
+    if pairs:
+        return [g for g in groups_of(pairs, size) if len(set(g)) > 1]
+    text = instruction.attribute(r"replica_groups=(\{\{[\d,{}]*\}\}|\{\}|\[.*|mesh.*)")
+    return groups_of(text or "{}", size)
+
+
+def _network(groups: list[list[int]], mesh: Mesh) -> str:
+    """DCN if the devices of some group lie in different slices."""
+    devices = mesh.devices.flat
+    for group in groups:
+        if len({getattr(devices[i], "slice_index", 0) for i in group}) > 1:
+            return "DCN"
+    return "ICI"
+
+
+def _bytes(text: str) -> int:
+    """The size of a type, or of a tuple of types, as HLO writes it."""
+    total = 0
+    for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", text):
+        bits = _BITS.get(kind) if kind in _BITS else int((re.findall(r"\d+", kind) or ["8"])[0])
+        total += math.prod(int(d) for d in dims.split(",") if d) * (bits or 0)
+    return (total + 7) // 8
+
+
+def _module_path(called: str) -> str:
+    """The module path in the name that JAX gave an operation; its last part is the primitive."""
+    parts: list[str] = []
+    for part in called.split("/")[:-1]:
+        while found := _AROUND.match(part):
+            part = found[1]
+        if part not in _BETWEEN and not part.startswith(("jit(", "pjit(")):
+            parts.append(part)
+    half = len(parts) // 2
+    # A rematerialised region says its path twice: as it was, and where it is computed anew.
+    for n in range(half, 0, -1):
+        if parts[-n:] == parts[-2 * n : -n]:
+            parts = parts[:-n]
+            break
+    return "/".join(parts)
+
+
+def _source(program: Program, instruction: Instruction) -> str:
+    """The innermost line that is neither JAX's nor this library's."""
+    for file, line in program.frames(instruction):
+        if not file.startswith(_PACKAGES):
+            return f"{Path(file).name}:{line}"
+    return ""
+
+
+def assert_collectives(
+    compiled: Any, expected: Mapping[str, int | None] | Iterable[str], mesh: Mesh | None = None
+) -> None:
+    """Checks that a program communicates as `expected`, and in no other way.
+
+    `expected` maps what is sent over which axes (`"all-gather over fsdp"`) to how many times in one
+    call, or to None for any number; a plain list allows any number of each.  Raises
+    `CollectivesError` with every difference, and where in the model it comes from.
+
+    >>> import jax.numpy as jnp
+    >>> from shardflax.partitioning import make_mesh
+    >>> mesh = make_mesh("data=8")
+    >>> x = jax.device_put(jnp.ones((8, 4)), jax.NamedSharding(mesh, jax.P("data")))
+    >>> compiled = jax.jit(lambda x: x.sum()).lower(x).compile()
+    >>> assert_collectives(compiled, {"all-reduce over data": 1})
+    """
+    found = collectives(compiled, mesh)
+    wanted: dict[str, int | None] = {}
+    for what in expected:
+        wanted[what] = expected[what] if isinstance(expected, Mapping) else None
+    counts: Counter[str] = Counter()
+    for one in found:
+        counts[one.what] += one.count
+    wrong = [w for w in counts if w not in wanted or wanted[w] not in (None, counts[w])]
+    missing = [w for w, n in wanted.items() if n and w not in counts]
+    if wrong or missing:
+        lines = [f"{w}: expected {wanted.get(w, 0)}, found {counts[w]}" for w in wrong + missing]
+        lines += [f"  {one}" for one in found if one.what in wrong]
+        raise CollectivesError(lines)

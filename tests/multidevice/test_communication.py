@@ -1,0 +1,187 @@
+"""What compiled programs send, read from them, and contracts about it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import shardflax.nn as nn
+from shardflax import partitioning
+from shardflax.partitioning import CollectivesError, assert_collectives, collectives, make_mesh
+from shardflax.partitioning.communication import _network
+from shardflax.partitioning.hlo import parse
+from shardflax.partitioning.replica_groups import groups_of, mesh_axes
+
+P = jax.P
+
+
+def placed(mesh: Any, spec: Any, shape: tuple[int, ...] = (8, 8)) -> jax.Array:
+    return jax.device_put(jnp.ones(shape), jax.NamedSharding(mesh, spec))
+
+
+def manual(mesh: Any, body: Any, spec: Any, out: Any) -> Any:
+    """A program with just the collectives that `body` calls."""
+    mapped = jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=out, check_vma=False)
+    return jax.jit(mapped).lower(placed(mesh, spec)).compile()
+
+
+def test_every_kind_with_its_axes_and_bytes() -> None:
+    mesh = make_mesh("data=2,tensor=4")
+
+    def body(x: Any) -> Any:  # 4 x 2 on each device
+        x = jax.lax.all_gather(x, "tensor", axis=1, tiled=True)  # 4 x 8
+        x = jax.lax.psum_scatter(x, "tensor", scatter_dimension=1, tiled=True)  # 4 x 2
+        x = jax.lax.all_to_all(x, "data", split_axis=1, concat_axis=0, tiled=True)  # 8 x 1
+        x = jax.lax.ppermute(x, "tensor", [(i, (i + 1) % 4) for i in range(4)])
+        return jax.lax.psum(x, ("data", "tensor"))
+
+    found = collectives(manual(mesh, body, P("data", "tensor"), P()))
+    by_kind = {c.kind: (c.axes, c.bytes, c.count, c.network) for c in found}
+    assert by_kind["all-gather"] == (("tensor",), 4 * 8 * 4, 1, "ICI")
+    assert by_kind["all-to-all"] == (("data",), 8 * 4, 1, "ICI")
+    assert by_kind["collective-permute"] == (("tensor",), 8 * 4, 1, "ICI")
+    # The CPU has no reduce-scatter: XLA writes an all-reduce of the whole, and takes a slice.
+    reduced = {(c.axes, c.bytes) for c in found if c.kind in ("all-reduce", "reduce-scatter")}
+    assert reduced == {(("tensor",), 4 * 8 * 4), (("data", "tensor"), 8 * 4)}
+
+
+class Stack(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        layers = nn.scan(
+            Layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=3,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        return layers(name="layers")(x, None)[0]
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any, _: Any) -> Any:
+        h = nn.relu(nn.Dense(32, kernel_axes=("embed", "mlp"), use_bias=False, name="up")(x))
+        return nn.Dense(16, kernel_axes=("mlp", "embed"), use_bias=False, name="down")(h), None
+
+
+def compiled_stack(spec: str, rules: str) -> Any:
+    mesh, axis_rules = make_mesh(spec), partitioning.preset(rules)
+    x = jnp.ones((8, 4, 16))
+    init = lambda key: Stack().init(key, x)  # noqa: E731
+    state, _ = partitioning.init_sharded(init, jax.random.key(0), mesh=mesh, rules=axis_rules)
+    with partitioning.use(mesh, axis_rules):
+        x = jax.device_put(x, partitioning.batch_sharding(mesh, axis_rules))
+        return jax.jit(Stack().apply).lower(state, x).compile()
+
+
+def test_loops_count_and_paths_lead_to_modules() -> None:
+    found = collectives(compiled_stack("fsdp=8", "fsdp"))
+    assert {c.what for c in found} == {"all-gather over fsdp"}
+    assert {c.count for c in found} == {3} and all(c.exact for c in found)
+    paths = {c.path.partition("layers/")[2] for c in found}
+    assert paths >= {"up", "down"}
+    assert {c.source.partition(":")[0] for c in found} == {"test_communication.py"}
+    assert not any(c.backward for c in found)
+
+
+def test_a_loop_of_unknown_length_counts_as_one_step() -> None:
+    mesh = make_mesh("data=8")
+
+    def body(x: Any) -> Any:
+        def step(c: Any) -> Any:
+            return jax.lax.psum(c, "data") / 9
+
+        return jax.lax.while_loop(lambda c: jax.lax.psum(c, "data").sum() > 1, step, x)
+
+    found = collectives(manual(mesh, body, P("data"), P("data")))
+    assert found and not any(c.exact for c in found)
+    assert str(found[0]).startswith("all-reduce over data: each step")
+
+
+def test_backward_is_told_from_forward() -> None:
+    mesh = make_mesh("data=8")
+    x, w = placed(mesh, P("data")), placed(mesh, P())
+    step = jax.jit(jax.grad(lambda w, x: jnp.sin(x @ w).sum()))
+    found = collectives(step.lower(w, x).compile())
+    assert [(c.what, c.backward) for c in found] == [("all-reduce over data", True)]
+
+
+def test_contracts() -> None:
+    compiled = compiled_stack("data=4,tensor=2", "tp_sp")
+    found = {c.what for c in collectives(compiled)}
+    assert "all-reduce over tensor" in found or "reduce-scatter over tensor" in found
+    assert_collectives(compiled, found)
+    with pytest.raises(CollectivesError) as error:
+        assert_collectives(compiled, {"all-to-all over data": 2})
+    text = str(error.value)
+    assert "all-to-all over data: expected 2, found 0" in text
+    assert "over tensor: expected 0, found" in text and "down" in text
+
+
+def test_a_count_that_differs_is_an_error() -> None:
+    compiled = compiled_stack("fsdp=8", "fsdp")
+    number = sum(c.count for c in collectives(compiled))
+    assert_collectives(compiled, {"all-gather over fsdp": number})
+    with pytest.raises(CollectivesError, match=f"expected 1, found {number}"):
+        assert_collectives(compiled, {"all-gather over fsdp": 1})
+
+
+def test_programs_without_a_mesh_need_one() -> None:
+    compiled = jax.jit(lambda x: x + 1).lower(jnp.ones(2)).compile()
+    with pytest.raises(ValueError, match="pass mesh="):
+        collectives(compiled)
+    assert collectives(compiled, make_mesh("data=8")) == []
+
+
+def test_slices_are_joined_by_the_slower_network() -> None:
+    devices = np.array([SimpleNamespace(slice_index=i // 4) for i in range(8)])
+    mesh: Any = SimpleNamespace(devices=devices.reshape(2, 4))
+    assert _network([[0, 1, 2, 3], [4, 5, 6, 7]], mesh) == "ICI"
+    assert _network([[0, 4], [1, 5]], mesh) == "DCN"
+
+
+@pytest.mark.parametrize(
+    ("text", "groups"),
+    [
+        ("{}", [[0, 1, 2, 3, 4, 5, 6, 7]]),
+        ("{{0,4},{1,5},{2,6},{3,7}}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("[4,2]<=[8]", [[0, 1], [2, 3], [4, 5], [6, 7]]),
+        ("[4,2]<=[2,4]T(1,0)", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("mesh['a'=2,'b'=4] {'a'}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        (
+            "mesh['a'=2,'b'=4], device_ids=([2,2,2]T(1,0,2)) {'a'}",
+            [[0, 2], [1, 3], [4, 6], [5, 7]],
+        ),
+    ],
+)
+def test_replica_groups(text: str, groups: list[list[int]]) -> None:
+    assert groups_of(text, 8) == groups
+
+
+def test_unknown_replica_groups_are_an_error() -> None:
+    with pytest.raises(ValueError, match="unknown replica groups"):
+        groups_of("<8>", 8)
+
+
+def test_axes_of_groups() -> None:
+    mesh = make_mesh("data=2,fsdp=2,tensor=2")
+    assert mesh_axes([[0, 1], [2, 3]], mesh) == ("tensor",)
+    assert mesh_axes([[0, 2, 4, 6]], mesh) == ("data", "fsdp")
+
+
+def test_asynchronous_forms_are_read() -> None:
+    text = """HloModule m
+
+ENTRY %main (a: bf16[4]) -> bf16[8] {
+  %a = bf16[4]{0} parameter(0)
+  %s = (bf16[4]{0}, bf16[8]{0}) all-gather-start(%a), replica_groups=[1,2]<=[2], dimensions={0}
+  ROOT %d = bf16[8]{0} all-gather-done(%s)
+}"""
+    ops = [i.op for i in parse(text).computations["main"]]
+    assert ops == ["parameter", "all-gather-start", "all-gather-done"]
