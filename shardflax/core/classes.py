@@ -63,7 +63,7 @@ def _wrapped(name: str, value: Any) -> Any:
         return property(fget, value.fset, value.fdel, value.__doc__)
     if name.startswith("__") or isinstance(value, _OF_PYTHON):
         return value
-    kind: Any = type(value)
+    kind: Any = value.__class__
     reads = hasattr(kind, "__get__") and not hasattr(kind, "__set__")
     return _Descriptor(name, value) if reads else value
 

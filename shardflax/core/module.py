@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 import jax
-import jax.numpy as jnp
 
 from shardflax.core import holders, run, summary
 from shardflax.core.calls import context, run_setup, wrap_method
@@ -41,6 +40,7 @@ from shardflax.core.functional import bind
 from shardflax.core.marks import compact, compact_name_scope, nowrap
 from shardflax.core.names import CollectionFilter
 from shardflax.core.scope import Scope, Variable
+from shardflax.core.staging import jx
 
 __all__ = ["Module", "compact", "compact_name_scope", "nowrap"]
 
@@ -398,13 +398,13 @@ class Module(Crossable, _Typed):
         scope = self._bound()
         if not scope.has_variable(collection, name):
             if scope.is_mutable_collection(collection):
-                scope.put_variable(collection, name, jax.tree.map(jnp.zeros_like, value))
+                scope.put_variable(collection, name, jx.tree.map(jx.numpy.zeros_like, value))
             elif collection not in scope.store.collections:
                 return value
             else:
                 found = scope.collection(collection)
                 raise PerturbationNotFoundError(name, collection, scope.path_text, found)
-        return jax.tree.map(jnp.add, value, scope.get_variable(collection, name))
+        return jx.tree.map(jx.numpy.add, value, scope.get_variable(collection, name))
 
     # --- runs
 
@@ -532,18 +532,9 @@ class Module(Crossable, _Typed):
         **kwargs: Any,
     ) -> str:
         """A table of the submodules that `init` would make: see `shardflax.core.summary`."""
-        make = summary.tabulate(
-            self,
-            rngs,
-            depth=depth,
-            show_repeated=show_repeated,
-            mutable=mutable,
-            console_kwargs=console_kwargs,
-            table_kwargs=table_kwargs,
-            column_kwargs=column_kwargs,
-            compute_flops=compute_flops,
-            compute_vjp_flops=compute_vjp_flops,
-        )
+        texts = (console_kwargs, table_kwargs, column_kwargs)
+        costs = (compute_flops, compute_vjp_flops)
+        make = summary.tabulate(self, rngs, depth, show_repeated, mutable, *texts, *costs)
         return make(*args, **kwargs)
 
     def module_paths(
@@ -601,5 +592,5 @@ def _is_leaf(value: Any) -> bool:
     """True for what neither is a module nor can hold one; its type is known from then on."""
     if isinstance(value, Module) or holders.is_holder(value):
         return False
-    _LEAVES.add(type(value))
+    _LEAVES.add(value.__class__)
     return True

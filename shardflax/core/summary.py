@@ -209,12 +209,13 @@ def _count(told: Any, args: Any, kwargs: Any, costs: _Costs) -> tuple[int | None
         if costs.vjp_flops:
             counted[1] = _flops(forward.both, forward.arrays, forward.shapes())
         pure.traced(tuple(entry.node for entry in pure.entries))
-        return None, (tuple({} for _ in pure.entries),)
+        nothing: dict[str, Any] = {}
+        return None, (tuple(nothing for _ in pure.entries),)
 
     node = told.module.scope.node
     cursor, node.cursor = node.cursor, {}  # the method has not ended: names are numbered anew
     interceptors, context.interceptors = context.interceptors, []
-    fn = getattr(type(told.module), told.method_name)
+    fn = getattr(told.module.__class__, told.method_name)
     try:
         cross(Lift(measure), [fn], (told.module, *args), kwargs, fn)
     finally:
@@ -225,7 +226,11 @@ def _count(told: Any, args: Any, kwargs: Any, costs: _Costs) -> tuple[int | None
 def _applied(pure: Any) -> Any:
     """The same, as in `apply`, and leaving no trace."""
     entries = tuple(replace(entry, flags=()) for entry in pure.entries)
-    return replace(pure, entries=entries, traced=lambda nodes: None)
+    return replace(pure, entries=entries, traced=_forget)
+
+
+def _forget(nodes: Any) -> None:
+    """Takes no note of names and keys used."""
 
 
 class _Forward:
@@ -255,14 +260,13 @@ class _Forward:
             out = self.output({**fixed, **moved})
             return [x for x in out if jnp.issubdtype(x.dtype, jnp.inexact)]
 
-        out, pull = jax.vjp(outputs, moved)
+        out, pull = jx.vjp(outputs, moved)
         return out, pull([x for x in cotangents if jnp.issubdtype(x.dtype, jnp.inexact)])
 
 
 def _flops(fn: Callable[..., Any], *shapes: Any) -> int:
-    analysis = jx.jit(fn).lower(*shapes).cost_analysis()
-    found = analysis[0] if isinstance(analysis, list) else analysis
-    return int((found or {}).get("flops", 0))
+    analysis: Any = jx.jit(fn).lower(*shapes).cost_analysis()
+    return int((analysis or {}).get("flops", 0))
 
 
 def _shown(found: list[Row], depth: int | None, show_repeated: bool) -> list[Row]:
@@ -301,11 +305,12 @@ def _table(
     }
     table = Table(**options)
     total = {col: _Size.of(variables[col]) for col in cols}
-    for head in heads:
-        footer = Text.from_markup("Total", justify="right") if head == heads[-1] else ""
-        table.add_column(head, **{"footer": footer, **(column_kwargs or {})})
-    for col in cols:
-        table.add_column(col, **{"footer": total[col].markup(), **(column_kwargs or {})})
+    footers: dict[str, Any] = dict.fromkeys(heads, "")
+    footers[heads[-1]] = Text.from_markup("Total", justify="right")
+    footers |= {col: total[col].markup() for col in cols}
+    for head, footer in footers.items():
+        column: dict[str, Any] = {"footer": footer, **(column_kwargs or {})}
+        table.add_column(head, **column)
     shown = {row.path for row in found}
     seen: set[tuple[str, ...]] = set()
     for row in found:
@@ -331,7 +336,7 @@ def _call_cells(row: Row) -> tuple[str, str, str]:
 def _own(path: tuple[str, ...], tree: Any, shown: set[tuple[str, ...]]) -> str:
     """What a module has in a collection: its own variables, and the size with hidden ones."""
     for name in path:
-        tree = tree.get(name, {}) if isinstance(tree, Mapping) else {}
+        tree = cast("Any", tree).get(name, {}) if isinstance(tree, Mapping) else {}
     if not isinstance(tree, Mapping):
         return ""
     items = cast("Mapping[str, Any]", tree).items()
@@ -403,7 +408,8 @@ def _entry(head: str, item: Any) -> list[str]:
     lines = _lines(item)
     if len(lines) == 1 and not _nests(item):
         return [f"{head} {lines[0]}"]
-    return [head, *(f"  {line}" for line in lines)]
+    indent = "" if isinstance(item, list | tuple) and not _fields(item) else "  "
+    return [head, *(indent + line for line in lines)]
 
 
 def _dashed(lines: list[str]) -> list[str]:
@@ -439,8 +445,12 @@ def _plain(value: Any) -> bool:
 
 
 def _render(table: Table, console_kwargs: Mapping[str, Any] | None) -> str:
-    options: dict[str, Any] = {"force_terminal": True, "force_jupyter": False}
-    console = Console(**{"file": io.StringIO(), **options, **(console_kwargs or {})})
+    options: dict[str, Any] = {
+        "force_terminal": True,
+        "force_jupyter": False,
+        "file": io.StringIO(),
+    }
+    console = Console(**{**options, **(console_kwargs or {})})
     with console.capture() as capture:
         console.print(table)
     return f"\n{capture.get()}\n"
