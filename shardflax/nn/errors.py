@@ -33,6 +33,7 @@ __all__ = [
     "PolicyError",
     "RotaryError",
     "SequenceError",
+    "WindowError",
     "where",
 ]
 

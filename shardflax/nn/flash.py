@@ -16,7 +16,7 @@ from shardflax.partitioning.resolve import resolve
 from shardflax.partitioning.rules import AxisRules
 from shardflax.partitioning.scope import axis_kinds, free_axes, mesh_in_scope, rules_in_scope
 
-__all__ = ["Flash", "flash_attention", "target_device", "why_not_flash"]
+__all__ = ["Flash", "flash_attention", "spreads", "target_device", "why_not_flash"]
 
 BLOCKS = (512, 256, 128)
 Window = tuple[int | None, int | None]
@@ -142,7 +142,7 @@ def flash_attention(
     True
     """
     kernel = Flash(causal, window, softcap, interpret)
-    mesh, spec = mesh_in_scope(), flash_spec(query, query_axes)
+    mesh, spec = mesh_in_scope(), _spec(query, query_axes)
     if mesh is None or spec is None:
         return kernel(query, key, value)
     if spec[2] is not None and key.shape[2] != query.shape[2]:
@@ -161,7 +161,7 @@ def _for_each_head(x: Array, query: Array, axes: Any, mesh: Any) -> Array:
     return x if x.shape[2] % parts == 0 else jnp.repeat(x, query.shape[2] // x.shape[2], axis=2)
 
 
-def flash_spec(query: Array, axes: Names | None) -> PartitionSpec | None:
+def _spec(query: Array, axes: Names | None) -> PartitionSpec | None:
     """Where the dims of `query` lie under strict rules; None where nothing is to be spread."""
     rules, mesh = rules_in_scope(), mesh_in_scope()
     if mesh is None or not isinstance(rules, AxisRules) or axes is None:
@@ -175,8 +175,12 @@ def flash_spec(query: Array, axes: Names | None) -> PartitionSpec | None:
 
 
 def spreads(query: Array, axes: Names | None) -> bool:
-    """Whether the kernel can be where `query` is: on one device, or spread by batch and heads."""
-    mesh, spec = mesh_in_scope(), flash_spec(query, axes)
+    """Whether the kernel can be where `query` is: on one device, or spread by batch and heads.
+
+    >>> spreads(jnp.ones((2, 128, 2, 64)), ("batch", "length", "act_heads", None))
+    False
+    """
+    mesh, spec = mesh_in_scope(), _spec(query, axes)
     if spec is not None:
         return spec[1] is None and spec[3] is None
     if mesh is None:
