@@ -193,22 +193,21 @@ def test_weights_of_nested_layers_are_flax_s() -> None:
     """Paths, the order of keys, and which parameters are meant."""
 
     def run(namespace: Any) -> Any:
+        dense = partial(namespace.DenseGeneral, kernel_init=jax.nn.initializers.uniform(1.0))
+
         class Pair(namespace.Module):
             @namespace.compact
             def __call__(self, x: Any) -> Any:
-                return namespace.DenseGeneral((2, 2))(namespace.Dense(5)(x))
+                return dense((2, 2), name="query")(dense(5, name="value")(x))
 
         class Model(namespace.Module):
             @namespace.compact
             def __call__(self, x: Any) -> Any:
                 x = namespace.SpectralNorm(Pair())(x, update_stats=True)
-                x = namespace.WeightNorm(namespace.Conv(4, (2, 2)), feature_axes=None)(x)
-                inner = namespace.MultiHeadDotProductAttention(2)
-                few = namespace.WeightNorm(inner, variable_filter={"query", "value/bias"})
-                x = few(x)
-                x = namespace.WeightNorm(namespace.Dense(3), use_scale=False)(x)
-                last = namespace.SpectralNorm(namespace.Dense(4), name="last")
-                return last(x, update_stats=False)
+                few = namespace.WeightNorm(Pair(), variable_filter={"query", "value/bias"})
+                x = namespace.WeightNorm(dense(4, axis=(-2, -1)), feature_axes=None)(few(x))
+                x = namespace.WeightNorm(dense(3), use_scale=False)(x)
+                return namespace.SpectralNorm(dense(4), name="last")(x, update_stats=False)
 
         def twice() -> Any:
             variables = Model().init(KEY, X)
