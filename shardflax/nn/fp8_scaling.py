@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from shardflax.nn._manual import varying_axes
 from shardflax.nn.types import Array, Dtype
 
 __all__ = [
@@ -64,7 +65,7 @@ def compute_amax_history(x: Array, amax_history: Array) -> Array:
     [3.0, 5.0]
     """
     largest = jnp.max(jnp.abs(x)).astype(amax_history.dtype)
-    if apart := tuple(getattr(jax.typeof(largest), "vma", ())):
+    if apart := tuple(sorted(varying_axes(largest))):
         # Inside shard_map each device sees its part: the scale is that of the whole.
         largest = lax.pmax(largest, apart)
     return jnp.roll(amax_history, shift=-1, axis=0).at[0].set(largest)

@@ -6,6 +6,7 @@ The cells are in this namespace too.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,11 +14,13 @@ import jax.numpy as jnp
 
 from shardflax.core import CollectionFilter, Module, compact, nowrap, scan
 from shardflax.core.frozen_dict import FrozenDict
+from shardflax.nn._manual import varying_axes
 from shardflax.nn.errors import InputRankError, SequenceError, where
 from shardflax.nn.recurrent_cells import GRUCell, MGUCell, RNNCellBase, SimpleCell
 from shardflax.nn.recurrent_conv import ConvLSTMCell
 from shardflax.nn.recurrent_lstm import LSTMCell, OptimizedLSTMCell
 from shardflax.nn.types import Array
+from shardflax.partitioning.explicit_out import explicit_axes
 
 __all__ = [
     "RNN",
@@ -99,6 +102,7 @@ class RNN(Module):
             step = (*batch, *inputs.shape[batch_dims + 1 :])
             initial_carry = self.cell.initialize_carry(key, step)
         all_carries = return_carry and seq_lengths is not None
+        initial_carry = jax.tree.map(partial(_varying_as, inputs), initial_carry)
         carry, (carries, outputs) = self._scan(inputs, initial_carry, time, all_carries)
         if reverse and keep_order:
             outputs = flip_sequences(outputs, seq_lengths, batch_dims, time_major)
@@ -137,13 +141,36 @@ class RNN(Module):
 
 
 def _step(cell: Any, carry: Any, x: Any) -> Any:
-    carry, y = cell(carry, x)
-    return carry, (None, y)
+    after, y = cell(carry, x)
+    return _laid_out_as(carry, after), (None, y)
 
 
 def _step_with_carry(cell: Any, carry: Any, x: Any) -> Any:
-    carry, y = cell(carry, x)
-    return carry, (carry, y)
+    after, y = cell(carry, x)
+    after = _laid_out_as(carry, after)
+    return after, (after, y)
+
+
+def _laid_out_as(before: Any, after: Any) -> Any:
+    """A carry in the layout of the one before: on explicit axes it is a part of the type."""
+    if not explicit_axes() or jax.tree.structure(before) != jax.tree.structure(after):
+        return after
+
+    def reshard(old: Any, new: Any) -> Any:
+        spec = jax.typeof(old).sharding.spec
+        same = jnp.ndim(old) != jnp.ndim(new) or jax.typeof(new).sharding.spec == spec
+        return new if same else jax.sharding.reshard(new, spec)
+
+    return jax.tree.map(reshard, before, after)
+
+
+def _varying_as(inputs: Any, state: Any) -> Any:
+    """Inside `shard_map`: a first carry that differs between devices where the inputs do.
+
+    The carries that follow do, and a loop wants all of one type.
+    """
+    missing = tuple(sorted(varying_axes(inputs) - varying_axes(state)))
+    return jax.lax.pcast(state, missing, to="varying") if missing else state
 
 
 def _check_lengths(place: str, lengths: Any, batch: tuple[int, ...]) -> None:
