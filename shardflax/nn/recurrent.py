@@ -20,7 +20,7 @@ from shardflax.nn.recurrent_cells import GRUCell, MGUCell, RNNCellBase, SimpleCe
 from shardflax.nn.recurrent_conv import ConvLSTMCell
 from shardflax.nn.recurrent_lstm import LSTMCell, OptimizedLSTMCell
 from shardflax.nn.types import Array
-from shardflax.partitioning.explicit_out import explicit_axes
+from shardflax.partitioning.explicit_out import InAuto, explicit_axes
 
 __all__ = [
     "RNN",
@@ -137,7 +137,18 @@ class RNN(Module):
             variable_carry=self.variable_carry,
             split_rngs=self.split_rngs,
         )
-        return run(self.cell, carry, inputs)
+        return run(self.cell, carry, _whole_in_time(inputs, time))
+
+
+def _whole_in_time(inputs: Array, time: int) -> Array:
+    """Steps come one after the other: on explicit axes a loop refuses to run over a spread dim."""
+    if not explicit_axes():
+        return inputs
+    spec = [*jax.typeof(inputs).sharding.spec]
+    if spec[time] is None:
+        return inputs
+    spec[time] = None
+    return jax.sharding.reshard(inputs, jax.P(*spec))
 
 
 def _step(cell: Any, carry: Any, x: Any) -> Any:
@@ -189,14 +200,26 @@ def _check_lengths(place: str, lengths: Any, batch: tuple[int, ...]) -> None:
 
 def _last_that_count(carries: Any, lengths: Any) -> Any:
     """Of `(time, *batch, ...)`, for each sequence its last step: `(*batch, ...)`."""
+
+    def last(x: Array, lengths: Array) -> Array:
+        places = [
+            jnp.expand_dims(
+                jnp.arange(n, dtype=jnp.int32), [d for d in range(lengths.ndim) if d != dim]
+            )
+            for dim, n in enumerate(lengths.shape)
+        ]
+        return x[(lengths - 1, *places)]
+
     lengths = jnp.asarray(lengths)
-    places = [
-        jnp.expand_dims(
-            jnp.arange(n, dtype=jnp.int32), [d for d in range(lengths.ndim) if d != dim]
-        )
-        for dim, n in enumerate(lengths.shape)
-    ]
-    return jax.tree.map(lambda x: x[(lengths - 1, *places)], carries)
+    return jax.tree.map(lambda x: _gathered(last, x, lengths, without_time=True), carries)
+
+
+def _gathered(fn: Any, x: Array, lengths: Array, without_time: bool = False) -> Array:
+    """`fn(x, lengths)`; on explicit axes laid out as `x` is, its first dim perhaps gone."""
+    if not explicit_axes():
+        return fn(x, lengths)
+    spec = jax.typeof(x).sharding.spec
+    return InAuto(fn, jax.P(*spec[1:]) if without_time else spec)(x, lengths)
 
 
 def flip_sequences(
@@ -214,15 +237,19 @@ def flip_sequences(
     time = 0 if time_major else num_batch_dims
     if seq_lengths is None:
         return jnp.flip(inputs, axis=time)
-    steps = inputs.shape[time]
-    ends = jnp.expand_dims(jnp.asarray(seq_lengths), time)
-    backwards = jnp.arange(steps - 1, -1, -1, dtype=ends.dtype)
-    order = [1] * ends.ndim
-    order[time] = steps
-    # Where the run has passed the first step, it goes on with the last one: the padding.
-    at = (jnp.reshape(backwards, order) + ends) % steps
-    at = jnp.expand_dims(at, tuple(range(at.ndim, inputs.ndim)))
-    return jnp.take_along_axis(inputs, at, axis=time)
+
+    def flip(inputs: Array, lengths: Array) -> Array:
+        steps = inputs.shape[time]
+        ends = jnp.expand_dims(lengths, time)
+        backwards = jnp.arange(steps - 1, -1, -1, dtype=ends.dtype)
+        order = [1] * ends.ndim
+        order[time] = steps
+        # Where the run has passed the first step, it goes on with the last one: the padding.
+        at = (jnp.reshape(backwards, order) + ends) % steps
+        at = jnp.expand_dims(at, tuple(range(at.ndim, inputs.ndim)))
+        return jnp.take_along_axis(inputs, at, axis=time)
+
+    return _gathered(flip, inputs, jnp.asarray(seq_lengths))
 
 
 def _concatenate(a: Array, b: Array) -> Array:

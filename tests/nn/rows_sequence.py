@@ -93,7 +93,13 @@ ROWS: list[Row] = [
         call={"seq_lengths": LENGTHS},
         has_dtype=False,
     ),
-    Row("RNN-time", rnn("SimpleCell", time_major=True, unroll=2), hidden, has_dtype=False),
+    Row(
+        "RNN-time",
+        rnn("SimpleCell", time_major=True, unroll=2),
+        hidden,
+        has_dtype=False,
+        batched=False,
+    ),
     Row("Bidirectional", bidirectional, hidden, has_dtype=False),
     Row(
         "GroupedQueryAttention-window",
