@@ -550,8 +550,8 @@ class Module(Crossable, _Typed):
         With `show_repeated`, modules that are called in other ways than by `__call__` count too.
 
         >>> import jax.numpy as jnp, shardflax.nn as nn
-        >>> nn.Sequential([nn.Dense(2)]).module_paths(jax.random.key(0), jnp.ones((1, 2))).keys()
-        dict_keys(['', 'layers_0'])
+        >>> sorted(nn.Sequential([nn.Dense(2)]).module_paths(jax.random.key(0), jnp.ones((1, 2))))
+        ['', 'layers_0']
         """
         return summary.module_paths(self, rngs, args, kwargs, show_repeated, mutable)
 

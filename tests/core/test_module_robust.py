@@ -200,7 +200,9 @@ def test_a_thousand_submodules_stay_linear(cls: Any) -> None:
     sys.setrecursionlimit(20_000)
     try:
         cls(10).apply({}, 1.0)
-        counts = [calls_of(lambda n=n: cls(n).apply({}, 1.0)) for n in (250, 500, 1000)]
+        # Some releases of Python 3.12 have a fixed limit on calls from C, of which a level is one.
+        sizes = (100, 200, 400) if cls is Nested else (250, 500, 1000)
+        counts = [calls_of(lambda n=n: cls(n).apply({}, 1.0)) for n in sizes]
     finally:
         sys.setrecursionlimit(limit)
     assert (counts[2] - counts[1]) <= 2.1 * (counts[1] - counts[0])
@@ -247,18 +249,18 @@ def test_unbound_modules_are_pickled() -> None:
 
 
 def test_classes_of_a_function_are_pickled_by_cloudpickle() -> None:
-    class Local(nn.Module):
+    class Local(real.Module):
         width: int = 3
 
         def setup(self) -> None:
-            self.layer = nn.Lin(self.width)
+            self.layer = real.Dense(self.width)
 
         @property
         def twice(self) -> int:
             return 2 * self.width
 
         def __call__(self, x: Any) -> Any:
-            return super().__call__(x) if self.width < 0 else self.layer(x)  # pyright: ignore[reportAttributeAccessIssue]
+            return self.layer(x)
 
     again = cloudpickle.loads(cloudpickle.dumps(Local(2)))
     assert again.twice == 4
