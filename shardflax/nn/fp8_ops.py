@@ -260,7 +260,7 @@ def _labels(place: str, equation: str, *ndims: int) -> tuple[str, str, str]:
     spelled = [
         t.replace("...", dots[len(dots) - w :]) for t, w in zip(operands, widths, strict=True)
     ]
-    labels = *spelled, out.replace("...", dots)
+    labels = spelled[0], spelled[1], out.replace("...", dots)
     if any(len(set(t)) < len(t) for t in labels) or set(labels[2]) - set("".join(spelled)):
         raise EinsumError(place, f"{equation!r}: a label stands twice, or in the output alone.")
     return labels

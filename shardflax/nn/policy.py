@@ -153,7 +153,8 @@ class LayerBase(Module):
         policy = fields.get("dtype")
         if type(policy) is Policy:
             fields["dtype"] = policy.compute
-            if "param_dtype" in fields and fields["param_dtype"] == type(self).param_dtype:
+            default = getattr(type(self), "param_dtype", None)
+            if "param_dtype" in fields and fields["param_dtype"] == default:
                 fields["param_dtype"] = policy.param
             for name in _FORCED:
                 if name in fields:

@@ -19,7 +19,7 @@ from tests.nn.matrix import close, same
 from tests.nn.row import floats
 
 X = floats(2, 4, 5)
-LENGTHS = np.array([2, 4])
+LENGTHS: Any = np.array([2, 4])
 CELLS = ["SimpleCell", "GRUCell", "MGUCell", "LSTMCell", "OptimizedLSTMCell"]
 normal = flax.linen.initializers.normal
 
