@@ -20,7 +20,14 @@ from shardflax.partitioning.scope import axis_kinds
 from shardflax.partitioning.spec_check import spec_axes
 from shardflax.partitioning.untyped import jx
 
-__all__ = ["InAuto", "Operand", "explicit_axes", "laid_out_like", "operand", "out_spec"]
+__all__ = [
+    "InAuto",
+    "Operand",
+    "explicit_axes",
+    "laid_out_like",
+    "operand",
+    "out_spec",
+]
 
 
 def explicit_axes() -> frozenset[str]:
