@@ -17,6 +17,7 @@ from shardflax.nn.conv import Conv
 from shardflax.nn.errors import CarryShapeError, InputRankError, where
 from shardflax.nn.recurrent_cells import RNNCellBase
 from shardflax.nn.types import Array, Dtype, Initializer, Names
+from shardflax.partitioning import default_names
 
 __all__ = ["ConvLSTMCell"]
 
@@ -32,7 +33,8 @@ class ConvLSTMCell(RNNCellBase):
     Inputs `(*batch, *spatial, in)`, with as many spatial dims as `kernel_size` has, and the carry
     `(c, h)`, both `(*batch, *spatial, features)`, give the carry `(c', h')` and the output
     `h'`.  A state of another shape is a `CarryShapeError`.  Parameters are those of the `Conv`
-    layers `ih` and `hh`, each with `4 * features` outputs.
+    layers `ih` and `hh`, each with `4 * features` outputs.  By default these outputs have no name:
+    spread over devices, whole gates would lie on some of them, and be sent around at each step.
 
     >>> import jax, jax.numpy as jnp, shardflax.nn as nn
     >>> cell, x = nn.ConvLSTMCell(features=3, kernel_size=(3, 3)), jnp.ones((2, 4, 4, 1))
@@ -71,8 +73,11 @@ class ConvLSTMCell(RNNCellBase):
             param_dtype=self.param_dtype,
             out_axes=self.out_axes,
         )
-        gates = layer(name="ih", kernel_axes=self.kernel_axes)(inputs)
-        gates = gates + layer(name="hh", kernel_axes=self.recurrent_kernel_axes)(h)
+        spatial = [None] * len(self.kernel_size)
+        of_input = self.kernel_axes or default_names(*spatial, None, None)
+        of_state = self.recurrent_kernel_axes or default_names(*spatial, "embed", None)
+        gates = layer(name="ih", kernel_axes=of_input)(inputs)
+        gates = gates + layer(name="hh", kernel_axes=of_state)(h)
         i, g, f, o = jnp.split(gates, 4, axis=-1)
         c = sigmoid(f + 1) * c + sigmoid(i) * tanh(g)
         h = sigmoid(o) * tanh(c)

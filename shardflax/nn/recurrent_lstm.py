@@ -187,6 +187,7 @@ def _stacked(
     mapped = tuple(range(last))
     dims = weights.Contraction((*mapped, last), (last, "gate", "f"), (*mapped, "gate", "f"))
     multiply = partial(lax.dot_general, dimension_numbers=(((last,), (0,)), ((), ())))
+    kernels = [partitioning.at_use(kernel, stored) for kernel in kernels]
     y = weights.product(multiply, x, jnp.stack(kernels, axis=-2), _of_stack(stored), dims)
     if biases[0] is not None:
         y = y + jnp.reshape(jnp.stack(biases), (1,) * last + y.shape[last:])

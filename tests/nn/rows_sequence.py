@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen
+import jax.numpy as jnp
 import numpy as np
 
 from tests.nn.row import BATCH, WIDTH, Row, floats, hidden, maker
@@ -44,9 +45,12 @@ def rnn(kind: str, **fixed: Any) -> Callable[..., Any]:
     return make
 
 
-def bidirectional(namespace: Any) -> Any:
-    cells = namespace.GRUCell(WIDTH), namespace.SimpleCell(WIDTH)
-    return namespace.Bidirectional(*map(namespace.RNN, cells))
+def bidirectional(**fixed: Any) -> Callable[..., Any]:
+    def make(namespace: Any) -> Any:
+        cells = namespace.GRUCell(WIDTH), namespace.SimpleCell(WIDTH)
+        return namespace.Bidirectional(*map(namespace.RNN, cells), **fixed)
+
+    return make
 
 
 def operands() -> tuple[Any, ...]:
@@ -100,7 +104,9 @@ ROWS: list[Row] = [
         has_dtype=False,
         batched=False,
     ),
-    Row("Bidirectional", bidirectional, hidden, has_dtype=False),
+    # Features side by side have to move, where they are spread over devices.
+    Row("Bidirectional", bidirectional(merge_fn=jnp.add), hidden, has_dtype=False),
+    Row("Bidirectional-side-by-side", bidirectional(), hidden, has_dtype=False),
     Row(
         "GroupedQueryAttention-window",
         maker("GroupedQueryAttention", 4, window=1, logit_softcap=2.0),
