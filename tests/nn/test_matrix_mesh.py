@@ -125,7 +125,10 @@ class Allowed:
         return cls(row, held, weights, over)
 
     def __contains__(self, found: Collective) -> bool:
-        weight = tuple(sorted(n for n in found.shape if n > 1)) in self.weights
+        sizes = sorted(n for n in found.shape if n > 1)
+        # Several weights may be gathered at once, stacked along a dim of its own.
+        of_one = [sizes[:d] + sizes[d + 1 :] for d in range(len(sizes))]
+        weight = any(tuple(each) in self.weights for each in (sizes, *of_one))
         if self.row.over_weights and set(found.axes) <= self.held:
             return True
         match found.kind, *found.axes:
