@@ -283,7 +283,8 @@ def cross(
     unbinder = _Unbinder()
     first = unbinder.slots(args[0])
     if not any(isinstance(x, Crossable | Scope) for x in unbinder.found):
-        raise TransformTargetError(f"{fns[0]!r}, called with {type(args[0]).__name__}")
+        found = type(args[0]).__name__
+        raise TransformTargetError(f"{fns[0]!r}, called with {found}, not a module")
     rest, kwargs = (unbinder.slots(x) for x in (tuple(args[1:]), dict(kwargs)))
     roots = unbinder.roots()
     recipes = unbinder.recipes

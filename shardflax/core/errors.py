@@ -512,9 +512,9 @@ class RematNameError(FlaxError):
         names = sorted(missing)
         hint = did_you_mean(names[0], carried) if carried else "no value carries a name."
         super().__init__(
-            f"at /{'/'.join(path)}: the policy of remat names {', '.join(map(repr, names))}, but no "
-            f"value computed inside carries it (jax.ad_checkpoint.checkpoint_name(x, name)), so it "
-            f"would have no effect; {hint}"
+            f"at /{'/'.join(path)}: the policy of remat names {', '.join(map(repr, names))}, but "
+            f"no value computed inside carries it (jax.ad_checkpoint.checkpoint_name(x, name)), "
+            f"so it would have no effect; {hint}"
         )
 
 

@@ -50,7 +50,8 @@ class FrozenDict(Mapping[K, V]):
 
     def __getitem__(self, key: K) -> V:
         value: Any = self._dict[key]
-        return self._around(cast("Any", value)) if isinstance(value, dict) else value
+        frozen: Any = self._around(cast("Any", value)) if isinstance(value, dict) else value
+        return frozen
 
     def __setitem__(self, key: K, value: V) -> None:
         raise ValueError(f"a FrozenDict does not change: use copy({{{key!r}: ...}}).")

@@ -67,8 +67,8 @@ def named_call(class_fn: F, force: bool = True) -> F:
     ...     @nn.transforms.named_call
     ...     def __call__(self, x):
     ...         return x / 2
-    >>> Half().apply({}, jnp.ones(()))
-    Array(0.5, dtype=float32, weak_type=True)
+    >>> float(Half().apply({}, jnp.ones(())))
+    0.5
     """
 
     @functools.wraps(class_fn)

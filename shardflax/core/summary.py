@@ -14,9 +14,6 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from shardflax.core import boxes, run
 from shardflax.core.boundary import Lift
@@ -266,7 +263,7 @@ class _Forward:
 
 def _flops(fn: Callable[..., Any], *shapes: Any) -> int:
     analysis: Any = jx.jit(fn).lower(*shapes).cost_analysis()
-    return int((analysis or {}).get("flops", 0))
+    return int(analysis["flops"]) if analysis and "flops" in analysis else 0
 
 
 def _shown(found: list[Row], depth: int | None, show_repeated: bool) -> list[Row]:
@@ -292,7 +289,11 @@ def _table(
     costs: _Costs,
     table_kwargs: Mapping[str, Any] | None,
     column_kwargs: Mapping[str, Any] | None,
-) -> Table:
+) -> Any:
+    # Here, not above: rich takes longer to import than the core, and few programs print tables.
+    from rich.table import Table
+    from rich.text import Text
+
     cols = sorted(variables, key=lambda col: (col == "params", col))
     asked = {"flops": costs.flops, "vjp_flops": costs.vjp_flops}
     heads = ["path", "module", "inputs", "outputs", *(n for n, wanted in asked.items() if wanted)]
@@ -444,7 +445,9 @@ def _plain(value: Any) -> bool:
     return not jnp.issubdtype(value.dtype, jax.dtypes.extended)
 
 
-def _render(table: Table, console_kwargs: Mapping[str, Any] | None) -> str:
+def _render(table: Any, console_kwargs: Mapping[str, Any] | None) -> str:
+    from rich.console import Console
+
     options: dict[str, Any] = {
         "force_terminal": True,
         "force_jupyter": False,

@@ -263,7 +263,7 @@ class Bidirectional(Module):
     Both are `RNN`s, or have their call.  `merge_fn` joins the outputs of each step; by default the
     features of both stand side by side.  Padding (`seq_lengths`) stays at the end.  With
     `return_carry` the result is a pair of both last carries, and the outputs; `initial_carry` is
-    a pair too.  One `RNN` for both directions is a `SequenceError`: share the cell instead.
+    a pair too.  One `RNN` given for both directions shares its parameters between them.
 
     >>> import jax, jax.numpy as jnp, shardflax.nn as nn
     >>> layer = nn.Bidirectional(nn.RNN(nn.GRUCell(3)), nn.RNN(nn.GRUCell(4)))

@@ -117,7 +117,8 @@ def generic(nn: Any) -> Any:
 
         @nn.compact
         def __call__(self, x: Any) -> Any:
-            return self.inner(x)
+            inner: Any = self.inner
+            return inner(x)
 
     class Of(Wrap[int]):
         pass

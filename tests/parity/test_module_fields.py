@@ -480,7 +480,8 @@ def partial_keeps_modules_as_fields(nn: Any) -> Any:
         def __call__(self, x: Any) -> Any:
             return self.make()(x) + self.make(name="second")(x)
 
-    return outcome(lambda: M(functools.partial(Use, nn.Lin())).init_with_output(KEY, X))
+    use: Any = Use
+    return outcome(lambda: M(functools.partial(use, nn.Lin())).init_with_output(KEY, X))
 
 
 @program
