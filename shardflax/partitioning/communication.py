@@ -41,7 +41,8 @@ class Collective:
     and gets out, each time; `count` is how often it runs in one call of the program, `exact` false
     if it lies in a loop whose length the compiler does not know (which counts as one step).
     `path` is the module path, `source` the file and line outside of this library, as far as the
-    compiler kept them; `backward` is true for what only the backward pass does.
+    compiler kept them; `backward` is true for what only the backward pass does.  `shape` is that of
+    the result on one device, of the first array if there are several.
 
     >>> c = Collective("all-gather", ("fsdp",), "ICI", 256, 3, True, "layers/up", "model.py:4")
     >>> print(c)
@@ -57,6 +58,7 @@ class Collective:
     path: str = ""
     source: str = ""
     backward: bool = False
+    shape: tuple[int, ...] = ()
 
     @property
     def what(self) -> str:
@@ -119,6 +121,7 @@ def _found(program: Program, mesh: Mesh) -> Iterator[Collective]:
                 path=_module_path(called),
                 source=_source(program, instruction),
                 backward="transpose(" in called,
+                shape=_shapes(instruction.type)[0],
             )
 
 
@@ -137,6 +140,11 @@ def _network(groups: list[list[int]], mesh: Mesh) -> str:
         if len({getattr(devices[i], "slice_index", 0) for i in group}) > 1:
             return "DCN"
     return "ICI"
+
+
+def _shapes(text: str) -> list[tuple[int, ...]]:
+    found = re.findall(r"\w+\[([\d,]*)\]", text)
+    return [tuple(int(d) for d in dims.split(",") if d) for dims in found]
 
 
 def _bytes(text: str) -> int:

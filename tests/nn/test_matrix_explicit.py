@@ -12,9 +12,9 @@ import pytest
 from jax import lax
 
 import shardflax.nn as nn
+from shardflax import partitioning
 from shardflax.partitioning import logical_axis_rules, use
 from shardflax.partitioning.init import unboxed
-from tests.nn.collectives import collectives
 from tests.nn.matrix import place, typed, with_sharding
 
 EXPLICIT = place("fsdp_tp", "explicit")
@@ -103,8 +103,8 @@ def gathers(layer: nn.Module) -> Counter[tuple[str, ...]]:
         step = jax.jit(jax.grad(loss, (0, 1)), out_shardings=({"kernel": kernel}, None))
         shape = {"kernel": jax.ShapeDtypeStruct((8, 16), np.float32, sharding=kernel)}
         spread = jax.NamedSharding(on.mesh, jax.P(("data", "fsdp")))
-        text = step.lower(shape, with_sharding(X, spread)).compile().as_text() or ""
-    found = collectives(text, on.mesh)
+        compiled = step.lower(shape, with_sharding(X, spread)).compile()
+    found = partitioning.collectives(compiled, on.mesh)
     return Counter(c.axes for c in found if c.kind == "all-gather")
 
 

@@ -13,9 +13,8 @@ import jax
 import pytest
 
 from shardflax import partitioning
-from shardflax.partitioning import AxisRules, Layout, make_mesh, use
+from shardflax.partitioning import AxisRules, Collective, Layout, collectives, make_mesh, use
 from shardflax.partitioning.spec_check import spec_axes
-from tests.nn.collectives import Collective, collectives
 from tests.nn.matrix import (
     MESHES,
     Place,
@@ -93,7 +92,7 @@ def test_nothing_is_sent_that_the_layout_does_not_call_for(row: Row, rules: str)
         compiled = jax.jit(forward, static_argnums=0).lower(row, *given).compile()
     close(compiled(*given), known.y)
     called_for = Allowed.by(row, layout, on)
-    found = collectives(compiled.as_text() or "", on.mesh)
+    found = collectives(compiled, on.mesh)
     assert [c for c in found if c not in called_for] == []
 
 
