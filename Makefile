@@ -24,7 +24,7 @@ train: $(VENV)/.run.stamp ## train the small model on 2 processes x 4 emulated d
 
 # The fast group runs in two workers; tests that start processes of their own run one by one.
 test: $(VENV)/.test.stamp ## run all tests and every example in the docs
-	$(PY) -m pytest -q -n 2 -m "not (multiprocess or slow or gpu)" $(ARGS)
+	$(PY) -m pytest -q -n 2 --dist worksteal -m "not (multiprocess or slow or gpu)" $(ARGS)
 	$(PY) -m pytest -q -m "(multiprocess or slow) and not gpu" $(ARGS) tests
 
 lint: $(VENV)/.test.stamp ## ruff check, ruff format --check, pyright
