@@ -127,12 +127,13 @@ class Allowed:
         sizes = sorted(n for n in found.shape if n > 1)
         # Several weights may be gathered at once, stacked along a dim of its own.
         of_one = [sizes[:d] + sizes[d + 1 :] for d in range(len(sizes))]
-        weight = any(tuple(each) in self.weights for each in (sizes, *of_one))
+        weight = tuple(sizes) in self.weights
+        stacked = any(tuple(each) in self.weights for each in of_one)
         if self.row.over_weights and set(found.axes) <= self.held:
             return True
         match found.kind, *found.axes:
             case "all-gather", "fsdp":
-                return "fsdp" in self.held and weight
+                return "fsdp" in self.held and (weight or stacked)
             case "all-gather", "tensor":
                 return "tensor" in self.held and not weight
             case "all-reduce" | "reduce-scatter", "tensor":
