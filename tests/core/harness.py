@@ -21,7 +21,17 @@ from jax.extend import random as jex_random
 from shardflax import core, partitioning
 from shardflax.core import run
 
-__all__ = ["OURS", "THEIRS", "layers", "quick_key", "registry", "same", "same_arrays", "same_error"]
+__all__ = [
+    "OURS",
+    "THEIRS",
+    "both",
+    "layers",
+    "quick_key",
+    "registry",
+    "same",
+    "same_arrays",
+    "same_error",
+]
 
 Program = Callable[[Any], Any]
 
@@ -168,6 +178,13 @@ def same(program: Program) -> Any:
 def same_arrays(program: Program) -> Any:
     """`same` for a program that returns arrays alone: it is compiled as a whole, which is quick."""
     return same(lambda nn: jax.jit(lambda: plain(program(nn)))())
+
+
+def both(model: Any, *args: Any, mutable: Any = ("state", "intermediates")) -> Any:
+    """init, and apply with its state."""
+    y, variables = model.init_with_output({"params": quick_key(7), "dropout": quick_key(8)}, *args)
+    rngs = {"dropout": quick_key(9)}
+    return y, variables, model.apply(variables, *args, rngs=rngs, mutable=list(mutable))
 
 
 def same_error(program: Program, name: str) -> str:

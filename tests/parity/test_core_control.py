@@ -11,7 +11,7 @@ from shardflax.core.boundary import Lift
 from shardflax.core.cross import cross
 from shardflax.core.errors import BranchVariablesError
 from shardflax.core.rng import fold
-from tests.core.harness import OURS, THEIRS, quick_key, registry, same_arrays, same_error
+from tests.core.harness import OURS, THEIRS, both, quick_key, registry, same_arrays, same_error
 
 KEY = quick_key(7)
 X = jnp.arange(6.0).reshape(2, 3)
@@ -21,13 +21,6 @@ program, PROGRAMS = registry()
 @pytest.mark.parametrize("run", PROGRAMS)
 def test_same_as_linen(run: Any) -> None:
     same_arrays(run)
-
-
-def both(model: Any, *args: Any, mutable: Any = ("state", "intermediates")) -> Any:
-    """init, and apply with its state."""
-    y, variables = model.init_with_output({"params": KEY, "dropout": quick_key(8)}, *args)
-    rngs = {"dropout": quick_key(9)}
-    return y, variables, model.apply(variables, *args, rngs=rngs, mutable=list(mutable))
 
 
 # --- cond

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.core.harness import quick_key, registry, same_arrays
+from tests.core.harness import both, quick_key, registry, same_arrays
 
 KEY = quick_key(7)
 X = jnp.arange(6.0).reshape(2, 3)
@@ -21,13 +21,6 @@ FIXED = {"check_constancy_invariants": False}
 @pytest.mark.parametrize("run", PROGRAMS)
 def test_same_as_linen(run: Any) -> None:
     same_arrays(run)
-
-
-def both(model: Any, *args: Any, mutable: Any = ("state", "intermediates")) -> Any:
-    """init, and apply with its state."""
-    y, variables = model.init_with_output({"params": KEY, "dropout": quick_key(8)}, *args)
-    rngs = {"dropout": quick_key(9)}
-    return y, variables, model.apply(variables, *args, rngs=rngs, mutable=list(mutable))
 
 
 def given(model: Any, *args: Any) -> Any:
