@@ -81,6 +81,7 @@ def test_a_type_checker_agrees() -> None:
         text=True,
         cwd=Path(__file__).parent.parent.parent,
     )
+    assert done.stdout, done.stderr
     report = json.loads(done.stdout)
     assert report["summary"]["filesAnalyzed"] == 1
     assert report["generalDiagnostics"] == []
