@@ -200,7 +200,7 @@ class _Conv(LayerBase):
     @nowrap
     def plan(self, conv: Callable[..., Array], window: _Window, padding: Any, x: Array) -> _Plan:
         """How inputs like `x` are convolved."""
-        raise NotImplementedError
+        raise AssertionError("overridden by each convolution")
 
 
 class Conv(_Conv):
