@@ -23,11 +23,13 @@ PACKAGES["shardflax.partitioning"] = {"shardflax.core"}
 PACKAGES["shardflax.nn"] = PACKAGES["shardflax.partitioning"] | {"shardflax.partitioning"}
 for _leaf in ("training", "ckpt", "models"):
     PACKAGES[f"shardflax.{_leaf}"] = PACKAGES["shardflax.nn"] | {"shardflax.nn"}
+PACKAGES["shardflax.cli"] = set(PACKAGES)
 PACKAGES["launch"] = {p for p in PACKAGES if p.startswith("shardflax.")}
 
 # Small modules beside the packages, with the seeds' names: each says here how low it sits.
 SMALL: dict[str, set[str]] = {
-    "shardflax": set(PACKAGES) - {"launch"},
+    "shardflax": set(PACKAGES) - {"launch", "shardflax.cli"},
+    "shardflax.__main__": {"shardflax.cli"},
     "shardflax.struct": {"shardflax.core"},
     "shardflax.traverse_util": {"shardflax.core"},
     "shardflax.traceback_util": {"shardflax.core"},
