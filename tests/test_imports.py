@@ -44,7 +44,7 @@ SMALL: dict[str, set[str]] = {
 
 # Layers of the core, lowest first; a module may import those of lower layers and of its own.
 CORE = [
-    {"names", "boxes", "rng", "staging", "errors", "frozen_dict", "holders", "meta", "tracers"},
+    {"names", "boxes", "rng", "staging", "errors", "frozen_dict", "holders", "meta", "tracers", "lazy"},
     {"scope"},
     {"boundary", "functional", "nn"},
     {"transforms"},

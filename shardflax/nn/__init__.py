@@ -18,6 +18,8 @@ different.
 (2, 1)
 """
 
+from typing import TYPE_CHECKING
+
 from shardflax.core import (
     AxisMetadata,
     CollectionFilter,
@@ -59,103 +61,170 @@ from shardflax.core import (
     vmap,
     while_loop,
 )
+from shardflax.core.lazy import lazily
 from shardflax.core.run import apply, init, init_with_output
-from shardflax.nn import activations as activation
-from shardflax.nn import dtypes, fp8_ops, initializers, meta, recurrent, transforms
-from shardflax.nn.activations import (
-    PReLU,
-    celu,
-    elu,
-    gelu,
-    glu,
-    hard_sigmoid,
-    hard_silu,
-    hard_swish,
-    hard_tanh,
-    identity,
-    leaky_relu,
-    log_sigmoid,
-    log_softmax,
-    logsumexp,
-    mish,
-    normalize,
-    one_hot,
-    relu,
-    relu6,
-    selu,
-    sigmoid,
-    silu,
-    soft_sign,
-    softmax,
-    softplus,
-    squareplus,
-    standardize,
-    swish,
-    tanh,
-)
-from shardflax.nn.attention import MultiHeadAttention, MultiHeadDotProductAttention, SelfAttention
-from shardflax.nn.batch_apply import BatchApply
-from shardflax.nn.containers import Sequential
-from shardflax.nn.conv import Conv, ConvLocal
-from shardflax.nn.conv_transpose import ConvTranspose
-from shardflax.nn.dot_product import dot_product_attention, dot_product_attention_weights
-from shardflax.nn.einsum import Einsum
-from shardflax.nn.embed import Embed
-from shardflax.nn.flash import flash_attention
-from shardflax.nn.fp8_ops import (
-    Fp8DirectDotGeneralOp,
-    Fp8DotGeneral,
-    Fp8DotGeneralBase,
-    Fp8DotGeneralOp,
-    Fp8Einsum,
-    NANOOFp8DotGeneralOp,
-)
-from shardflax.nn.general import DenseGeneral
-from shardflax.nn.grouped import GroupedQueryAttention
-from shardflax.nn.initializers import ones, ones_init, zeros, zeros_init
-from shardflax.nn.linear import Dense
-from shardflax.nn.masks import combine_masks, make_attention_mask, make_causal_mask
-from shardflax.nn.normalization import (
-    BatchNorm,
-    GroupNorm,
-    InstanceNorm,
-    LayerNorm,
-    RMSNorm,
-    SpectralNorm,
-    WeightNorm,
-)
-from shardflax.nn.policy import Policy
-from shardflax.nn.pooling import avg_pool, max_pool, min_pool, pool
-from shardflax.nn.recurrent import (
-    RNN,
-    Bidirectional,
-    ConvLSTMCell,
-    GRUCell,
-    LSTMCell,
-    MGUCell,
-    OptimizedLSTMCell,
-    RNNCellBase,
-    SimpleCell,
-)
-from shardflax.nn.rotary import apply_rotary, rotary_angles
-from shardflax.nn.stochastic import Dropout, merge_param
-from shardflax.partitioning import (
-    PARTITION_NAME,
-    LogicallyPartitioned,
-    Partitioned,
-    RulesFallback,
-    get_logical_axis_rules,
-    get_partition_spec,
-    get_sharding,
-    logical_axis_rules,
-    logical_to_mesh,
-    logical_to_mesh_axes,
-    logical_to_mesh_sharding,
-    set_logical_axis_rules,
-    with_logical_constraint,
-    with_logical_partitioning,
-    with_partitioning,
-)
+
+# Layers, activations and what else takes time to import are imported when they are first used.
+# Type checkers read the imports, Python the table: tests/nn/test_namespace.py holds them together.
+if TYPE_CHECKING:
+    from shardflax.nn import activations as activation
+    from shardflax.nn import dtypes, fp8_ops, initializers, meta, recurrent, transforms
+    from shardflax.nn.activations import (
+        PReLU,
+        celu,
+        elu,
+        gelu,
+        glu,
+        hard_sigmoid,
+        hard_silu,
+        hard_swish,
+        hard_tanh,
+        identity,
+        leaky_relu,
+        log_sigmoid,
+        log_softmax,
+        logsumexp,
+        mish,
+        normalize,
+        one_hot,
+        relu,
+        relu6,
+        selu,
+        sigmoid,
+        silu,
+        soft_sign,
+        softmax,
+        softplus,
+        squareplus,
+        standardize,
+        swish,
+        tanh,
+    )
+    from shardflax.nn.attention import (
+        MultiHeadAttention,
+        MultiHeadDotProductAttention,
+        SelfAttention,
+    )
+    from shardflax.nn.batch_apply import BatchApply
+    from shardflax.nn.containers import Sequential
+    from shardflax.nn.conv import Conv, ConvLocal
+    from shardflax.nn.conv_transpose import ConvTranspose
+    from shardflax.nn.dot_product import dot_product_attention, dot_product_attention_weights
+    from shardflax.nn.einsum import Einsum
+    from shardflax.nn.embed import Embed
+    from shardflax.nn.flash import flash_attention
+    from shardflax.nn.fp8_ops import (
+        Fp8DirectDotGeneralOp,
+        Fp8DotGeneral,
+        Fp8DotGeneralBase,
+        Fp8DotGeneralOp,
+        Fp8Einsum,
+        NANOOFp8DotGeneralOp,
+    )
+    from shardflax.nn.general import DenseGeneral
+    from shardflax.nn.grouped import GroupedQueryAttention
+    from shardflax.nn.initializers import ones, ones_init, zeros, zeros_init
+    from shardflax.nn.linear import Dense
+    from shardflax.nn.masks import combine_masks, make_attention_mask, make_causal_mask
+    from shardflax.nn.normalization import (
+        BatchNorm,
+        GroupNorm,
+        InstanceNorm,
+        LayerNorm,
+        RMSNorm,
+        SpectralNorm,
+        WeightNorm,
+    )
+    from shardflax.nn.policy import Policy
+    from shardflax.nn.pooling import avg_pool, max_pool, min_pool, pool
+    from shardflax.nn.recurrent import (
+        RNN,
+        Bidirectional,
+        ConvLSTMCell,
+        GRUCell,
+        LSTMCell,
+        MGUCell,
+        OptimizedLSTMCell,
+        RNNCellBase,
+        SimpleCell,
+    )
+    from shardflax.nn.rotary import apply_rotary, rotary_angles
+    from shardflax.nn.stochastic import Dropout, merge_param
+    from shardflax.partitioning import (
+        PARTITION_NAME,
+        LogicallyPartitioned,
+        Partitioned,
+        RulesFallback,
+        get_logical_axis_rules,
+        get_partition_spec,
+        get_sharding,
+        logical_axis_rules,
+        logical_to_mesh,
+        logical_to_mesh_axes,
+        logical_to_mesh_sharding,
+        set_logical_axis_rules,
+        with_logical_constraint,
+        with_logical_partitioning,
+        with_partitioning,
+    )
+else:
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {
+            "shardflax.nn.activations": """
+                PReLU celu elu gelu glu hard_sigmoid hard_silu hard_swish hard_tanh identity
+                leaky_relu log_sigmoid log_softmax logsumexp mish normalize one_hot relu relu6
+                selu sigmoid silu soft_sign softmax softplus squareplus standardize swish tanh
+            """,
+            "shardflax.nn.attention": """
+                MultiHeadAttention MultiHeadDotProductAttention SelfAttention
+            """,
+            "shardflax.nn.batch_apply": "BatchApply",
+            "shardflax.nn.containers": "Sequential",
+            "shardflax.nn.conv": "Conv ConvLocal",
+            "shardflax.nn.conv_transpose": "ConvTranspose",
+            "shardflax.nn.dot_product": "dot_product_attention dot_product_attention_weights",
+            "shardflax.nn.einsum": "Einsum",
+            "shardflax.nn.embed": "Embed",
+            "shardflax.nn.flash": "flash_attention",
+            "shardflax.nn.fp8_ops": """
+                Fp8DirectDotGeneralOp Fp8DotGeneral Fp8DotGeneralBase Fp8DotGeneralOp Fp8Einsum
+                NANOOFp8DotGeneralOp
+            """,
+            "shardflax.nn.general": "DenseGeneral",
+            "shardflax.nn.grouped": "GroupedQueryAttention",
+            "shardflax.nn.initializers": "ones ones_init zeros zeros_init",
+            "shardflax.nn.linear": "Dense",
+            "shardflax.nn.masks": "combine_masks make_attention_mask make_causal_mask",
+            "shardflax.nn.normalization": """
+                BatchNorm GroupNorm InstanceNorm LayerNorm RMSNorm SpectralNorm WeightNorm
+            """,
+            "shardflax.nn.policy": "Policy",
+            "shardflax.nn.pooling": "avg_pool max_pool min_pool pool",
+            "shardflax.nn.recurrent": """
+                RNN Bidirectional ConvLSTMCell GRUCell LSTMCell MGUCell OptimizedLSTMCell
+                RNNCellBase SimpleCell
+            """,
+            "shardflax.nn.rotary": "apply_rotary rotary_angles",
+            "shardflax.nn.stochastic": "Dropout merge_param",
+            "shardflax.partitioning": """
+                PARTITION_NAME LogicallyPartitioned Partitioned RulesFallback
+                get_logical_axis_rules get_partition_spec get_sharding logical_axis_rules
+                logical_to_mesh logical_to_mesh_axes logical_to_mesh_sharding
+                set_logical_axis_rules with_logical_constraint with_logical_partitioning
+                with_partitioning
+            """,
+        },
+        modules={
+            "activation": "shardflax.nn.activations",
+            "dtypes": "shardflax.nn.dtypes",
+            "fp8_ops": "shardflax.nn.fp8_ops",
+            "initializers": "shardflax.nn.initializers",
+            "meta": "shardflax.nn.meta",
+            "recurrent": "shardflax.nn.recurrent",
+            "transforms": "shardflax.nn.transforms",
+        },
+    )
 
 __all__ = [
     "PARTITION_NAME",
