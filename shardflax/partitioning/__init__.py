@@ -18,6 +18,7 @@ from shardflax.partitioning.errors import (
     MeshSpecError,
     NamesRankError,
     NoRulesWarning,
+    OverrideError,
     PartitioningUnspecifiedError,
     PartitionNameMismatchError,
     Problem,
@@ -30,7 +31,7 @@ from shardflax.partitioning.init import abstract_layout, init_sharded
 from shardflax.partitioning.layout import Layout
 from shardflax.partitioning.leaf import Leaf
 from shardflax.partitioning.linen_rules import RulesFallback
-from shardflax.partitioning.mesh import make_mesh
+from shardflax.partitioning.mesh import make_abstract_mesh, make_mesh
 from shardflax.partitioning.named import (
     LogicalInit,
     MeshInit,
@@ -41,6 +42,7 @@ from shardflax.partitioning.named import (
 )
 from shardflax.partitioning.presets import DEFAULT_RULES, PRESETS, preset
 from shardflax.partitioning.resolve import DimRecord, Resolution, resolve
+from shardflax.partitioning.roles import Roles
 from shardflax.partitioning.rules import AxisRules, LogicalRules
 from shardflax.partitioning.scope import (
     get_logical_axis_rules,
@@ -48,6 +50,7 @@ from shardflax.partitioning.scope import (
     set_logical_axis_rules,
     use,
 )
+from shardflax.partitioning.slices import fake_slices, networks, slices_of
 from shardflax.partitioning.specs import (
     get_partition_spec,
     get_sharding,
@@ -81,12 +84,14 @@ __all__ = [
     "NamedInit",
     "NamesRankError",
     "NoRulesWarning",
+    "OverrideError",
     "PartitionNameMismatchError",
     "Partitioned",
     "PartitioningUnspecifiedError",
     "Problem",
     "RepeatedNameError",
     "Resolution",
+    "Roles",
     "RulesFallback",
     "UnknownAxisError",
     "UnknownNameError",
@@ -99,6 +104,7 @@ __all__ = [
     "collectives",
     "constrain",
     "default_names",
+    "fake_slices",
     "get_logical_axis_rules",
     "get_partition_spec",
     "get_sharding",
@@ -107,11 +113,14 @@ __all__ = [
     "logical_to_mesh",
     "logical_to_mesh_axes",
     "logical_to_mesh_sharding",
+    "make_abstract_mesh",
     "make_mesh",
     "named",
+    "networks",
     "preset",
     "resolve",
     "set_logical_axis_rules",
+    "slices_of",
     "use",
     "with_logical_constraint",
     "with_logical_partitioning",

@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from shardflax.core.errors import did_you_mean
 from shardflax.partitioning.errors import MeshSpecError
+from shardflax.partitioning.grid import device_grid
 from shardflax.partitioning.mesh_spec import MeshSpec, parse_mesh_spec
+from shardflax.partitioning.slices import granules, hardware_slices, remember_runs
 from shardflax.partitioning.untyped import jx
+from shardflax.partitioning.vocabulary import INSIDE_A_SLICE
 
-__all__ = ["make_mesh"]
+__all__ = ["make_abstract_mesh", "make_mesh"]
+
+AxisTypes = str | AxisType | Mapping[str, str | AxisType]
 
 _TYPES = {kind.name.lower(): kind for kind in AxisType}
-_INSIDE_A_SLICE = ("context", "tensor")
 
 
 def make_mesh(
     spec: str | Mapping[str, int],
     devices: Sequence[Any] | None = None,
-    axis_types: str | Mapping[str, str] = "auto",
+    axis_types: AxisTypes = "auto",
     *,
     other_axes: Collection[str] = (),
     across_dcn: Collection[str] = (),
+    allow_split_physical_axes: bool | None = None,
 ) -> Mesh:
     """The mesh that `spec` describes, on `devices` (default: all).
 
@@ -36,12 +38,16 @@ def make_mesh(
     of each network may be -1: what is left.  Axes come in the order data, stage, fsdp, fsdp2,
     expert, context, tensor (slowest network first), then others as written.
 
-    `axis_types` is 'auto', 'explicit' or 'manual', for all axes or by axis.  `other_axes` names
-    axes that look like a slip for a known one and are not.  `across_dcn` names those of `tensor`
-    and `context` that may cross slices.
+    `axis_types` is 'auto', 'explicit' or 'manual', for all axes or by axis; the spec may say it
+    too (`"fsdp=4,tensor=2:explicit"`), and wins.  `other_axes` names axes that look like a slip
+    for a known one and are not.  `across_dcn` names those of `tensor` and `context` that may
+    cross slices.
 
-    The physical order is JAX's (`mesh_utils`).  CPU devices have no slices: there, `dcn(...)`
-    cuts them into equal runs in the order of their process and id.
+    The physical order is JAX's (`mesh_utils`).  `allow_split_physical_axes` None lets an axis lie
+    across a part of a physical axis where it fits no other way; False refuses that.  GPUs and CPUs
+    know no slices: there, `dcn(...)` cuts them into equal runs in the order of process and id (so
+    that a slice is a process, or several, or a part of one); `dcn(...=-1)` is the number of
+    processes.
 
     Raises `MeshSpecError` for a spec that cannot be read or does not fit the devices, and
     `UnknownAxisError` for a misspelt axis.
@@ -50,72 +56,85 @@ def make_mesh(
     {'fsdp': 4, 'tensor': 2}
     """
     devices = list(jx.devices() if devices is None else devices)
-    parsed = parse_mesh_spec(spec, other_axes)
+    if not devices:
+        raise MeshSpecError(f"mesh {spec!r}: devices is empty. Pass some, or None for all.")
+    parsed = _read(spec, other_axes, across_dcn)
     types = _axis_types(parsed, axis_types)
+    known = hardware_slices(devices)
+    groups = granules(devices)
+    count = groups if known is None and groups > 1 and -1 in parsed.dcn else known
+    filled = parsed.fill(len(devices), count)
+    grid = device_grid(filled, devices, allow_split_physical_axes)
+    mesh = Mesh(grid, filled.axes, axis_types=types)
+    remember_runs(mesh, filled.dcn, known is not None)
+    return mesh
+
+
+def make_abstract_mesh(
+    spec: str | Mapping[str, int],
+    devices: int | None = None,
+    axis_types: AxisTypes = "auto",
+    *,
+    slices: int | None = None,
+    other_axes: Collection[str] = (),
+    across_dcn: Collection[str] = (),
+) -> AbstractMesh:
+    """The mesh that `spec` describes with no devices: to resolve, explain, trace and lower.
+
+    `spec`, `axis_types`, `other_axes` and `across_dcn` are those of `make_mesh`.  `devices` and
+    `slices` are numbers: what -1 is filled from, and what the sizes are checked against.
+
+    Raises like `make_mesh`, and `MeshSpecError` for -1 where `devices` is None.
+
+    >>> dict(make_abstract_mesh("dcn(data=2) ici(fsdp=16,tensor=4)").shape)
+    {'data': 2, 'fsdp': 16, 'tensor': 4}
+    >>> make_abstract_mesh("fsdp=-1,tensor=4", 256).axis_sizes
+    (64, 4)
+    """
+    parsed = _read(spec, other_axes, across_dcn)
+    types = _axis_types(parsed, axis_types)
+    if devices is not None:
+        parsed = parsed.fill(devices, slices)
+    elif -1 in (*parsed.ici, *parsed.dcn):
+        raise MeshSpecError(
+            f"mesh {parsed.text!r}: an abstract mesh has no devices to count, and so nothing says "
+            f"what is left for -1. Write the size, or make_abstract_mesh(..., devices=256)."
+        )
+    return AbstractMesh(parsed.sizes, parsed.axes, axis_types=types)
+
+
+def _read(
+    spec: str | Mapping[str, int], other_axes: Collection[str], across_dcn: Collection[str]
+) -> MeshSpec:
+    """The spec, if no axis is across slices that should not be."""
+    parsed = parse_mesh_spec(spec, other_axes)
     for axis, size in zip(parsed.axes, parsed.dcn, strict=True):
-        if size != 1 and axis in _INSIDE_A_SLICE and axis not in across_dcn:
+        if size != 1 and axis in INSIDE_A_SLICE and axis not in across_dcn:
             raise MeshSpecError(
                 f"mesh {parsed.text!r}: {axis!r} across slices would put its collectives, one "
                 f"or more a layer, on the data-centre network. Move it to ici(...), or, if that "
                 f"is meant, say make_mesh(..., across_dcn=({axis!r},))."
             )
-    slices = _slices(devices)
-    filled = parsed.fill(len(devices), slices)
-    return Mesh(_grid(filled, devices, slices), filled.axes, axis_types=types)
+    return parsed
 
 
-def _axis_types(spec: MeshSpec, types: str | Mapping[str, str]) -> tuple[AxisType, ...]:
-    """The type of each axis of `spec`."""
-    if not isinstance(types, str):
+def _axis_types(spec: MeshSpec, types: AxisTypes) -> tuple[AxisType, ...]:
+    """The type of each axis: what the spec says, or else what `types` says."""
+    if isinstance(types, Mapping):
         for axis in types:
             if axis not in spec.axes:
                 hint = did_you_mean(axis, spec.axes)
                 raise MeshSpecError(f"axis_types: the mesh has no axis {axis!r}: {hint}")
-    by_axis = {
-        axis: types if isinstance(types, str) else types.get(axis, "auto") for axis in spec.axes
-    }
-    for kind in by_axis.values():
-        if kind not in _TYPES:
-            hint = did_you_mean(kind, _TYPES)
-            raise MeshSpecError(f"axis_types: no axis type {kind!r}: {hint}")
-    return tuple(_TYPES[by_axis[axis]] for axis in spec.axes)
+        default = [types.get(axis, "auto") for axis in spec.axes]
+    else:
+        default = [types] * len(spec.axes)
+    return tuple(_axis_type(said or kind) for said, kind in zip(spec.types, default, strict=True))
 
 
-def _slices(devices: Sequence[Any]) -> int | None:
-    """How many slices the devices are in; None on CPU, which has none."""
-    if not devices or devices[0].platform == "cpu":
-        return None
-    if devices[0].platform == "gpu":
-        return None  # one NVLink domain or many: the spec says
-    return len({getattr(device, "slice_index", 0) for device in devices})
-
-
-def _grid(spec: MeshSpec, devices: Sequence[Any], slices: int | None) -> Any:
-    """The devices of a filled spec as an array with one dim for each axis."""
-    if math.prod(spec.dcn) == 1:
-        return _slice_grid(spec.ici, devices)
-    if slices is not None:
-        return mesh_utils.create_hybrid_device_mesh(
-            spec.ici, spec.dcn, devices, allow_split_physical_axes=True
-        )
-    return _hybrid_grid(spec, devices)
-
-
-def _slice_grid(shape: tuple[int, ...], devices: Sequence[Any]) -> Any:
-    """The devices of one slice, in the physical order that suits `shape`."""
-    try:
-        return mesh_utils.create_device_mesh(shape, devices)
-    except NotImplementedError:  # a torus whose axes the shape does not fit
-        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-
-
-def _hybrid_grid(spec: MeshSpec, devices: Sequence[Any]) -> Any:
-    """A hybrid mesh over devices without slices: equal runs in order of process and id."""
-    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
-    runs = np.array(ordered, dtype=object).reshape(math.prod(spec.dcn), -1)
-    grids = np.array([_slice_grid(spec.ici, list(run)) for run in runs], dtype=object)
-    grid = grids.reshape(*spec.dcn, *spec.ici)
-    rank = len(spec.axes)
-    order = [dim for axis in range(rank) for dim in (axis, rank + axis)]
-    shape = [d * i for d, i in zip(spec.dcn, spec.ici, strict=True)]
-    return grid.transpose(order).reshape(shape)
+def _axis_type(kind: str | AxisType) -> AxisType:
+    """An axis type by its name."""
+    if isinstance(kind, AxisType):
+        return kind
+    if kind not in _TYPES:
+        raise MeshSpecError(f"axis_types: no axis type {kind!r}: {did_you_mean(kind, _TYPES)}")
+    return _TYPES[kind]

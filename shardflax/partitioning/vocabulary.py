@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["AXIS_ALIASES", "KNOWN_AXES", "tie_rank"]
+__all__ = ["AXIS_ALIASES", "INSIDE_A_SLICE", "KNOWN_AXES", "tie_rank"]
 
 KNOWN_AXES = ("data", "stage", "fsdp", "fsdp2", "expert", "context", "tensor")
+# Axes whose collectives run in every layer: they are kept on the fast network.
+INSIDE_A_SLICE = ("context", "tensor")
 
 AXIS_ALIASES = {
     "fsdp_transpose": "fsdp2",

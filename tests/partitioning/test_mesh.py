@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AxisType
 
 from shardflax.partitioning import MeshSpecError, UnknownAxisError, make_mesh
+from shardflax.partitioning.grid import device_grid
 from shardflax.partitioning.mesh_spec import parse_mesh_spec
 
 
@@ -120,18 +121,20 @@ def test_slices_of_hardware_are_counted() -> None:
     devices = [FakeTpu(i, i // 4, i // 4) for i in range(8)]
     spec = parse_mesh_spec("dcn(data=-1) ici(fsdp=-1)").fill(8, 2)
     assert (spec.dcn, spec.ici) == ((2, 1), (1, 4))
-    with pytest.raises(MeshSpecError, match="multiplies to 4, but the devices are in 2 slices"):
+    with pytest.raises(
+        MeshSpecError, match=r"in 2 slices, and dcn\(...\) multiplies to 4. Write dcn\(data=2\)"
+    ):
         make_mesh("dcn(data=4) ici(fsdp=2)", devices)
-    with pytest.raises(MeshSpecError, match="multiplies to 1, but the devices are in 2 slices"):
+    with pytest.raises(
+        MeshSpecError, match=r"in 2 slices, and no axis is .* Write 'dcn\(data=2\) ici\(fsdp=4\)'"
+    ):
         make_mesh("fsdp=8", devices)
 
 
 def test_hardware_slices_make_a_hybrid_grid() -> None:
     """On devices with slices the grid is `mesh_utils`' own hybrid mesh."""
-    from shardflax.partitioning import mesh as mesh_module
-
     devices = [FakeTpu(i, i // 4, i // 4) for i in range(8)]
     spec = parse_mesh_spec("dcn(data=2) ici(fsdp=2,tensor=2)").fill(8, 2)
-    grid = mesh_module._grid(spec, devices, 2)  # pyright: ignore[reportPrivateUsage]
+    grid = device_grid(spec, devices)
     assert grid.shape == (2, 2, 2)
     assert [{d.slice_index for d in block.flat} for block in grid] == [{0}, {1}]
