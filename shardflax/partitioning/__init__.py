@@ -9,6 +9,7 @@ from shardflax.partitioning.boxes import PARTITION_NAME, LogicallyPartitioned, P
 from shardflax.partitioning.communication import Collective, assert_collectives, collectives
 from shardflax.partitioning.constraints import constrain, with_logical_constraint
 from shardflax.partitioning.defaults import DefaultNames, default_names
+from shardflax.partitioning.diagnostics import Diagnostics, compile, compile_diagnostics
 from shardflax.partitioning.errors import (
     AxisConflictError,
     CollectivesError,
@@ -22,7 +23,10 @@ from shardflax.partitioning.errors import (
     PartitioningUnspecifiedError,
     PartitionNameMismatchError,
     Problem,
+    RematerializationError,
+    RematerializationWarning,
     RepeatedNameError,
+    SilentReplicationError,
     UnknownAxisError,
     UnknownNameError,
     UnknownPresetError,
@@ -41,6 +45,7 @@ from shardflax.partitioning.named import (
     with_partitioning,
 )
 from shardflax.partitioning.presets import DEFAULT_RULES, PRESETS, preset
+from shardflax.partitioning.rematerialization import Rematerialization
 from shardflax.partitioning.resolve import DimRecord, Resolution, resolve
 from shardflax.partitioning.roles import Roles
 from shardflax.partitioning.rules import AxisRules, LogicalRules
@@ -70,6 +75,7 @@ __all__ = [
     "Collective",
     "CollectivesError",
     "DefaultNames",
+    "Diagnostics",
     "DimRecord",
     "IndivisibleDimError",
     "InvalidRuleError",
@@ -89,10 +95,14 @@ __all__ = [
     "Partitioned",
     "PartitioningUnspecifiedError",
     "Problem",
+    "Rematerialization",
+    "RematerializationError",
+    "RematerializationWarning",
     "RepeatedNameError",
     "Resolution",
     "Roles",
     "RulesFallback",
+    "SilentReplicationError",
     "UnknownAxisError",
     "UnknownNameError",
     "UnknownPresetError",
@@ -102,6 +112,8 @@ __all__ = [
     "batch_axes",
     "batch_sharding",
     "collectives",
+    "compile",
+    "compile_diagnostics",
     "constrain",
     "default_names",
     "fake_slices",

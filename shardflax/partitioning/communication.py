@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import jax
@@ -15,21 +12,21 @@ from jax.sharding import Mesh, NamedSharding
 
 from shardflax.partitioning.errors import CollectivesError
 from shardflax.partitioning.hlo import Instruction, Program, parse
-from shardflax.partitioning.replica_groups import groups_of, mesh_axes
+from shardflax.partitioning.origin import module_path, shapes_of, source_line, type_bytes
+from shardflax.partitioning.replica_groups import instruction_groups, mesh_axes
+from shardflax.partitioning.slices import slices_of
 
 __all__ = ["Collective", "assert_collectives", "collectives"]
 
-_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_PACKAGES = (str(Path(jax.__file__).parent), str(Path(__file__).parent.parent))
-_BITS = {"pred": 8, "token": 0, "opaque": 0}
-# What JAX adds to the names of operations: around a part of the path, and as a part of its own.
-_AROUND = re.compile(r"^(?:jvp|transpose|vmap|rematted_computation|custom_vjp|checkpoint)\((.*)\)$")
-_BETWEEN = {"", "body", "checkpoint", "closed_call", "cond", "eval_jaxpr", "pjit", "remat"} | {
-    "rematted_computation",
-    "scan",
-    "shard_map",
-    "while",
-}
+_KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
 
 
 @dataclass(frozen=True)
@@ -106,79 +103,43 @@ def _found(program: Program, mesh: Mesh) -> Iterator[Collective]:
             kind = instruction.op.removesuffix("-start")
             if kind not in _KINDS:
                 continue
-            groups = [g for g in _groups(instruction, mesh.size) if len(g) > 1]
+            groups = [g for g in instruction_groups(instruction, mesh.size) if len(g) > 1]
             if not groups:
                 continue
-            inputs = sum(_bytes(types.get(o, "")) for o in instruction.operands)
-            called = instruction.attribute(r'op_name="([^"]*)"') or ""
+            inputs = sum(type_bytes(types.get(o, "")) for o in instruction.operands)
+            arrays, outputs = _outputs(instruction, inputs)
             yield Collective(
                 kind=kind,
                 axes=mesh_axes(groups, mesh),
                 network=_network(groups, mesh),
-                bytes=max(inputs, _bytes(instruction.type)),
+                bytes=max(inputs, outputs),
                 count=count,
                 exact=name not in endless,
-                path=_module_path(called),
-                source=_source(program, instruction),
-                backward="transpose(" in called,
-                shape=_shapes(instruction.type)[0],
+                path=module_path(instruction.op_name),
+                source=source_line(program, instruction),
+                backward="transpose(" in instruction.op_name,
+                shape=arrays[0],
             )
 
 
-def _groups(instruction: Instruction, size: int) -> list[list[int]]:
-    pairs = instruction.attribute(r"source_target_pairs=(\{\{[\d,{}]*\}\})")
-    if pairs:
-        return [g for g in groups_of(pairs, size) if len(set(g)) > 1]
-    text = instruction.attribute(r"replica_groups=(\{\{[\d,{}]*\}\}|\{\}|\[.*|mesh.*)")
-    return groups_of(text or "{}", size)
+def _outputs(instruction: Instruction, inputs: int) -> tuple[list[tuple[int, ...]], int]:
+    """Shapes and bytes of what a collective gives.
+
+    The start of an asynchronous one lists its operands before its results, and counters of the
+    hardware after them; that of an all-reduce lists its results alone.
+    """
+    shapes, size = shapes_of(instruction.type), type_bytes(instruction.type)
+    number = len(instruction.operands)
+    if not instruction.op.endswith("-start") or len(shapes) < 2 * number:
+        return shapes, size
+    counters = sum(4 for shape in shapes[2 * number :] if not shape)
+    return shapes[number : 2 * number], size - inputs - counters
 
 
 def _network(groups: list[list[int]], mesh: Mesh) -> str:
     """DCN if the devices of some group lie in different slices."""
-    devices = mesh.devices.flat
-    for group in groups:
-        if len({getattr(devices[i], "slice_index", 0) for i in group}) > 1:
-            return "DCN"
-    return "ICI"
-
-
-def _shapes(text: str) -> list[tuple[int, ...]]:
-    found = re.findall(r"\w+\[([\d,]*)\]", text)
-    return [tuple(int(d) for d in dims.split(",") if d) for dims in found]
-
-
-def _bytes(text: str) -> int:
-    """The size of a type, or of a tuple of types, as HLO writes it."""
-    total = 0
-    for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", text):
-        bits = _BITS.get(kind) if kind in _BITS else int((re.findall(r"\d+", kind) or ["8"])[0])
-        total += math.prod(int(d) for d in dims.split(",") if d) * (bits or 0)
-    return (total + 7) // 8
-
-
-def _module_path(called: str) -> str:
-    """The module path in the name that JAX gave an operation; its last part is the primitive."""
-    parts: list[str] = []
-    for part in called.split("/")[:-1]:
-        while found := _AROUND.match(part):
-            part = found[1]
-        if part not in _BETWEEN and not part.startswith(("jit(", "pjit(")):
-            parts.append(part)
-    half = len(parts) // 2
-    # A rematerialised region says its path twice: as it was, and where it is computed anew.
-    for n in range(half, 0, -1):
-        if parts[-n:] == parts[-2 * n : -n]:
-            parts = parts[:-n]
-            break
-    return "/".join(parts)
-
-
-def _source(program: Program, instruction: Instruction) -> str:
-    """The innermost line that is neither JAX's nor this library's."""
-    for file, line in program.frames(instruction):
-        if not file.startswith(_PACKAGES):
-            return f"{Path(file).name}:{line}"
-    return ""
+    slices = slices_of(mesh).ravel()
+    return "DCN" if any(len({int(slices[i]) for i in group}) > 1 for group in groups) else "ICI"
 
 
 def assert_collectives(

@@ -24,7 +24,10 @@ __all__ = [
     "PartitionNameMismatchError",
     "PartitioningUnspecifiedError",
     "Problem",
+    "RematerializationError",
+    "RematerializationWarning",
     "RepeatedNameError",
+    "SilentReplicationError",
     "UnknownAxisError",
     "UnknownNameError",
     "UnknownPresetError",
@@ -55,6 +58,26 @@ class CollectivesError(LayoutError):
     def __init__(self, lines: Sequence[str]) -> None:
         text = "\n".join(lines)
         super().__init__(f"the program communicates otherwise than expected:\n{text}")
+
+
+class RematerializationError(LayoutError):
+    """A compiled program gathers arrays whole, only to cut them anew; `findings` lists them."""
+
+    def __init__(self, message: str, findings: Sequence[Any] = ()) -> None:
+        super().__init__(message)
+        self.findings = tuple(findings)
+
+
+class RematerializationWarning(UserWarning):
+    """The same as `RematerializationError`, where a warning was asked for."""
+
+
+class SilentReplicationError(LayoutError):
+    """A compiled program holds arrays whole that should be cut; `findings` lists them."""
+
+    def __init__(self, message: str, findings: Sequence[Any] = ()) -> None:
+        super().__init__(message)
+        self.findings = tuple(findings)
 
 
 class UnknownNameError(LayoutError):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 __all__ = ["Instruction", "Program", "parse"]
 
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
-_LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
+_LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _CALLED = re.compile(
     r"(body|condition|to_apply|calls|branch_computations|called_computations)="
     r"(?:\{([^}]*)\}|%?([\w.\-]+))"
@@ -25,13 +25,23 @@ _ROW = re.compile(r"^(\d+) (?:\"(.*)\"|\{(.*)\})$")
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line: what it gives (`type`), what it does, with which operands and attributes."""
+    """One line: what it gives (`type`), what it does, with which operands and attributes.
+
+    `inside` is what stands between the brackets; `root` marks what its computation gives.
+    """
 
     name: str
     type: str
     op: str
     operands: tuple[str, ...]
     attributes: str
+    inside: str = ""
+    root: bool = False
+
+    @property
+    def op_name(self) -> str:
+        """The name that JAX gave the operation, or nothing."""
+        return self.attribute(r'op_name="([^"]*)"') or ""
 
     def attribute(self, pattern: str) -> str | None:
         """The first group of a regular expression found in the attributes."""
@@ -131,17 +141,18 @@ def parse(text: str) -> Program:
         elif line.startswith("}"):
             current = None
         elif current is not None and (start := _LINE.match(line)):
-            current.append(_instruction(start[1], line[start.end() :]))
+            current.append(_instruction(start[2], line[start.end() :], start[1] is not None))
     return program
 
 
-def _instruction(name: str, rest: str) -> Instruction:
+def _instruction(name: str, rest: str, root: bool) -> Instruction:
     end = _closing(rest, 0) if rest.startswith("(") else rest.index(" ")
     kind, rest = rest[:end], rest[end:].lstrip()
     op, _, _ = rest.partition("(")
     close = _closing(rest, len(op))
-    operands = re.findall(r"%([\w.\-]+)", rest[len(op) : close])
-    return Instruction(name, kind, op, tuple(operands), rest[close:])
+    inside = rest[len(op) + 1 : close - 1]
+    operands = re.findall(r"%([\w.\-]+)", inside)
+    return Instruction(name, kind, op, tuple(operands), rest[close:], inside, root)
 
 
 def _closing(text: str, start: int) -> int:
@@ -156,6 +167,8 @@ def _closing(text: str, start: int) -> int:
 
 def _calls(instruction: Instruction) -> Iterator[tuple[str, int]]:
     trips = int(instruction.attribute(_TRIPS.pattern) or 1) if instruction.op == "while" else 1
+    if instruction.op in ("async-update", "async-done"):
+        return  # what the start has called already
     for kind, several, one in _CALLED.findall(instruction.attributes):
         names = re.findall(r"%?([\w.\-]+)", several) if several else [one]
         for name in names:

@@ -7,12 +7,15 @@ import re
 from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
 
-__all__ = ["groups_of", "mesh_axes"]
+from shardflax.partitioning.hlo import Instruction
+from shardflax.partitioning.scope import AnyMesh
+
+__all__ = ["device_numbers", "groups_of", "instruction_groups", "ints", "mesh_axes"]
 
 _RANGE = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _MESH = re.compile(r"mesh\[(.*?)\](?:, device_ids=\(\[(.*?)\](?:T\((.*?)\))?\))? ?\{(.*?)\}")
+_WANTED = re.compile(r"'([^']*)'(?::\((\d+)\)(\d+))?")
 
 
 def groups_of(text: str, size: int) -> list[list[int]]:
@@ -26,37 +29,66 @@ def groups_of(text: str, size: int) -> list[list[int]]:
     [[0, 1], [2, 3]]
     """
     if text.startswith("{"):
-        listed = [_ints(group) for group in re.findall(r"\{([\d,]+)\}", text)]
+        listed = [ints(group) for group in re.findall(r"\{([\d,]+)\}", text)]
         return listed or [list(range(size))]
     if found := _RANGE.match(text):
-        return _shaped(found[2], found[3]).reshape(_ints(found[1])).tolist()
+        return device_numbers(found[2], found[3]).reshape(ints(found[1])).tolist()
     if found := _MESH.match(text):
         return _by_axes(*found.groups(), size=size)
     raise ValueError(f"unknown replica groups in HLO: {text!r}")
 
 
+def instruction_groups(instruction: Instruction, size: int) -> list[list[int]]:
+    """The groups of a collective instruction; of a permutation, its pairs of different devices.
+
+    >>> gather = Instruction("g", "f32[8]", "all-gather", ("a",), ", replica_groups=[1,2]<=[2]")
+    >>> instruction_groups(gather, 2)
+    [[0, 1]]
+    """
+    pairs = instruction.attribute(r"source_target_pairs=(\{\{[\d,{}]*\}\})")
+    if pairs:
+        return [g for g in groups_of(pairs, size) if len(set(g)) > 1]
+    text = instruction.attribute(r"replica_groups=(\{\{[\d,{}]*\}\}|\{\}|\[.*|mesh.*)")
+    return groups_of(text or "{}", size)
+
+
 def _by_axes(sizes: str, over: str | None, order: str | None, names: str, size: int) -> Any:
-    """Groups along some axes of a mesh that HLO describes itself."""
-    axes = re.findall(r"'([^']*)'=(\d+)", sizes)
-    numbers = _shaped(over or str(size), order).reshape([int(n) for _, n in axes])
-    wanted = re.findall(r"'([^']*)'", names)
-    inside = [i for i, (name, _) in enumerate(axes) if name in wanted]
-    outside = [i for i in range(len(axes)) if i not in inside]
-    count = math.prod(int(axes[i][1]) for i in inside)
+    """Groups along some axes, or parts of axes, of a mesh that HLO describes itself."""
+    parts = {name: (before, n) for name, before, n in _WANTED.findall(names)}
+    shape: list[int] = []
+    inside: list[int] = []
+    for name, text in re.findall(r"'([^']*)'=(\d+)", sizes):
+        length, cut = int(text), parts.get(name)
+        before, along = (int(cut[0]), int(cut[1])) if cut and cut[1] else (1, length if cut else 1)
+        inside += [len(shape) + 1]
+        shape += [before, along, length // (before * along)]
+    numbers = device_numbers(over or str(size), order).reshape(shape)
+    outside = [i for i in range(len(shape)) if i not in inside]
+    count = math.prod(shape[i] for i in inside)
     return numbers.transpose([*outside, *inside]).reshape(-1, count).tolist()
 
 
-def _shaped(over: str, order: str | None) -> Any:
-    shape = _ints(over)
+def device_numbers(over: str, order: str | None = None) -> Any:
+    """The device numbers 0, 1, ... in the shape `over`, its dims in the `order` that HLO says.
+
+    >>> device_numbers("2,2", "1,0").tolist()
+    [[0, 2], [1, 3]]
+    """
+    shape = ints(over)
     numbers = np.arange(math.prod(shape)).reshape(shape)
-    return numbers.transpose(_ints(order)) if order else numbers
+    return numbers.transpose(ints(order)) if order else numbers
 
 
-def _ints(text: str) -> list[int]:
+def ints(text: str) -> list[int]:
+    """The numbers of a list.
+
+    >>> ints("1,2")
+    [1, 2]
+    """
     return [int(n) for n in text.split(",") if n]
 
 
-def mesh_axes(groups: list[list[int]], mesh: Mesh) -> tuple[str, ...]:
+def mesh_axes(groups: list[list[int]], mesh: AnyMesh) -> tuple[str, ...]:
     """The axes along which the devices of a group differ; device numbers follow the mesh.
 
     >>> from shardflax.partitioning import make_mesh

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import shardflax.nn as nn
@@ -16,6 +14,7 @@ from shardflax.partitioning import CollectivesError, assert_collectives, collect
 from shardflax.partitioning.communication import _network
 from shardflax.partitioning.hlo import parse
 from shardflax.partitioning.replica_groups import groups_of, mesh_axes
+from shardflax.partitioning.slices import fake_slices
 
 P = jax.P
 
@@ -140,10 +139,11 @@ def test_programs_without_a_mesh_need_one() -> None:
 
 
 def test_slices_are_joined_by_the_slower_network() -> None:
-    devices = np.array([SimpleNamespace(slice_index=i // 4) for i in range(8)])
-    mesh: Any = SimpleNamespace(devices=devices.reshape(2, 4))
-    assert _network([[0, 1, 2, 3], [4, 5, 6, 7]], mesh) == "ICI"
-    assert _network([[0, 4], [1, 5]], mesh) == "DCN"
+    mesh = make_mesh("data=2,fsdp=4")
+    with fake_slices(2):
+        assert _network([[0, 1, 2, 3], [4, 5, 6, 7]], mesh) == "ICI"
+        assert _network([[0, 4], [1, 5]], mesh) == "DCN"
+    assert _network([[0, 4], [1, 5]], mesh) == "ICI"
 
 
 @pytest.mark.parametrize(

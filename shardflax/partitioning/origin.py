@@ -1,0 +1,80 @@
+"""Where in a model, and in its source, an instruction of a compiled program comes from."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import jax
+
+from shardflax.partitioning.hlo import Instruction, Program
+
+__all__ = ["module_path", "shapes_of", "source_line", "type_bytes"]
+
+_PACKAGES = (str(Path(jax.__file__).parent), str(Path(__file__).parent.parent))
+_BITS = {"pred": 8, "token": 0, "opaque": 0}
+# What JAX adds to the names of operations: around a part of the path, and as a part of its own.
+_AROUND = re.compile(r"^(?:jvp|transpose|vmap|rematted_computation|custom_vjp|checkpoint)\((.*)\)$")
+_BETWEEN = {"", "body", "checkpoint", "closed_call", "cond", "eval_jaxpr", "pjit", "remat"} | {
+    "rematted_computation",
+    "scan",
+    "shard_map",
+    "while",
+}
+
+
+def module_path(called: str) -> str:
+    """The module path in the name that JAX gave an operation; its last part is the primitive.
+
+    >>> module_path("jit(step)/transpose(jvp(layers))/while/body/up/dot_general")
+    'layers/up'
+    """
+    parts: list[str] = []
+    for part in called.split("/")[:-1]:
+        while found := _AROUND.match(part):
+            part = found[1]
+        if part not in _BETWEEN and not part.startswith(("jit(", "pjit(")):
+            parts.append(part)
+    half = len(parts) // 2
+    # A rematerialised region says its path twice: as it was, and where it is computed anew.
+    for n in range(half, 0, -1):
+        if parts[-n:] == parts[-2 * n : -n]:
+            parts = parts[:-n]
+            break
+    return "/".join(parts)
+
+
+def source_line(program: Program, instruction: Instruction) -> str:
+    """The innermost line that is neither JAX's nor this library's, as `file.py:12`, or nothing.
+
+    >>> source_line(Program(), Instruction("a", "f32[]", "add", (), ""))
+    ''
+    """
+    for file, line in program.frames(instruction):
+        if not file.startswith(_PACKAGES):
+            return f"{Path(file).name}:{line}"
+    return ""
+
+
+def shapes_of(text: str) -> list[tuple[int, ...]]:
+    """The shapes in a type, or in a tuple of types, as HLO writes it.
+
+    >>> shapes_of("(f32[4,2]{1,0}, s32[])")
+    [(4, 2), ()]
+    """
+    found = re.findall(r"\w+\[([\d,]*)\]", text)
+    return [tuple(int(d) for d in dims.split(",") if d) for dims in found]
+
+
+def type_bytes(text: str) -> int:
+    """The size of a type, or of a tuple of types.
+
+    >>> type_bytes("(bf16[4,2]{1,0}, s32[], s4[3])")
+    22
+    """
+    total = 0
+    for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", text):
+        bits = _BITS.get(kind) if kind in _BITS else int((re.findall(r"\d+", kind) or ["8"])[0])
+        total += math.prod(int(d) for d in dims.split(",") if d) * (bits or 0)
+    return (total + 7) // 8
