@@ -2,102 +2,118 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Mapping
 
 from shardflax.core.errors import did_you_mean
+from shardflax.partitioning.default_table import BATCH_NAMES, DEFAULT_TABLE
 from shardflax.partitioning.errors import UnknownPresetError
-from shardflax.partitioning.rules import AxisRules
+from shardflax.partitioning.rules import AxisRules, RuleAxes
 
 __all__ = ["DEFAULT_RULES", "PRESETS", "preset"]
 
-_TABLE: dict[str, str | None] = {
-    # batch
-    "batch": "data fsdp fsdp2 expert",
-    "vocab_batch": "data fsdp fsdp2 expert stage",
-    "moe_batch": "data fsdp fsdp2",
-    # length
-    "length": "context",
-    "norm_length": "context tensor?",
-    "kv_length": None,
-    # activations
-    "act_embed": None,
-    "act_head_dim": None,
-    "microbatch": None,
-    "act_mlp": "tensor",
-    "act_heads": "tensor",
-    "act_vocab": "tensor",
-    "act_kv_heads": "tensor?",
-    "act_expert": "expert",
-    "act_stage": "stage",
-    # weights
-    "embed": "fsdp fsdp2? context expert",
-    "vocab_embed": "fsdp fsdp2 context expert",
-    "mlp": "fsdp2? tensor",
-    "heads": "tensor",
-    "vocab": "tensor",
-    "kv_heads": "tensor?",
-    "head_dim": None,
-    "qkv": None,
-    "norm": None,
-    "layers": None,
-    "stack": None,
-    "conv_spatial": None,
-    "expert": "expert",
-    "expert_embed": "fsdp fsdp2? context",
-    "expert_mlp": "fsdp2? tensor",
-    "stage": "stage",
-    "q_lora": "fsdp? fsdp2? context? expert?",
-    "kv_lora": "fsdp? fsdp2? context? expert?",
-    # cache
-    "cache_batch": "data fsdp fsdp2 expert",
-    "cache_length": None,
-    "cache_kv_heads": "tensor?",
-}
-
-DEFAULT_RULES = AxisRules(_TABLE, title="default rules")
-
-_BATCH = ("batch", "vocab_batch", "moe_batch", "cache_batch")
+DEFAULT_RULES = AxisRules(DEFAULT_TABLE, title="default rules")
 
 
-def _only(title: str, batch: Iterable[str], others: Iterable[str]) -> AxisRules:
+def _cut(
+    title: str, batch: str, others: str = "", changes: Mapping[str, RuleAxes] | None = None
+) -> AxisRules:
     """The default rules with the axes of `batch` on batch dims and `others` on all other dims."""
+    wanted = {True: batch.split(), False: others.split()}
+    table: dict[str, RuleAxes] = {
+        name: [axis for axis in axes if axis.rstrip("?") in wanted[name in BATCH_NAMES]]
+        for name, axes in DEFAULT_RULES
+    }
+    return AxisRules({**table, **(changes or {})}, title=title)
 
-    def kept(name: str, axes: tuple[str, ...]) -> tuple[str, ...]:
-        wanted = batch if name in _BATCH else others
-        return tuple(axis for axis in axes if axis.rstrip("?") in wanted)
 
-    return AxisRules([(name, kept(name, axes)) for name, axes in DEFAULT_RULES], title=title)
-
+_DP = _cut("dp", "data")
+_LORA = ("q_lora", "kv_lora")
+_WHOLE: dict[str, RuleAxes] = dict.fromkeys(("embed", "vocab_embed", *_LORA))
+_ZERO1: dict[str, RuleAxes] = dict.fromkeys(
+    ("embed", "vocab_embed", "expert_embed", *_LORA), "data?"
+)
+_EXPERTS_OVER_CONTEXT = {"expert": "context", "act_expert": "context", "expert_embed": None}
+# Requests come in any number and length: what does not divide is whole.
+_DECODE: dict[str, RuleAxes] = {
+    **_WHOLE,
+    **dict.fromkeys(("batch", "vocab_batch", "cache_batch"), "data? fsdp? fsdp2? expert?"),
+    **dict.fromkeys(("length", "kv_length", "cache_length"), "context?"),
+    "moe_batch": "data? fsdp? fsdp2?",
+    "norm_length": "context? tensor?",
+}
 
 PRESETS: dict[str, AxisRules] = {
     rules.title: rules
     for rules in (
-        _only("dp", ("data",), ()),
-        _only("fsdp", ("data", "fsdp"), ("fsdp",)),
-        _only("tp_sp", ("data",), ("tensor",)),
-        _only("fsdp_tp", ("data", "fsdp"), ("fsdp", "tensor")),
+        _DP,
+        AxisRules(_DP, optimizer=_ZERO1, title="zero1"),
+        _cut("fsdp", "data fsdp", "fsdp"),
+        _cut("hsdp", "data fsdp", "fsdp"),
+        _cut("fsdp2d", "data fsdp fsdp2", "fsdp fsdp2"),
+        _cut("tp_sp", "data", "tensor"),
+        _cut("tp_embed", "data", "tensor", {"norm_length": None, "act_embed": "tensor"}),
+        _cut("fsdp_tp", "data fsdp", "fsdp tensor"),
+        _cut("cp", "data", "context"),
+        _cut("ep", "data expert", "expert"),
+        _cut("ep_as_cp", "data", "expert", {"length": "expert", "norm_length": "expert"}),
+        _cut("cp_as_ep", "data", "context", _EXPERTS_OVER_CONTEXT),
+        _cut("ep_as_dp", "data expert", "expert", _WHOLE),
+        _cut("pp", "data stage", "stage"),
+        _cut("decode", "", "expert tensor", _DECODE),
     )
 }
 
 
+@functools.lru_cache(maxsize=256)
 def preset(name: str) -> AxisRules:
     """The preset of this name: strict rules that can be printed, changed with `|`, and hashed.
 
-    `dp`: the batch over `data`, every parameter whole on every device.  `fsdp`: parameters and
-    batch over `fsdp`, the batch over `data` too.  `tp_sp`: heads, mlp and vocabulary over
-    `tensor`, and the residual stream's length with them.  `fsdp_tp`: both.
+    Several are added: `preset("fsdp + tp_sp")` is `preset("fsdp") + preset("tp_sp")`.  An axis
+    that the mesh lacks is of size 1, so a preset may name more axes than are there; `"default"`
+    names all.
+
+    | preset | axes of the mesh | what it spreads |
+    |---|---|---|
+    | `dp` | data | the batch; parameters are whole on every device |
+    | `zero1` | data | the batch, and the optimizer's state (Rajbhandari et al., 2020) |
+    | `fsdp` | fsdp | the batch and the parameters, by `embed`, over the same axis |
+    | `hsdp` | data fsdp | the rules of `fsdp`, with whole copies over `data`, across slices |
+    | `fsdp2d` | fsdp fsdp2 | parameters by `embed` and by `mlp`, the batch over both |
+    | `tp_sp` | tensor | heads, mlp and vocabulary, and between blocks the length |
+    | `tp_embed` | tensor | the same, and between blocks the width: for lengths that do not divide |
+    | `fsdp_tp` | fsdp tensor | `fsdp + tp_sp` |
+    | `cp` | context | the length of activations; parameters by `embed` |
+    | `ep` | expert | experts; outside of them the batch, and parameters by `embed` |
+    | `ep_as_cp` | expert | experts; outside of them the length, and parameters by `embed` |
+    | `cp_as_ep` | context | the length; inside expert blocks experts, over the same axis |
+    | `ep_as_dp` | expert | experts; outside of them the batch, with parameters whole |
+    | `pp` | stage | pipeline stages, and the batch of logits and loss |
+    | `decode` | tensor | heads, mlp, vocabulary; rows and cache as far as they divide |
+
+    All spread the batch over `data` too.
 
     Raises `UnknownPresetError` (did-you-mean).
 
     >>> preset("fsdp_tp")["mlp"]
     ('tensor',)
+    >>> preset("fsdp + tp_sp") == preset("fsdp_tp")
+    True
     >>> preset("fsdp_pt")
     Traceback (most recent call last):
         ...
     shardflax.partitioning.errors.UnknownPresetError: no preset 'fsdp_pt': did you mean 'fsdp_tp'?
     """
-    if name == "default":
+    first, *more = [_one(part.strip(), name) for part in name.split("+")]
+    return sum(more, first)
+
+
+def _one(part: str, name: str) -> AxisRules:
+    """One preset; `name` is what was asked for."""
+    if part == "default":
         return DEFAULT_RULES
-    if name not in PRESETS:
-        raise UnknownPresetError(f"no preset {name!r}: {did_you_mean(name, PRESETS)}")
-    return PRESETS[name]
+    if part not in PRESETS:
+        inside = "" if part == name else f" (in {name!r})"
+        hint = did_you_mean(part, {*PRESETS, "default"})
+        raise UnknownPresetError(f"no preset {part!r}{inside}: {hint}")
+    return PRESETS[part]

@@ -13,7 +13,6 @@ from jax.sharding import PartitionSpec as P
 
 from shardflax.core.boxes import unbox
 from shardflax.partitioning import (
-    PRESETS,
     IndivisibleDimError,
     LayoutError,
     UnknownNameError,
@@ -57,7 +56,7 @@ def test_same_numbers_on_every_mesh(spec: str, types: str) -> None:
     with logical_axis_rules(()):
         expected: Any = jax.tree.map(np.asarray, jax.jit(lambda k: unbox(init(k)))(KEY))
     mesh = make_mesh(spec, axis_types=types)
-    for name in PRESETS if types == "auto" else ("fsdp_tp",):
+    for name in ("dp", "fsdp", "tp_sp", "fsdp_tp") if types == "auto" else ("fsdp_tp",):
         state, layout = init_sharded(init, KEY, mesh=mesh, rules=preset(name))
         jax.tree.map(np.testing.assert_array_equal, state, expected)
         for leaf, sharding in zip(

@@ -9,11 +9,8 @@ import pytest
 from shardflax.core.boxes import AxisMetadata
 from shardflax.partitioning import (
     DEFAULT_RULES,
-    KNOWN_AXES,
-    PRESETS,
     AxisRules,
     InvalidRuleError,
-    UnknownPresetError,
     get_logical_axis_rules,
     logical_axis_rules,
     preset,
@@ -73,32 +70,6 @@ def test_printed_as_a_table() -> None:
         "vocab_batch     data fsdp",
     ]
     assert str(AxisRules({})) == "rules"
-
-
-@pytest.mark.parametrize("name", sorted(PRESETS))
-def test_presets_are_complete(name: str) -> None:
-    """Every preset knows every default name, and only axes that the default rule has."""
-    rules = preset(name)
-    assert rules.title == name
-    assert rules.names == DEFAULT_RULES.names
-    assert rules.axes <= set(KNOWN_AXES)
-    assert all(set(axes) <= set(DEFAULT_RULES[key]) for key, axes in rules)
-
-
-def test_presets_shard_what_they_say() -> None:
-    assert preset("dp").axes == {"data"}
-    assert preset("fsdp").axes == {"data", "fsdp"}
-    assert preset("tp_sp").axes == {"data", "tensor"}
-    assert preset("fsdp_tp").axes == {"data", "fsdp", "tensor"}
-    assert preset("dp")["embed"] == ()
-    assert preset("fsdp")["embed"] == ("fsdp",)
-    assert preset("tp_sp")["norm_length"] == ("tensor?",)
-    assert preset("default") is DEFAULT_RULES
-
-
-def test_misspelt_preset() -> None:
-    with pytest.raises(UnknownPresetError, match="no preset 'fsdp_pt': did you mean 'fsdp_tp'"):
-        preset("fsdp_pt")
 
 
 def test_rules_scope_nests_and_is_restored_after_errors() -> None:
