@@ -31,6 +31,13 @@ from shardflax.partitioning.errors import (
     UnknownNameError,
     UnknownPresetError,
 )
+from shardflax.partitioning.explain import Explanation, explain
+from shardflax.partitioning.explained import (
+    AxisExplained,
+    DimExplained,
+    LeafExplained,
+    MeshExplained,
+)
 from shardflax.partitioning.init import abstract_layout, init_sharded
 from shardflax.partitioning.layout import Layout
 from shardflax.partitioning.leaf import Leaf
@@ -44,6 +51,7 @@ from shardflax.partitioning.named import (
     with_logical_partitioning,
     with_partitioning,
 )
+from shardflax.partitioning.picture import MeshPicture, mesh_picture
 from shardflax.partitioning.presets import DEFAULT_RULES, PRESETS, preset
 from shardflax.partitioning.rematerialization import Rematerialization
 from shardflax.partitioning.resolve import DimRecord, Resolution, resolve
@@ -71,21 +79,27 @@ __all__ = [
     "PARTITION_NAME",
     "PRESETS",
     "AxisConflictError",
+    "AxisExplained",
     "AxisRules",
     "Collective",
     "CollectivesError",
     "DefaultNames",
     "Diagnostics",
+    "DimExplained",
     "DimRecord",
+    "Explanation",
     "IndivisibleDimError",
     "InvalidRuleError",
     "Layout",
     "LayoutError",
     "Leaf",
+    "LeafExplained",
     "LogicalInit",
     "LogicalRules",
     "LogicallyPartitioned",
+    "MeshExplained",
     "MeshInit",
+    "MeshPicture",
     "MeshSpecError",
     "NamedInit",
     "NamesRankError",
@@ -116,6 +130,7 @@ __all__ = [
     "compile_diagnostics",
     "constrain",
     "default_names",
+    "explain",
     "fake_slices",
     "get_logical_axis_rules",
     "get_partition_spec",
@@ -127,6 +142,7 @@ __all__ = [
     "logical_to_mesh_sharding",
     "make_abstract_mesh",
     "make_mesh",
+    "mesh_picture",
     "named",
     "networks",
     "preset",

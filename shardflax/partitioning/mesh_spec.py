@@ -64,7 +64,8 @@ class MeshSpec:
         if -1 in ici:
             ici = _fill(ici, devices // count if count else 0)
         if slices is not None and count != slices:
-            raise MeshSpecError(other_slices(self, devices, slices, count))
+            filled = replace(self, ici=ici, dcn=dcn)
+            raise MeshSpecError(other_slices(filled, devices, slices, count))
         need = count * math.prod(ici)
         if need != devices:
             raise MeshSpecError(misfit(self, devices, need, slices is not None))
