@@ -31,13 +31,13 @@ from shardflax.partitioning.errors import (
     UnknownNameError,
     UnknownPresetError,
 )
-from shardflax.partitioning.explain import Explanation, explain
 from shardflax.partitioning.explained import (
     AxisExplained,
     DimExplained,
     LeafExplained,
     MeshExplained,
 )
+from shardflax.partitioning.explanation import Explanation, explain
 from shardflax.partitioning.init import abstract_layout, init_sharded
 from shardflax.partitioning.layout import Layout
 from shardflax.partitioning.leaf import Leaf

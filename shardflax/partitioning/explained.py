@@ -1,0 +1,252 @@
+"""What an explanation is made of: the mesh, and each leaf, dim by dim."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+
+from shardflax.partitioning.leaf import Leaf
+from shardflax.partitioning.mesh import make_abstract_mesh
+from shardflax.partitioning.mesh_spec import parse_mesh_spec
+from shardflax.partitioning.resolve import DimRecord
+from shardflax.partitioning.rules import AxisRules, LogicalRules
+from shardflax.partitioning.scope import AnyMesh, axis_kinds
+from shardflax.partitioning.slices import networks
+from shardflax.partitioning.spec_check import spec_axes
+
+__all__ = [
+    "AxisExplained",
+    "DimExplained",
+    "LeafExplained",
+    "MeshExplained",
+    "explain_leaf",
+    "mesh_of_spec",
+]
+
+
+@dataclass(frozen=True)
+class AxisExplained:
+    """One mesh axis: how many parts DCN joins, how many devices each part has, and its type.
+
+    >>> AxisExplained("data", 2, 4, "auto").size
+    8
+    """
+
+    name: str
+    dcn: int
+    ici: int
+    kind: str
+
+    @property
+    def size(self) -> int:
+        """The size of the axis, over both networks."""
+        return self.dcn * self.ici
+
+
+@dataclass(frozen=True)
+class MeshExplained:
+    """A mesh: its axes in order, and the ids of its devices in mesh order, where it has devices.
+
+    >>> mesh = MeshExplained((AxisExplained("data", 2, 4, "auto"),))
+    >>> print(mesh)
+    data=8 (2 slices)
+    """
+
+    axes: tuple[AxisExplained, ...]
+    ids: tuple[int, ...] = ()
+    platform: str = ""
+
+    @staticmethod
+    def of(mesh: AnyMesh, dcn: dict[str, int]) -> MeshExplained:
+        """Reads a mesh; `dcn` says the sizes across slices of a mesh without devices."""
+        kinds = [kind.name.lower() for _, kind in axis_kinds(mesh)]
+        devices, across = list[Any](), dict(dcn)
+        if isinstance(mesh, Mesh):
+            devices = list(mesh.devices.flat)
+            across |= {axis: parts for axis, (parts, _) in networks(mesh).items()}
+        axes = tuple(
+            AxisExplained(name, across.get(name, 1), size // across.get(name, 1), kind)
+            for (name, size), kind in zip(mesh.shape.items(), kinds, strict=True)
+        )
+        platform = devices[0].device_kind if devices else ""
+        return MeshExplained(axes, tuple(int(device.id) for device in devices), platform)
+
+    @property
+    def size(self) -> int:
+        """How many devices."""
+        return math.prod(axis.size for axis in self.axes)
+
+    @property
+    def slices(self) -> int:
+        """How many slices, joined by DCN."""
+        return math.prod(axis.dcn for axis in self.axes)
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{axis.name}={axis.size}" for axis in self.axes) or "one device"
+        return f"{sizes} ({self.slices} slices)" if self.slices > 1 else sizes
+
+
+@dataclass(frozen=True)
+class DimExplained:
+    """One dim: its size, name and rule; the axes it took, and those it gave up and why.
+
+    `rule` is None where the dim has no name, and where its name is a mesh axis.  `local` is the
+    size of the dim on each device.
+
+    >>> DimExplained(8, "mlp", ("fsdp?", "tensor"), ("tensor",), (("fsdp", "size 1"),), 4).losses
+    ()
+    """
+
+    size: int
+    name: str | None
+    rule: tuple[str, ...] | None
+    taken: tuple[str, ...]
+    given_up: tuple[tuple[str, str], ...]
+    local: int
+
+    @property
+    def losses(self) -> tuple[tuple[str, str], ...]:
+        """What was given up though the mesh has it: (axis, why)."""
+        return tuple(
+            (axis, why) for axis, why in self.given_up if why not in ("not in the mesh", "size 1")
+        )
+
+    def __str__(self) -> str:
+        axes = "+".join(self.taken)
+        return f"{self.name or '-'}→{axes}" if axes else self.name or "-"
+
+
+@dataclass(frozen=True)
+class LeafExplained:
+    """One leaf of a state: what it is, where its names are from, and how each dim lies.
+
+    >>> dim = DimExplained(8, "embed", ("fsdp",), ("fsdp",), (), 2)
+    >>> leaf = LeafExplained("params/w", "float32", "its box", (dim,), (("fsdp",),), 32, 8, 4)
+    >>> print(leaf.array, leaf.dims[0], leaf.parts)
+    float32[8] embed→fsdp 4
+    """
+
+    path: str
+    dtype: str
+    origin: str
+    dims: tuple[DimExplained, ...]
+    spec: tuple[tuple[str, ...], ...]
+    bytes: int
+    bytes_per_device: int
+    parts: int
+    named: bool = True
+    problems: tuple[str, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the whole array."""
+        return tuple(dim.size for dim in self.dims)
+
+    @property
+    def array(self) -> str:
+        """dtype and shape, as `float32[8,16]`."""
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+
+    @property
+    def group(self) -> str:
+        """The first part of the path: `params`, `opt_state`, ..."""
+        return self.path.partition("/")[0]
+
+
+def mesh_of_spec(spec: str) -> tuple[AbstractMesh, dict[str, int]]:
+    """A mesh of any size, without devices, and the sizes across slices that its spec says.
+
+    Raises `MeshSpecError` for a spec that cannot be read or leaves a size open.
+
+    >>> mesh, dcn = mesh_of_spec("dcn(data=2) ici(fsdp=16,tensor=8)")
+    >>> mesh.size, dcn["data"]
+    (256, 2)
+    """
+    mesh = make_abstract_mesh(spec)
+    parsed = parse_mesh_spec(spec)
+    return mesh, dict(zip(parsed.axes, parsed.dcn, strict=True))
+
+
+def explain_leaf(leaf: Leaf, mesh: AnyMesh, rules: LogicalRules) -> LeafExplained:
+    """Everything about one leaf of a layout.
+
+    >>> from shardflax.partitioning import make_mesh
+    >>> from shardflax.partitioning.leaf import resolve_leaf
+    >>> import numpy as np
+    >>> rules, mesh = AxisRules({"mlp": "fsdp? tensor", "embed": "fsdp"}), make_mesh("fsdp=8")
+    >>> leaf = resolve_leaf(("w",), np.zeros((8, 4)), ("embed", "mlp"), "its box", mesh, rules)
+    >>> explain_leaf(leaf, mesh, rules).dims[1].losses
+    (('fsdp', "taken by dim 0 'embed'"),)
+    """
+    spec = tuple(tuple(map(str, spec_axes(entry))) for entry in leaf.spec)
+    spec += ((),) * (len(leaf.shape) - len(spec))
+    records = leaf.dims or _records(leaf, spec, rules)
+    whole = math.prod(leaf.shape) * int(leaf.dtype.itemsize)
+    return LeafExplained(
+        leaf.where,
+        str(leaf.dtype),
+        leaf.origin,
+        tuple(
+            _dim(size, record, tuple(sizes))
+            for size, record, sizes in zip(leaf.shape, records, _sizes(spec, mesh), strict=True)
+        ),
+        spec,
+        whole,
+        leaf.bytes_per_device,
+        leaf.parts,
+        leaf.names is not None,
+        tuple(problem.text for problem in leaf.problems),
+    )
+
+
+def _sizes(spec: tuple[tuple[str, ...], ...], mesh: AnyMesh) -> list[list[int]]:
+    shape = mesh.shape
+    return [[shape[axis] for axis in axes] for axes in spec]
+
+
+@functools.lru_cache(maxsize=65536)
+def _dim(size: int, record: DimRecord, sizes: tuple[int, ...]) -> DimExplained:
+    """The parts that a dim is cut into are those of its spec: none, if the leaf has problems."""
+    name = "unconstrained" if record.name is PartitionSpec.UNCONSTRAINED else record.name
+    local = size // math.prod(sizes)
+    return DimExplained(size, name, record.rule, record.taken, record.given_up, local)
+
+
+def _records(
+    leaf: Leaf, spec: tuple[tuple[str, ...], ...], rules: LogicalRules
+) -> tuple[DimRecord, ...]:
+    """What strict rules would have recorded, for a leaf that they did not resolve."""
+    if leaf.names is None or len(leaf.names) != len(leaf.shape):
+        return (DimRecord(None, None),) * len(leaf.shape)
+    pairs = () if isinstance(rules, AxisRules) else tuple(rules)
+    return tuple(_record(dim, leaf.names, spec, pairs) for dim in range(len(leaf.names)))
+
+
+def _record(
+    dim: int, names: Sequence[Any], spec: tuple[tuple[str, ...], ...], pairs: Sequence[Any]
+) -> DimRecord:
+    """Which of the plain pairs fired for a dim, and which were passed over."""
+    name, taken = names[dim], spec[dim]
+    given_up: dict[str, str] = {}
+    for axes in [_flat(axes) for other, axes in pairs if other == name]:
+        if set(taken) <= set(axes) and (taken or not _owner(axes, spec)):
+            return DimRecord(name, axes, taken, tuple(given_up.items()))
+        axis, owner = _owner(axes, spec) or (axes[0], dim)
+        given_up |= dict.fromkeys(axes, f"{axis} is taken by dim {owner} {names[owner]!r}")
+    text = name if isinstance(name, str) or name is None else "+".join(_flat(name))
+    return DimRecord(text, None, taken, tuple(given_up.items()))
+
+
+def _flat(axes: Any) -> tuple[str, ...]:
+    return tuple(map(str, spec_axes(axes)))
+
+
+def _owner(axes: tuple[str, ...], spec: tuple[tuple[str, ...], ...]) -> tuple[str, int] | None:
+    """The first of `axes` that a dim has, and the dim."""
+    found = ((axis, dim) for axis in axes for dim, part in enumerate(spec) if axis in part)
+    return next(found, None)
