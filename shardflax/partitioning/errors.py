@@ -21,6 +21,7 @@ __all__ = [
     "MeshSpecError",
     "NamesRankError",
     "NoRulesWarning",
+    "OverrideError",
     "PartitionNameMismatchError",
     "PartitioningUnspecifiedError",
     "Problem",
@@ -106,6 +107,10 @@ class IndivisibleDimError(LayoutError):
 
 class InvalidRuleError(LayoutError):
     """A rule that says nothing sensible, whatever the mesh."""
+
+
+class OverrideError(LayoutError):
+    """Names by path that match nothing, or contradict one another, or do not fit."""
 
 
 class UnknownPresetError(LayoutError):

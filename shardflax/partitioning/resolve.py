@@ -67,13 +67,16 @@ def resolve(
     rules: AxisRules,
     shape: tuple[int, ...] | None = None,
     axes: MeshAxes | None = None,
+    min_size: int = 0,
 ) -> Resolution:
     """The layout of one array under strict `rules`.
 
     `names` has one entry a dim: a logical name, None (replicated), or
     `PartitionSpec.UNCONSTRAINED`.  `shape` None skips the checks of sizes; `axes`, the mesh's
     (axis, size) pairs, None takes every axis of a rule to be there and claims nothing about
-    sizes.  Axes of size 1 are never in the spec, and a spec never ends in None.
+    sizes.  Axes of size 1 are never in the spec, and a spec never ends in None.  An array of
+    fewer than `min_size` elements takes no axis: `rules.min_size` for parameters and optimizer
+    leaves, 0 for activations.
 
     Axes without `?` are assigned first, on all dims; then those with `?`, in the order of
     `tie_rank` and then of the dims, each if it is free and divides what is left of the dim.
@@ -85,7 +88,7 @@ def resolve(
     problems = _check_names(names, rules, shape)
     if problems:
         return Resolution(PartitionSpec(), (), tuple(problems))
-    return _Assignment(names, rules, shape, axes).run()
+    return _Assignment(names, rules, shape, axes, min_size).run()
 
 
 def check_mesh_axes(rules: AxisRules, axes: Mapping[str, int]) -> tuple[Problem, ...]:
@@ -168,6 +171,7 @@ class _Assignment:
         rules: AxisRules,
         shape: tuple[int, ...] | None,
         axes: MeshAxes | None,
+        min_size: int,
     ) -> None:
         self.names = names
         self.shape = shape
@@ -176,6 +180,9 @@ class _Assignment:
         self.owner: dict[str, int] = {}
         self.given_up: list[dict[str, str]] = [{} for _ in names]
         self.problems: list[Problem] = []
+        self.small = ""
+        if shape is not None and math.prod(shape) < min_size:
+            self.small = f"below the threshold of {min_size:,} elements"
 
     def run(self) -> Resolution:
         dims = range(len(self.names))
@@ -207,6 +214,8 @@ class _Assignment:
                     self.problems.append(problem)
             elif self.size(axis) == 1:
                 self.given_up[dim][axis] = "size 1"
+            elif self.small:
+                self.given_up[dim][axis] = self.small
             else:
                 wanted.append(axis)
         return wanted

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 
 from shardflax.core.errors import did_you_mean
-from shardflax.partitioning.errors import InvalidRuleError
+from shardflax.partitioning.errors import InvalidRuleError, OverrideError
+from shardflax.partitioning.overrides import Overrides, find_names, freeze, merge
+from shardflax.partitioning.roles import Roles, roles_of
+from shardflax.partitioning.rule_sets import FOLLOWS, Table, check_set, overlaid, united
+from shardflax.partitioning.rule_table import rules_table, rules_text
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
 
 __all__ = ["AxisRules", "LogicalRules", "RuleAxes"]
 
 RuleAxes = str | Sequence[str] | None
+RuleTable = Mapping[str, RuleAxes] | Iterable[tuple[str, RuleAxes]]
 LogicalRules = Sequence[tuple[str, Any]]
 
 _AXIS = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\??")
@@ -25,47 +33,91 @@ class AxisRules(Sequence[tuple[str, tuple[str, ...]]]):
     `rules` maps a name to its axes, as one string (`"fsdp fsdp2? expert"`), a sequence of axes,
     or None (replicated, said).  An axis with `?` may yield: if another dim of the array has taken
     it, or if it does not divide the dim.  Without `?` either is an error.  Rules are values:
-    hashable, never changed, combined with `|` (the right side wins).  They are accepted wherever
-    a sequence of pairs is, and are strict there.
+    hashable, never changed, combined with `|` (the right side wins) and `+` (the axes of both).
+    They are accepted wherever a sequence of pairs is, and are strict there.
 
-    Raises `InvalidRuleError` for a name with two rules, an axis twice in a rule, or bad syntax.
+    `rules` says how parameters are stored.  `compute`, `optimizer` and `eval` say what differs
+    where one computes, in the optimizer's state, and in evaluation: a dict changes some rules,
+    `AxisRules` replace all.  Unsaid, compute and optimizer are as stored, and eval as compute.
+    Parameters and optimizer leaves of fewer than `min_size` elements are not sharded.
+
+    Raises `InvalidRuleError` for a name with two rules, an axis twice in a rule, bad syntax, or
+    a set that lacks a name.
 
     >>> rules = AxisRules({"batch": "data fsdp", "embed": "fsdp", "mlp": "fsdp? tensor"})
     >>> rules["mlp"]
     ('fsdp?', 'tensor')
     >>> (rules | {"embed": None})["embed"]
     ()
+    >>> AxisRules({"embed": None}, optimizer={"embed": "data"}).optimizer["embed"]
+    ('data',)
     """
 
     entries: tuple[tuple[str, tuple[str, ...]], ...]
+    sets: tuple[tuple[str, AxisRules], ...]
+    param_overrides: Overrides
+    activation_overrides: Overrides
+    min_size: int
     title: str = field(compare=False, repr=False)
-    _table: Mapping[str, tuple[str, ...]] = field(compare=False, repr=False)
+    _table: Table = field(compare=False, repr=False)
     _hash: int = field(compare=False, repr=False)
+    _stored: AxisRules | None = field(compare=False, repr=False)
 
     def __init__(
         self,
-        rules: Mapping[str, RuleAxes] | Iterable[tuple[str, RuleAxes]],
+        rules: RuleTable,
         *,
+        compute: RuleTable | None = None,
+        optimizer: RuleTable | None = None,
+        eval: RuleTable | None = None,
+        min_size: int = 0,
         title: str = "rules",
     ) -> None:
-        pairs = cast(Any, rules).items() if isinstance(rules, Mapping) else rules
-        entries = tuple((_name(name), _axes(name, axes)) for name, axes in pairs)
-        table = dict(entries)
-        if len(table) != len(entries):
-            names = [name for name, _ in entries]
-            twice = sorted({name for name in names if names.count(name) > 1})
-            raise InvalidRuleError(
-                f"{title}: more than one rule for {', '.join(map(repr, twice))}. Strict rules "
-                f"have one rule a name; write all its axes in it, in order, '?' where one may "
-                f"yield."
-            )
-        object.__setattr__(self, "entries", entries)
-        object.__setattr__(self, "title", title)
-        object.__setattr__(self, "_table", table)
-        object.__setattr__(self, "_hash", hash(entries))
+        table = _table_of(rules, title)
+        said = {"compute": compute, "optimizer": optimizer, "eval": eval}
+        self._fill(table, _sets_of(table, said, title), (), (), min_size, title)
+
+    def _fill(
+        self,
+        table: Table,
+        sets: Mapping[str, Table],
+        params: Overrides,
+        activations: Overrides,
+        min_size: int,
+        title: str,
+    ) -> None:
+        """Sets the fields; sets that say what they follow are left out, so that equal is equal."""
+        if min_size < 0:
+            raise InvalidRuleError(f"{title}: min_size is a number of elements, not {min_size!r}.")
+        entries, every, kept = tuple(table.items()), {"stored": table}, list[tuple[str, Any]]()
+        for kind, before in FOLLOWS.items():
+            every[kind] = sets.get(kind, every[before])
+            if tuple(every[kind].items()) != tuple(every[before].items()):
+                check_set(kind, every[kind], table, title)
+                rules = _make(every[kind], {}, params, activations, min_size, f"{title}: {kind}")
+                kept.append((kind, rules))
+        stored = _make(table, {}, params, activations, min_size, title) if kept else None
+        for name, value in (
+            ("entries", entries),
+            ("sets", tuple(kept)),
+            ("param_overrides", params),
+            ("activation_overrides", activations),
+            ("min_size", min_size),
+            ("title", title),
+            ("_table", dict(table)),
+            ("_hash", hash((entries, tuple(kept), params, activations, min_size))),
+            ("_stored", stored),
+        ):
+            object.__setattr__(self, name, value)
 
     def __hash__(self) -> int:
         return self._hash
+
+    def __reduce__(self) -> Any:
+        # The hash of a string is another one in each process: nothing of it may be pickled.
+        sets = {kind: dict(rules._table) for kind, rules in self.sets}
+        overrides = self.param_overrides, self.activation_overrides
+        return _make, (dict(self._table), sets, *overrides, self.min_size, self.title)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -96,14 +148,168 @@ class AxisRules(Sequence[tuple[str, tuple[str, ...]]]):
 
     @property
     def axes(self) -> frozenset[str]:
-        """Every mesh axis that some rule names, without `?`."""
-        return frozenset(axis.rstrip("?") for _, axes in self.entries for axis in axes)
+        """Every mesh axis that some rule of some set names, without `?`."""
+        every = (self, *(rules for _, rules in self.sets))
+        return frozenset(
+            a.rstrip("?") for rules in every for _, axes in rules.entries for a in axes
+        )
+
+    @property
+    def stored(self) -> AxisRules:
+        """The rules for parameters as they are stored: these, without other sets."""
+        return self._stored or self
+
+    @property
+    def compute(self) -> AxisRules:
+        """The rules for activations, and for weights where they are used."""
+        return self._set("compute")
+
+    @property
+    def optimizer(self) -> AxisRules:
+        """The rules for the optimizer's state."""
+        return self._set("optimizer")
+
+    @property
+    def eval(self) -> AxisRules:
+        """The rules for evaluation: `use(mesh, rules.eval)`."""
+        return self._set("eval")
+
+    def _set(self, kind: str) -> AxisRules:
+        for name, rules in self.sets:
+            if name == kind:
+                return rules
+        return self.stored if FOLLOWS[kind] == "stored" else self._set(FOLLOWS[kind])
+
+    @property
+    def roles(self) -> Roles:
+        """Which axes are those of the batch, the context, experts and stages, in compute."""
+        return roles_of(self.compute._table)
+
+    def with_sets(
+        self,
+        *,
+        compute: RuleTable | None = None,
+        optimizer: RuleTable | None = None,
+        eval: RuleTable | None = None,
+    ) -> AxisRules:
+        """These rules with other sets: a dict changes some rules of a set, `AxisRules` replace it.
+
+        Raises `InvalidRuleError` for `AxisRules` that lack a name.
+
+        >>> AxisRules({"embed": "fsdp"}).with_sets(compute={"embed": None}).compute["embed"]
+        ()
+        """
+        said = {"compute": compute, "optimizer": optimizer, "eval": eval}
+        known = {kind: rules._table for kind, rules in self.sets}
+        return self._changed(sets=_sets_of(self._table, said, self.title, known))
+
+    def with_overrides(
+        self,
+        *,
+        params: Mapping[str, tuple[Any, ...]] | None = None,
+        activations: Mapping[str, Any] | None = None,
+    ) -> AxisRules:
+        r"""These rules with names by path, for modules that one did not write.
+
+        Keys are regular expressions that match a whole path: of a parameter below the root
+        (`encoder/layers_3/kernel`), whose optimizer state follows; or of a module, or one of its
+        methods, (`encoder/layers_3`, `encoder/layers_3/decode`), whose output is constrained.
+        Names are tuples; for a method that returns a tuple, a list with one tuple, or None, for
+        each element.
+
+        Raises `OverrideError` for a bad expression, or for names that are no tuple of names; and
+        later, where they are used, for an expression that matches nothing, for two that match
+        and differ, and for names of the wrong rank.
+
+        >>> rules = AxisRules({"embed": "fsdp", "mlp": "tensor"})
+        >>> rules = rules.with_overrides(params={r"block_\d+/up/kernel": ("embed", "mlp")})
+        >>> rules.param_names("block_3/up/kernel")
+        ('embed', 'mlp')
+        """
+        new_params = freeze(params or {}, "params")
+        new_activations = freeze(activations or {}, "activations", lists=True)
+        return self._changed(
+            params=merge(self.param_overrides, new_params),
+            activations=merge(self.activation_overrides, new_activations),
+        )
+
+    def with_min_size(self, min_size: int) -> AxisRules:
+        """These rules with another threshold: smaller parameters and moments are not sharded.
+
+        >>> AxisRules({"embed": "fsdp"}).with_min_size(2**16).min_size
+        65536
+        """
+        return self._changed(min_size=min_size)
+
+    def param_names(self, path: str) -> tuple[Any, ...] | None:
+        """The names that an override gives to the parameter at `path`, or None.
+
+        Raises `OverrideError` if two overrides match and differ.
+
+        >>> AxisRules({}).param_names("Dense_0/kernel") is None
+        True
+        """
+        return find_names(self.param_overrides, (path,), "params") if self.param_overrides else None
+
+    def activation_names(self, path: str) -> Any:
+        """The names that an override gives to what the method at `path` returns, or None.
+
+        `path` is `encoder/layers_3/__call__`; an override of `encoder/layers_3` means this method
+        too.  Raises `OverrideError` if two overrides match and differ.
+
+        >>> rules = AxisRules({}).with_overrides(activations={"mlp": ("batch", "act_embed")})
+        >>> rules.activation_names("mlp/__call__"), rules.activation_names("mlp/decode")
+        (('batch', 'act_embed'), None)
+        """
+        if not self.activation_overrides:
+            return None
+        module, _, method = path.rpartition("/")
+        paths = (path, module) if method == "__call__" else (path,)
+        return find_names(self.activation_overrides, paths, "activations")
 
     def __or__(self, other: Mapping[str, RuleAxes] | AxisRules) -> AxisRules:
-        """These rules with those of `other` in the place of their own; new names are added."""
+        """These rules with those of `other` in the place of their own, in every set."""
         more = other if isinstance(other, AxisRules) else AxisRules(other, title="overrides")
-        title = f"{self.title} | {more.title}"
-        return AxisRules({**self._table, **dict(more.entries)}, title=title)
+        return self._combined(more, overlaid, "|", more.min_size or self.min_size)
+
+    def __add__(self, other: AxisRules) -> AxisRules:
+        """These rules and those of `other`: names have the axes of both, in every set."""
+        for own, others in (
+            (self.param_overrides, other.param_overrides),
+            (self.activation_overrides, other.activation_overrides),
+        ):
+            for pattern, names in own:
+                if dict(others).get(pattern, names) != names:
+                    raise OverrideError(
+                        f"{self.title} + {other.title}: {pattern!r} has the names {names!r} in "
+                        f"one and {dict(others)[pattern]!r} in the other."
+                    )
+        return self._combined(other, united, "+", max(self.min_size, other.min_size))
+
+    def _combined(
+        self, other: AxisRules, how: Callable[[Table, Table], Table], sign: str, min_size: int
+    ) -> AxisRules:
+        kinds = {kind for rules in (self, other) for kind, _ in rules.sets}
+        sets = {kind: how(self._set(kind)._table, other._set(kind)._table) for kind in kinds}
+        return _make(
+            how(self._table, other._table),
+            sets,
+            merge(self.param_overrides, other.param_overrides),
+            merge(self.activation_overrides, other.activation_overrides),
+            min_size,
+            f"{self.title} {sign} {other.title}",
+        )
+
+    def _changed(self, **changes: Any) -> AxisRules:
+        """These rules with some of their parts replaced."""
+        parts: dict[str, Any] = {
+            "sets": {kind: rules._table for kind, rules in self.sets},
+            "params": self.param_overrides,
+            "activations": self.activation_overrides,
+            "min_size": self.min_size,
+            "title": self.title,
+        }
+        return _make(self._table, **(parts | changes))
 
     def with_rules(self, **rules: RuleAxes) -> AxisRules:
         """These rules, changed for names that have a rule already.
@@ -123,9 +329,59 @@ class AxisRules(Sequence[tuple[str, tuple[str, ...]]]):
         return self | rules
 
     def __str__(self) -> str:
-        width = max((len(name) for name, _ in self.entries), default=0)
-        lines = [f"{name:<{width}}  {' '.join(axes) or '-'}" for name, axes in self.entries]
-        return "\n".join([self.title, *lines])
+        return rules_text(self)
+
+    def __rich__(self) -> RichTable:
+        return rules_table(self)
+
+
+def _make(
+    table: Table,
+    sets: Mapping[str, Table],
+    params: Overrides,
+    activations: Overrides,
+    min_size: int,
+    title: str,
+) -> AxisRules:
+    """Rules of parts that are known to be good."""
+    rules = object.__new__(AxisRules)
+    rules._fill(table, sets, params, activations, min_size, title)  # pyright: ignore[reportPrivateUsage]
+    return rules
+
+
+def _table_of(rules: RuleTable, title: str) -> Table:
+    """Rules as a table; raises for a name with two rules."""
+    pairs = cast(Any, rules).items() if isinstance(rules, Mapping) else rules
+    entries = tuple((_name(name), _axes(name, axes)) for name, axes in pairs)
+    if len(dict(entries)) != len(entries):
+        names = [name for name, _ in entries]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise InvalidRuleError(
+            f"{title}: more than one rule for {', '.join(map(repr, twice))}. Strict rules "
+            f"have one rule a name; write all its axes in it, in order, '?' where one may "
+            f"yield."
+        )
+    return dict(entries)
+
+
+def _sets_of(
+    stored: Table,
+    said: Mapping[str, RuleTable | None],
+    title: str,
+    known: Mapping[str, Table] | None = None,
+) -> dict[str, Table]:
+    """The tables of the sets that are said, over those that are `known` already."""
+    every: dict[str, Table] = {"stored": stored}
+    for kind, before in FOLLOWS.items():
+        every[kind] = (known or {}).get(kind, every[before])
+        rules = said[kind]
+        if isinstance(rules, AxisRules):
+            every[kind] = dict(rules.entries)
+        elif rules is not None:
+            every[kind] = overlaid(every[kind], _table_of(rules, f"{title}: {kind}"))
+    return {
+        kind: every[kind] for kind in FOLLOWS if said[kind] is not None or kind in (known or {})
+    }
 
 
 def _name(name: Any) -> str:
