@@ -54,6 +54,7 @@ from shardflax.partitioning.named import (
 from shardflax.partitioning.picture import MeshPicture, mesh_picture
 from shardflax.partitioning.presets import DEFAULT_RULES, PRESETS, preset
 from shardflax.partitioning.rematerialization import Rematerialization
+from shardflax.partitioning.replication import Replication, assert_compiled, check_compiled
 from shardflax.partitioning.resolve import DimRecord, Resolution, resolve
 from shardflax.partitioning.roles import Roles
 from shardflax.partitioning.rules import AxisRules, LogicalRules
@@ -113,6 +114,7 @@ __all__ = [
     "RematerializationError",
     "RematerializationWarning",
     "RepeatedNameError",
+    "Replication",
     "Resolution",
     "Roles",
     "RulesFallback",
@@ -122,9 +124,11 @@ __all__ = [
     "UnknownPresetError",
     "abstract_layout",
     "assert_collectives",
+    "assert_compiled",
     "at_use",
     "batch_axes",
     "batch_sharding",
+    "check_compiled",
     "collectives",
     "compile",
     "compile_diagnostics",

@@ -16,6 +16,9 @@ MARK = rb"\0mark [0-9]+"
 OURS = rb"Involuntary full rematerialization"
 # The start of a line of XLA's log, perhaps behind something that did not end its line, or a mark.
 _START = re.compile(rb"\0|[IWEF][0-9]{4} [0-9:.]+ +[0-9]+ ")
+_PERHAPS = re.compile(  # the same, as far as it goes
+    rb"\0|[IWEF](?:[0-9]{0,3}$|[0-9]{4}(?:$| [0-9:.]*(?:$| +[0-9]*(?:$| ))))"
+)
 
 
 class Filter:
@@ -48,7 +51,7 @@ class Filter:
                 self._kept += own + b"\n"
             else:
                 passed += line + b"\n"
-        start = _START.search(rest)
+        start = _PERHAPS.search(rest)
         cut = start.start() if start else len(rest)
         self._rest = rest[cut:]  # may still become one of ours
         return passed + rest[:cut], answer
