@@ -39,7 +39,7 @@ class _Tap:
         self._marks = 0
         self._stderr = -1  # a copy of the real one
         self._answers: IO[bytes] | None = None
-        self._ended: list[subprocess.Popen[bytes]] = []
+        self._filters: list[int] = []  # processes that may not have ended yet
 
     def enter(self, listener: _Listener) -> None:
         with self._lock:
@@ -55,7 +55,7 @@ class _Tap:
             self._listeners.remove(listener)
 
     def _open(self) -> None:
-        self._ended = [process for process in self._ended if process.poll() is None]
+        self._filters = [pid for pid in self._filters if _runs(pid)]
         with contextlib.suppress(OSError):  # no stderr, or no processes: compiling goes first
             self._stderr = os.dup(2)
             process = _start_filter(self._stderr)
@@ -63,7 +63,8 @@ class _Tap:
             with process.stdin as into:
                 os.dup2(into.fileno(), 2)
             self._answers = process.stdout
-            self._ended.append(process)
+            self._filters.append(process.pid)
+            process.returncode = 0  # it may outlive its object: children write on through it
 
     def _collect(self, last: bool) -> None:
         """Shares out what was kept; the last listener also puts the real stderr back."""
@@ -89,6 +90,14 @@ class _Tap:
         mine = [x for x in self._listeners if wrote and x.thread == int(wrote[1])]
         for listener in mine or self._listeners:
             listener.lines.append(line)
+
+
+def _runs(pid: int) -> bool:
+    """False for a child that has ended, which is forgotten by that."""
+    try:
+        return os.waitpid(pid, os.WNOHANG) == (0, 0)
+    except ChildProcessError:
+        return False
 
 
 def _start_filter(stderr: int) -> subprocess.Popen[bytes]:
