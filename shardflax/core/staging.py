@@ -10,12 +10,14 @@ from typing import Any, cast
 import jax
 from jax._src import config as jax_config
 from jax._src import core as jax_core  # jax.extend.core has the same, and imports all of Pallas
+from jax._src import mesh as jax_mesh
 from jax._src import traceback_util
 from jax.interpreters import partial_eval
 
 __all__ = [
     "Static",
     "current_trace",
+    "entered_mesh",
     "escapes",
     "hide_frames",
     "hoist",
@@ -28,6 +30,7 @@ __all__ = [
 
 _config: Any = jax_config
 _core: Any = jax_core
+_mesh: Any = jax_mesh
 _partial_eval: Any = partial_eval
 jx: Any = jax  # JAX as an untyped value: some of its functions are half typed
 
@@ -54,6 +57,19 @@ def current_trace() -> Any:
     False
     """
     return _core.get_opaque_trace_state(convention="flax")
+
+
+def entered_mesh() -> Any:
+    """The mesh of the `with mesh:` block around, or None.
+
+    Such a mesh is not the one that `jax.sharding.get_abstract_mesh` tells, and JAX shows it
+    nowhere else.
+
+    >>> entered_mesh() is None
+    True
+    """
+    mesh = _mesh.thread_resources.env.physical_mesh
+    return None if mesh.empty else mesh
 
 
 def escapes(tree: Any, since: Any) -> bool:
