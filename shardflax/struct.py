@@ -43,7 +43,7 @@ def field(
 def dataclass(clz: type[_T], **kwargs: Any) -> type[_T]: ...
 @overload
 def dataclass(clz: None = None, **kwargs: Any) -> Callable[[type[_T]], type[_T]]: ...
-@dataclass_transform(field_specifiers=(field, dataclasses.field))
+@dataclass_transform(frozen_default=True, field_specifiers=(field, dataclasses.field))
 def dataclass(clz: Any = None, **kwargs: Any) -> Any:
     """Makes a class a frozen dataclass that is a pytree node, with a `replace` method.
 
@@ -90,7 +90,7 @@ def _replace(self: Any, **updates: Any) -> Any:
     return dataclasses.replace(self, **updates)
 
 
-@dataclass_transform(field_specifiers=(field, dataclasses.field))
+@dataclass_transform(frozen_default=True, field_specifiers=(field, dataclasses.field))
 class PyTreeNode:
     """The base class whose subclasses are dataclasses and pytree nodes, as by `dataclass`.
 

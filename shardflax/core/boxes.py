@@ -28,6 +28,8 @@ class AxisMetadata(ABC):
     True
     """
 
+    __slots__ = ()
+
     @abstractmethod
     def unbox(self) -> Any:
         """The wrapped value."""

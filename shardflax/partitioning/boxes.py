@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -16,12 +16,14 @@ from shardflax.partitioning.errors import (
     PartitionNameMismatchError,
     RepeatedNameError,
 )
+from shardflax.partitioning.packed import Packed, packed
 from shardflax.partitioning.rules import LogicalRules
-from shardflax.partitioning.untyped import jx
 
 __all__ = ["PARTITION_NAME", "LogicallyPartitioned", "Partitioned"]
 
 PARTITION_NAME = "partition_name"
+
+_STATIC = {"pytree_node": False}  # for subclasses that are made by `struct.dataclass`
 
 
 def _partition_name(box: Partitioned, params: Mapping[Any, Any]) -> Any:
@@ -31,8 +33,9 @@ def _partition_name(box: Partitioned, params: Mapping[Any, Any]) -> Any:
     return params[PARTITION_NAME]
 
 
+@packed
 @dataclass(frozen=True)
-class Partitioned(AxisMetadata):
+class Partitioned(Packed, AxisMetadata):
     """A value whose dims are named by mesh axes.
 
     `names` has one entry a dim: an axis, a tuple of axes, or None (replicated).  `mesh` defaults
@@ -43,9 +46,11 @@ class Partitioned(AxisMetadata):
     P('data', None)
     """
 
+    __slots__ = ()
+
     value: Any
-    names: tuple[Any, ...]
-    mesh: Mesh | None = None
+    names: tuple[Any, ...] = field(metadata=_STATIC)
+    mesh: Mesh | None = field(default=None, metadata=_STATIC)
 
     def unbox(self, apply_constraint: bool = True) -> Any:
         """The value, constrained to its names where a mesh is given or in scope.
@@ -113,6 +118,7 @@ class Partitioned(AxisMetadata):
         return NamedSharding(self.mesh or mesh, self.get_partition_spec())
 
 
+@packed
 @dataclass(frozen=True)
 class LogicallyPartitioned(Partitioned):
     """A value whose dims have logical names.
@@ -125,7 +131,9 @@ class LogicallyPartitioned(Partitioned):
     ('layers', 'embed', 'mlp')
     """
 
-    rules: LogicalRules | None = None
+    __slots__ = ()
+
+    rules: LogicalRules | None = field(default=None, metadata=_STATIC)
 
     def unbox(self, apply_constraint: bool = True) -> Any:
         """The value, constrained by the box's rules or those in scope, where there is a mesh.
@@ -135,45 +143,3 @@ class LogicallyPartitioned(Partitioned):
         if not apply_constraint:
             return self.value
         return constrain_box(self.value, self.names, self.rules, self.mesh)
-
-
-# Boxes as pytree nodes, written out: a jitted step takes a box apart and makes one for each
-# parameter at each call, and `register_dataclass` goes through the constructor, which is slower.
-
-_VALUE = jx.tree_util.GetAttrKey("value")
-
-
-def _take_partitioned(box: Partitioned) -> tuple[Any, Any]:
-    return (box.value,), (box.names, box.mesh)
-
-
-def _make_partitioned(meta: Any, children: Any) -> Any:
-    box: Any = object.__new__(Partitioned)
-    fields = box.__dict__
-    (fields["value"],) = children
-    fields["names"], fields["mesh"] = meta
-    return box
-
-
-def _take_logical(box: LogicallyPartitioned) -> tuple[Any, Any]:
-    return (box.value,), (box.names, box.mesh, box.rules)
-
-
-def _make_logical(meta: Any, children: Any) -> Any:
-    box: Any = object.__new__(LogicallyPartitioned)
-    fields = box.__dict__
-    (fields["value"],) = children
-    fields["names"], fields["mesh"], fields["rules"] = meta
-    return box
-
-
-def _register(cls: type, take: Any, make: Any) -> None:
-    def with_key(box: Any) -> tuple[Any, Any]:
-        (value,), meta = take(box)
-        return ((_VALUE, value),), meta
-
-    jx.tree_util.register_pytree_with_keys(cls, with_key, make, take)
-
-
-_register(Partitioned, _take_partitioned, _make_partitioned)
-_register(LogicallyPartitioned, _take_logical, _make_logical)
