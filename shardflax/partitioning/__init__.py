@@ -7,6 +7,11 @@ from shardflax.partitioning.at_use import at_use, with_weight
 from shardflax.partitioning.batch import batch_axes, batch_sharding
 from shardflax.partitioning.boxes import PARTITION_NAME, LogicallyPartitioned, Partitioned
 from shardflax.partitioning.communication import Collective, assert_collectives, collectives
+from shardflax.partitioning.communication_table import (
+    communication_json,
+    communication_table,
+    communication_text,
+)
 from shardflax.partitioning.constraints import constrain, with_logical_constraint
 from shardflax.partitioning.defaults import DefaultNames, default_names
 from shardflax.partitioning.diagnostics import Diagnostics, compile, compile_diagnostics
@@ -130,6 +135,9 @@ __all__ = [
     "batch_sharding",
     "check_compiled",
     "collectives",
+    "communication_json",
+    "communication_table",
+    "communication_text",
     "compile",
     "compile_diagnostics",
     "constrain",

@@ -58,6 +58,11 @@ class Collective:
     shape: tuple[int, ...] = ()
 
     @property
+    def total(self) -> int:
+        """The bytes of all times that it runs in one call."""
+        return self.bytes * self.count
+
+    @property
     def what(self) -> str:
         """Kind and axes, as `assert_collectives` names them: `all-gather over fsdp`."""
         return f"{self.kind} over {','.join(self.axes)}"
@@ -103,6 +108,8 @@ def _found(program: Program, mesh: Mesh) -> Iterator[Collective]:
             kind = instruction.op.removesuffix("-start")
             if kind not in _KINDS:
                 continue
+            if name.startswith("all-reduce-scatter"):  # TPUs: fused with the slice of it
+                kind = "reduce-scatter"
             groups = [g for g in instruction_groups(instruction, mesh.size) if len(g) > 1]
             if not groups:
                 continue
@@ -143,13 +150,20 @@ def _network(groups: list[list[int]], mesh: Mesh) -> str:
 
 
 def assert_collectives(
-    compiled: Any, expected: Mapping[str, int | None] | Iterable[str], mesh: Mesh | None = None
+    compiled: Any,
+    expected: Mapping[str, int | None] | Iterable[str],
+    mesh: Mesh | None = None,
+    *,
+    across_dcn: Iterable[str] | None = None,
+    most_bytes: int | None = None,
 ) -> None:
     """Checks that a program communicates as `expected`, and in no other way.
 
     `expected` maps what is sent over which axes (`"all-gather over fsdp"`) to how many times in one
-    call, or to None for any number; a plain list allows any number of each.  Raises
-    `CollectivesError` with every difference, and where in the model it comes from.
+    call, or to None for any number; a plain list allows any number of each.  `across_dcn` says
+    which of them may cross slices (default: all), `most_bytes` how much a device may send or get
+    in one call.  Raises `CollectivesError` with every difference, and where in the model it comes
+    from.
 
     >>> import jax.numpy as jnp
     >>> from shardflax.partitioning import make_mesh
@@ -167,7 +181,15 @@ def assert_collectives(
         counts[one.what] += one.count
     wrong = [w for w in counts if w not in wanted or wanted[w] not in (None, counts[w])]
     missing = [w for w, n in wanted.items() if n and w not in counts]
-    if wrong or missing:
-        lines = [f"{w}: expected {wanted.get(w, 0)}, found {counts[w]}" for w in wrong + missing]
-        lines += [f"  {one}" for one in found if one.what in wrong]
+    lines = [f"{w}: expected {wanted.get(w, 0)}, found {counts[w]}" for w in wrong + missing]
+    lines += [f"  {one}" for one in found if one.what in wrong]
+    if across_dcn is not None:
+        slow = [one for one in found if one.network == "DCN" and one.what not in set(across_dcn)]
+        lines += [f"across slices (DCN), which was not allowed: {one}" for one in slow]
+    total = sum(one.total for one in found)
+    if most_bytes is not None and total > most_bytes:
+        most = sorted(found, key=lambda one: -one.total)[:5]
+        lines += [f"{total} B in one call, allowed {most_bytes}; the most:"]
+        lines += [f"  {one}" for one in most]
+    if lines:
         raise CollectivesError(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import jax
@@ -11,7 +12,12 @@ import pytest
 import shardflax.nn as nn
 from shardflax import partitioning
 from shardflax.partitioning import CollectivesError, assert_collectives, collectives, make_mesh
-from shardflax.partitioning.communication import _network
+from shardflax.partitioning.communication import Collective, _found, _network
+from shardflax.partitioning.communication_table import (
+    communication_json,
+    communication_table,
+    communication_text,
+)
 from shardflax.partitioning.hlo import parse
 from shardflax.partitioning.replica_groups import groups_of, mesh_axes
 from shardflax.partitioning.slices import fake_slices
@@ -131,6 +137,46 @@ def test_a_count_that_differs_is_an_error() -> None:
         assert_collectives(compiled, {"all-gather over fsdp": 1})
 
 
+def test_bytes_and_the_slow_network_are_part_of_a_contract() -> None:
+    mesh = make_mesh("dcn(data=2) ici(tensor=4)")
+
+    def body(x: Any) -> Any:
+        return jax.lax.psum(jax.lax.psum(x, "tensor"), "data")
+
+    compiled = manual(mesh, body, P("data", "tensor"), P())
+    found = collectives(compiled, mesh)
+    assert {(c.what, c.network) for c in found} == {
+        ("all-reduce over tensor", "ICI"),
+        ("all-reduce over data", "DCN"),
+    }
+    both = ["all-reduce over tensor", "all-reduce over data"]
+    assert_collectives(compiled, both, mesh, across_dcn=["all-reduce over data"], most_bytes=64)
+    with pytest.raises(CollectivesError) as error:
+        assert_collectives(compiled, both, mesh, across_dcn=[], most_bytes=63)
+    text = str(error.value)
+    assert "across slices (DCN), which was not allowed: all-reduce over data: 1 x 32 B" in text
+    assert "64 B in one call, allowed 63" in text and "all-reduce over tensor: 1 x 32 B" in text
+
+
+def test_the_table() -> None:
+    found = [
+        Collective("all-gather", ("fsdp",), "ICI", 1024, 3, True, "layers/up", "model.py:4"),
+        Collective("all-gather", ("fsdp",), "ICI", 1024, 3, True, "layers/up", "model.py:4"),
+        Collective("all-reduce", ("data", "fsdp"), "DCN", 4, 1, False, backward=True),
+    ]
+    head, rule, first, second, ici, dcn = communication_text(found).splitlines()
+    assert head.split()[:3] == ["collective", "axes", "network"] and set(rule) == {"-", " "}
+    assert first.split()[-5:] == ["6", "1.0", "KiB", "6.0", "KiB"] and "layers/up" in first
+    assert "data,fsdp" in second and "1 a step" in second and "backward" in second
+    assert ici == "ICI: 6.0 KiB in 6 collectives."
+    assert dcn == "DCN: 4 B in 1 collectives, more in loops of unknown length."
+    table = communication_table(found)
+    assert table.row_count == 2 and "DCN" in str(table.caption)
+    rows = json.loads(communication_json(found))
+    assert [row["total"] for row in rows] == [6144, 4] and rows[0]["path"] == "layers/up"
+    assert communication_text([]).endswith("Nothing is sent.")
+
+
 def test_programs_without_a_mesh_need_one() -> None:
     compiled = jax.jit(lambda x: x + 1).lower(jnp.ones(2)).compile()
     with pytest.raises(ValueError, match="pass mesh="):
@@ -154,6 +200,8 @@ def test_slices_are_joined_by_the_slower_network() -> None:
         ("[4,2]<=[8]", [[0, 1], [2, 3], [4, 5], [6, 7]]),
         ("[4,2]<=[2,4]T(1,0)", [[0, 4], [1, 5], [2, 6], [3, 7]]),
         ("mesh['a'=2,'b'=4] {'a'}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("mesh['a'=2,'b'=4] {'b':(2)2}", [[0, 1], [2, 3], [4, 5], [6, 7]]),
+        ("mesh['a'=2,'b'=4] {'a', 'b':(1)2}", [[0, 2, 4, 6], [1, 3, 5, 7]]),
         (
             "mesh['a'=2,'b'=4], device_ids=([2,2,2]T(1,0,2)) {'a'}",
             [[0, 2], [1, 3], [4, 6], [5, 7]],
@@ -185,3 +233,35 @@ ENTRY %main (a: bf16[4]) -> bf16[8] {
 }"""
     ops = [i.op for i in parse(text).computations["main"]]
     assert ops == ["parameter", "all-gather-start", "all-gather-done"]
+    (found,) = _found(parse(text), make_mesh("data=2", jax.devices()[:2]))
+    assert (found.kind, found.shape, found.bytes) == ("all-gather", (8,), 16)
+
+
+def test_what_runs_in_the_background_counts_once() -> None:
+    text = """HloModule m
+
+%wrapped (p: f32[8]) -> f32[4] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %r = f32[4]{0} reduce-scatter(%p), replica_groups=[1,2]<=[2], dimensions={0}, to_apply=%add
+}
+
+%all-reduce-scatter.1 (q: f32[8]) -> f32[4] {
+  %q = f32[8]{0} parameter(0)
+  ROOT %a = f32[8]{0} all-reduce(%q), replica_groups=[1,2]<=[2], to_apply=%add
+}
+
+ENTRY %main (a: f32[8]) -> f32[4] {
+  %x = f32[8]{0} parameter(0)
+  %s = ((f32[8]{0}), f32[4]{0}, u32[]) async-start(%x), calls=%wrapped
+  %u = ((f32[8]{0}), f32[4]{0}, u32[]) async-update(%s), calls=%wrapped
+  %d = f32[4]{0} async-done(%u), calls=%wrapped
+  %f = f32[4]{0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+  %c = (f32[4], f32[4], u32[], u32[]) collective-permute-start(%f), source_target_pairs={{0,1}}
+  ROOT %e = f32[4]{0} collective-permute-done(%c)
+}"""
+    found = [*_found(parse(text), make_mesh("data=2", jax.devices()[:2]))]
+    assert sorted((c.kind, c.bytes, c.count, c.shape) for c in found) == [
+        ("collective-permute", 16, 1, (4,)),
+        ("reduce-scatter", 32, 1, (4,)),
+        ("reduce-scatter", 32, 1, (8,)),
+    ]
