@@ -30,6 +30,8 @@ PACKAGES["launch"] = {p for p in PACKAGES if p.startswith("shardflax.")}
 SMALL: dict[str, set[str]] = {
     "shardflax": set(PACKAGES) - {"launch", "shardflax.cli"},
     "shardflax.__main__": {"shardflax.cli"},
+    "shardflax.programs": PACKAGES["shardflax.training"]
+    | {"shardflax.training", "shardflax.models"},
     "shardflax.struct": {"shardflax.core"},
     "shardflax.traverse_util": {"shardflax.core"},
     "shardflax.traceback_util": {"shardflax.core"},
@@ -44,7 +46,18 @@ SMALL: dict[str, set[str]] = {
 
 # Layers of the core, lowest first; a module may import those of lower layers and of its own.
 CORE = [
-    {"names", "boxes", "rng", "staging", "errors", "frozen_dict", "holders", "meta", "tracers", "lazy"},
+    {
+        "names",
+        "boxes",
+        "rng",
+        "staging",
+        "errors",
+        "frozen_dict",
+        "holders",
+        "meta",
+        "tracers",
+        "lazy",
+    },
     {"scope"},
     {"boundary", "functional", "nn"},
     {"transforms"},

@@ -16,7 +16,9 @@ from typing import Any
 __all__ = ["COMMANDS", "main"]
 
 # name -> (module, what it does)
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "explain": ("shardflax.cli.explain", "how every leaf of a train state lies on a mesh"),
+}
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import textwrap
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,7 +18,7 @@ if TYPE_CHECKING:
 
     from shardflax.partitioning.explanation import Explanation
 
-__all__ = ["explanation_rich", "explanation_text"]
+__all__ = ["explanation_rich", "explanation_text", "problem_lines"]
 
 _COLUMNS = ("path", "array", "dims", "bytes / device", "notes")
 _RIGHT = 3  # the column of numbers
@@ -37,12 +40,37 @@ def explanation_text(explanation: Explanation, width: int = 100) -> str:
     """
     rows = [_COLUMNS, *map(_cells, explanation.leaves)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [_heading(explanation), *(_line(row, widths) for row in rows)]
+    lines = [explanation.heading, *(_line(row, widths) for row in rows)]
     lines.insert(2, "  ".join("-" * width for width in widths))
     lines += ["", *_memory(explanation)]
     for _, note in _notes(explanation):
         lines += textwrap.wrap(note, width, subsequent_indent="  ")
     return "\n".join(lines)
+
+
+def problem_lines(explanation: Explanation) -> list[str]:
+    """What is wrong, a line each; what is wrong with a parameter is said once for its followers.
+
+    >>> from shardflax.partitioning import explain, preset, LogicallyPartitioned
+    >>> import jax.numpy as jnp
+    >>> w = {"w": LogicallyPartitioned(jnp.ones(6), ("embed",))}
+    >>> state = {"params": w, "mu": {"w": jnp.ones(6)}, "nu": {"w": jnp.ones(6)}}
+    >>> for line in problem_lines(explain(state, "fsdp=4", preset("fsdp"))):
+    ...     print(line.partition("Make")[0], "...", line.rpartition(".")[2])
+    params/w, shape (6,): dim 0 'embed' of size 6 ... is not divisible by 4
+    (fsdp=4; rule 'embed': 'fsdp'). ... (and 2 leaves as it)
+    """
+    followers, wrong = explanation.followers, explanation.problems
+    broken = {problem.where.partition(", shape ")[0] for problem in wrong}
+    heads = [followers.get(p.where.partition(", shape ")[0], "") for p in wrong]
+    counts: Counter[str] = Counter(head for head in heads if head in broken)
+    lines: list[str] = []
+    for problem, head in zip(wrong, heads, strict=True):
+        count = counts.pop(problem.where.partition(", shape ")[0], 0)
+        more = f" (and {count} {'leaf' if count == 1 else 'leaves'} as it)" if count else ""
+        if head not in broken:
+            lines.append(f"{problem}{more}")
+    return lines
 
 
 def explanation_rich(explanation: Explanation) -> Group:
@@ -63,19 +91,35 @@ def explanation_rich(explanation: Explanation) -> Group:
     for i, column in enumerate(_COLUMNS):
         justify = "right" if i == _RIGHT else "left"
         table.add_column(column, overflow="fold", justify=justify, no_wrap=column in _WHOLE)
-    for leaf in explanation.leaves:
+    for leaf, count in _shown(explanation):
         path, array, _, size, notes = _cells(leaf)
+        if count:
+            following = f"{count} {'leaf' if count == 1 else 'leaves'}, each as its parameter"
+            table.add_row(Text(path, "dim"), "", Text(following, "dim"), Text(size, "dim"))
+            continue
         style = "red" if leaf.problems else "" if leaf.named else "yellow"
-        table.add_row(
-            Text(path, style),
-            Text(array, "dim"),
-            _coloured(leaf),
-            size,
-            Text(notes, style or "dim"),
-        )
+        cells = Text(path, style), Text(array, "dim"), _coloured(leaf), size
+        table.add_row(*cells, Text(notes, style or "dim"))
     notes = [Text(note, style) for style, note in _notes(explanation)]
-    heading = Text(_heading(explanation), "bold")
+    heading = Text(explanation.heading, "bold")
     return Group(heading, table, *map(Text, _memory(explanation)), *notes)
+
+
+def _shown(explanation: Explanation) -> Iterator[tuple[LeafExplained, int]]:
+    """The leaves; those that follow their parameters as one row, with their number."""
+    followers = explanation.followers
+
+    def prefix(leaf: LeafExplained) -> str:
+        owner = followers.get(leaf.path, "")
+        return leaf.path.removesuffix(owner.partition("/")[2]) if not leaf.problems else ""
+
+    for where, group in itertools.groupby(explanation.leaves, prefix):
+        leaves = list(group)
+        if not where or len(leaves) == 1 or leaves[0].path not in followers:
+            yield from ((leaf, 0) for leaf in leaves)
+            continue
+        total = sum(leaf.bytes_per_device for leaf in leaves)
+        yield dataclasses.replace(leaves[0], path=f"{where}…", bytes_per_device=total), len(leaves)
 
 
 def _coloured(leaf: LeafExplained) -> Text:
@@ -89,11 +133,6 @@ def _coloured(leaf: LeafExplained) -> Text:
         if dim.taken:
             text.append("→", "dim").append("+".join(dim.taken), "cyan")
     return text
-
-
-def _heading(explanation: Explanation) -> str:
-    title = f"{explanation.title} " if explanation.title else ""
-    return f"{title}on {explanation.mesh} under {explanation.rules_title}"
 
 
 def _line(row: Sequence[str], widths: Sequence[int]) -> str:
@@ -149,5 +188,5 @@ def _notes(explanation: Explanation) -> Iterator[tuple[str, str]]:
     for style, what, items in said:
         if items:
             yield style, f"{what}: {', '.join(items)}"
-    for problem in explanation.problems:
-        yield "red", f"problem: {problem}"
+    for line in problem_lines(explanation):
+        yield "red", f"problem: {line}"

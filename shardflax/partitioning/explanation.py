@@ -65,6 +65,22 @@ class Explanation:
         """Everything that is wrong."""
         return self.layout.problems
 
+    @functools.cached_property
+    def followers(self) -> dict[str, str]:
+        """The leaves that are laid out as a parameter is, and the path of that parameter."""
+        owners = {
+            path.partition("/")[2]: path
+            for path in (leaf.path for leaf in self.leaves if leaf.origin == "its box")
+        }
+        found: dict[str, str] = {}
+        for leaf in self.leaves:
+            rest = leaf.path if leaf.origin == "as its parameter" else ""
+            while rest and rest not in owners:
+                rest = rest.partition("/")[2]
+            if rest:
+                found[leaf.path] = owners[rest]
+        return found
+
     @property
     def bytes_per_device(self) -> int:
         """Bytes that each device holds of the state: the same on all, as all parts are equal."""
@@ -89,6 +105,12 @@ class Explanation:
         """What the rules are called."""
         rules = self.layout.rules
         return rules.title if isinstance(rules, AxisRules) else "plain pairs"
+
+    @property
+    def heading(self) -> str:
+        """What lies where under which rules, in one line."""
+        title = f"{self.title} " if self.title else ""
+        return f"{title}on {self.mesh} under {self.rules_title}"
 
     def check(self) -> None:
         """Raises all `problems` as one `LayoutError`, if there are any."""
@@ -154,10 +176,10 @@ def explain(
 ) -> Explanation:
     """Explains how a state lies on a mesh under rules: allocates nothing, and raises no problems.
 
-    `what` is a state (any tree of arrays or shapes, boxed or not), a `Layout`, a module, or a
-    function that makes a state.  A module is initialised abstractly with `args` and `kwargs`
-    (arrays or `jax.ShapeDtypeStruct`s); a function is called abstractly with them.  `mesh` may be
-    a spec, of any size: no devices are needed.
+    `what` is a state (any tree of arrays or shapes, boxed or not), a module, a function that makes
+    a state, or a `Layout` (whose mesh and rules count, not those given).  A module is initialised
+    abstractly with `args` and `kwargs` (arrays or `jax.ShapeDtypeStruct`s), and a function called
+    so.  `mesh` may be a spec, of any size: no devices are needed.
 
     Raises `LayoutError` for a module without inputs, `MeshSpecError` for a spec that cannot be
     read.
@@ -176,11 +198,11 @@ def explain(
     768 B on each of 32 devices: 1 leaf, 24.0 KiB in all.
     rules that nothing used: ...
     """
-    if isinstance(what, Layout):
-        return Explanation(what, title)
     dcn: dict[str, int] = {}
     if isinstance(mesh, str):
         mesh, dcn = mesh_of_spec(mesh)
+    if isinstance(what, Layout):
+        return Explanation(what, title, dcn)
     return Explanation(_layout(what, mesh, rules, args, kwargs), title, dcn)
 
 

@@ -1,0 +1,120 @@
+"""`shardflax explain`: how every leaf of a state lies on a mesh, and what is wrong with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from shardflax.cli.subject import Subject, rules_of
+from shardflax.partitioning import Explanation, explain, make_abstract_mesh
+from shardflax.partitioning.explain_text import problem_lines
+from shardflax.programs import layout_of
+
+__all__ = ["ExplainOptions", "explanation_of", "main"]
+
+_MOST_RICH = 500  # rows; above, rich takes seconds
+_HELP = """Explains how every leaf of a train state lies on a mesh: names, the rule that hit, axes \
+taken and given up, bytes per device. No device is needed and nothing is allocated, whatever the \
+size of model and mesh. Exit status 1 if anything is wrong with the layout."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExplainOptions:
+    """What to explain, and how to show it.
+
+    >>> ExplainOptions("tiny", "fsdp=8").preset
+    'fsdp_tp'
+    """
+
+    model: tyro.conf.Positional[str]
+    """A decoder (tiny, small, base, llama3-1b, llama3-8b, llama3-70b), or package.module:name of \
+a function that returns a state, or (model, *inputs), or of a shardflax.programs.Program."""
+
+    mesh: str
+    """Axes and sizes, such as fsdp=4,tensor=2 or "dcn(data=2) ici(fsdp=16,tensor=8)"."""
+
+    preset: str = "fsdp_tp"
+    """Rules: presets, such as fsdp or "fsdp + tp_sp", or package.module:NAME of AxisRules."""
+
+    json: Path | None = None
+    """Write JSON to this file; - is standard output, in place of the table."""
+
+    html: Path | None = None
+    """Write one self-contained page to this file."""
+
+    problems_only: bool = False
+    """Print what is wrong, and nothing else."""
+
+    layers: int | None = None
+    """Number of blocks of a decoder, if not that of its size."""
+
+    batch: int | None = None
+    """Rows of a batch of a decoder; one for each device along it, if not said."""
+
+    seq_len: int = 128
+    """Tokens in a row."""
+
+    optimizer: Literal["adamw", "lion", "sgd"] = "adamw"
+    """Of a decoder."""
+
+
+def explanation_of(options: ExplainOptions) -> Explanation:
+    """The explanation that options ask for.
+
+    >>> len(explanation_of(ExplainOptions("tiny", "fsdp=4,tensor=2")).leaves)
+    39
+    """
+    subject = Subject(
+        options.model, options.layers, options.batch, options.seq_len, options.optimizer
+    )
+    mesh, rules = make_abstract_mesh(options.mesh), rules_of(options.preset)
+    layout = layout_of(subject.program(mesh, rules), mesh, rules)
+    return explain(layout, options.mesh, rules, title=options.model)
+
+
+def main(args: Sequence[str]) -> int:
+    """Runs the command; the exit status is 1 if the layout has problems.
+
+    >>> main(["tiny", "--mesh", "fsdp=4,tensor=2", "--problems-only"])
+    tiny on fsdp=4, tensor=2 under fsdp_tp: 39 leaves, no problems
+    0
+    """
+    options = tyro.cli(ExplainOptions, args=args, prog="shardflax explain", description=_HELP)
+    explanation = explanation_of(options)
+    for path in filter(None, (options.json, options.html)):
+        if str(path) != "-":
+            _write(explanation, path, page=path is options.html)
+    if str(options.json) == "-":
+        print(explanation.to_json())
+    elif options.problems_only:
+        _print_problems(explanation)
+    else:
+        _print_table(explanation)
+    return 1 if explanation.problems else 0
+
+
+def _write(explanation: Explanation, path: Path, page: bool) -> None:
+    path.write_text(explanation.to_html() if page else explanation.to_json() + "\n", "utf-8")
+    print(f"wrote {path}", file=sys.stderr)
+
+
+def _print_problems(explanation: Explanation) -> None:
+    for line in problem_lines(explanation):
+        print(line)
+    if not explanation.problems:
+        print(f"{explanation.heading}: {len(explanation.leaves)} leaves, no problems")
+
+
+def _print_table(explanation: Explanation) -> None:
+    """In colours on a terminal, plain elsewhere."""
+    if sys.stdout.isatty() and len(explanation.leaves) <= _MOST_RICH:
+        from rich.console import Console
+
+        Console(highlight=False).print(explanation)
+    else:
+        print(explanation)

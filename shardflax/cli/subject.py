@@ -1,0 +1,151 @@
+"""What a command looks at: a model of the library, or something of yours by its import path."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+import os
+import sys
+from typing import Any
+
+import jax
+
+from shardflax.cli.errors import ImportPathError
+from shardflax.core.errors import did_you_mean
+from shardflax.core.module import Module
+from shardflax.models import decoder_config
+from shardflax.partitioning import AxisRules, batch_axes, preset
+from shardflax.programs import DecoderProgram, Program
+from shardflax.training import OptimizerConfig
+
+__all__ = ["Subject", "imported", "rules_of"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What a command was asked to look at, and with which batch and optimizer.
+
+    `what` is the name of a decoder in `shardflax.models`, or `package.module:name`.  The name may
+    stand for
+
+    - a function without arguments that returns a state: any tree of arrays, boxed or not, such as
+      `model.init(key, x)` or a `TrainState`; or that returns `(model, *inputs)`;
+    - such a tuple `(model, *inputs)`;
+    - a `shardflax.programs.Program`, which has a train step too.
+
+    Functions are called abstractly: what they make is never allocated.
+
+    >>> Subject("tiny").seq_len
+    128
+    """
+
+    what: str
+    layers: int | None = None
+    batch: int | None = None
+    seq_len: int = 128
+    optimizer: str = "adamw"
+
+    def program(self, mesh: Any, rules: AxisRules) -> Program | DecoderProgram:
+        """The program; a decoder's batch has a row for each device along it, if none is said.
+
+        Raises `UnknownModelError`, or `ImportPathError`.
+
+        >>> from shardflax.partitioning import make_mesh
+        >>> Subject("tiny").program(make_mesh("data=8"), preset("dp")).shape
+        (8, 128)
+        """
+        if ":" in self.what:
+            return _as_program(self.what, imported(self.what))
+        updates = {} if self.layers is None else {"num_layers": self.layers}
+        config = decoder_config(self.what, **updates)
+        rows = self.batch or math.prod(mesh.shape[axis] for axis in batch_axes(mesh, rules))
+        return DecoderProgram(config, OptimizerConfig(name=self.optimizer), (rows, self.seq_len))
+
+
+def rules_of(text: str) -> AxisRules:
+    """The rules that a command line names: presets (`fsdp + tp_sp`), or `package.module:NAME`.
+
+    Raises `UnknownPresetError`, or `ImportPathError`.
+
+    >>> rules_of("fsdp_tp").title
+    'fsdp_tp'
+    >>> rules_of("shardflax.partitioning:DEFAULT_RULES").title
+    'default rules'
+    """
+    if ":" not in text:
+        return preset(text)
+    found = imported(text)
+    if not isinstance(found, AxisRules):
+        raise ImportPathError(text, f"expected AxisRules, found {_kind(found)}.")
+    return found
+
+
+def imported(path: str) -> Any:
+    """What `package.module:name` stands for; modules of the working directory are found, too.
+
+    Raises `ImportPathError` (did-you-mean) if there is no such thing.  What goes wrong inside of
+    the module is raised as it is.
+
+    >>> imported("shardflax.partitioning:presett")
+    Traceback (most recent call last):
+        ...
+    shardflax.cli.errors.ImportPathError: 'shardflax.partitioning:presett': the module has no
+    'presett': did you mean 'preset'?
+    """
+    where, _, name = path.partition(":")
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(where)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{where}.".startswith(f"{error.name}."):
+            raise
+        raise ImportPathError(path, f"there is no module {error.name!r} to import.") from None
+    except (TypeError, ValueError):
+        raise ImportPathError(path, "write package.module:name.") from None
+    if not hasattr(module, name):
+        hint = did_you_mean(name, [n for n in vars(module) if not n.startswith("_")])
+        raise ImportPathError(path, f"the module has no {name!r}: {hint}")
+    return getattr(module, name)
+
+
+def _as_program(path: str, found: Any) -> Program | DecoderProgram:
+    if isinstance(found, Program | DecoderProgram):
+        return found
+    if isinstance(found, Module):
+        raise ImportPathError(path, _needs_inputs(found))
+    if not callable(found) and not isinstance(found, tuple):
+        raise ImportPathError(path, f"expected a function, or a Program, found {_kind(found)}.")
+    return Program(_Init(path, found))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Init:
+    """The init of what an import path stands for."""
+
+    path: str
+    found: Any
+
+    def __call__(self, key: jax.Array) -> Any:
+        made = self.found() if callable(self.found) else self.found
+        if isinstance(made, Module):
+            raise ImportPathError(self.path, _needs_inputs(made))
+        if isinstance(made, Program | DecoderProgram):
+            problem = "the function returns a Program, which is traced later: name it instead of"
+            raise ImportPathError(self.path, f"{problem} a function that makes it.")
+        if isinstance(made, tuple) and made and isinstance(made[0], Module):
+            return made[0].init(key, *made[1:])
+        return made
+
+
+def _needs_inputs(model: Module) -> str:
+    name = type(model).__name__
+    return (
+        f"{name} is a module, and its parameters depend on its inputs. Write a function that "
+        f"returns (model, *inputs), such as: lambda: ({name}(...), jnp.ones((8, 128)))."
+    )
+
+
+def _kind(value: Any) -> str:
+    return f"a {type(value).__name__}"
