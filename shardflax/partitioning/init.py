@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from shardflax.core.boxes import is_box
 from shardflax.partitioning.errors import raise_problems
 from shardflax.partitioning.layout import Layout
+from shardflax.partitioning.override_outputs import unmatched_outputs
 from shardflax.partitioning.rules import LogicalRules
 from shardflax.partitioning.scope import InitTrace, init_tracing, use
 from shardflax.partitioning.untyped import jx
@@ -75,6 +76,7 @@ def abstract_layout(
     """
     with use(mesh, rules), init_tracing(InitTrace()) as trace:
         boxed = jx.eval_shape(init_fn, *args)
+    trace.problems.extend(unmatched_outputs(rules, trace))
     return Layout(boxed, mesh, rules, trace)
 
 

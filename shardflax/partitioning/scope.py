@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
+from shardflax.core.staging import entered_mesh
 from shardflax.partitioning.errors import Problem, raise_problems
 from shardflax.partitioning.resolve import MeshAxes, check_mesh_axes
 from shardflax.partitioning.rules import AxisRules, LogicalRules
@@ -40,9 +40,13 @@ AnyMesh = Mesh | AbstractMesh
 
 @dataclass
 class InitTrace:
-    """What an abstract init met: the names its constraints used, and what was wrong with them."""
+    """What an abstract init met: the names its constraints used, and what was wrong with them.
+
+    `calls` are the paths of modules and methods, if the rules have names for some by path.
+    """
 
     names: set[str] = field(default_factory=lambda: set[str]())
+    calls: set[str] = field(default_factory=lambda: set[str]())
     problems: list[Problem] = field(default_factory=lambda: list[Problem]())
 
 
@@ -99,6 +103,10 @@ def set_logical_axis_rules(rules: LogicalRules) -> None:
     """
     _scope.rules = rules if rules or isinstance(rules, AxisRules) else None
     _traced_under.set_global(_as_key(_scope.rules))
+    if _has_outputs(rules):
+        from shardflax.partitioning.override_outputs import install  # it needs this module
+
+        install(rules)
 
 
 @contextmanager
@@ -111,10 +119,24 @@ def logical_axis_rules(rules: LogicalRules) -> Generator[None]:
     """
     before, _scope.rules = _scope.rules, rules
     try:
-        with _traced_under(_as_key(rules)):
+        with _traced_under(_as_key(rules)), _outputs_laid_out(rules):
             yield
     finally:
         _scope.rules = before
+
+
+def _has_outputs(rules: LogicalRules) -> bool:
+    """True for rules that name what methods return."""
+    return isinstance(rules, AxisRules) and bool(rules.activation_overrides)
+
+
+def _outputs_laid_out(rules: LogicalRules) -> contextlib.AbstractContextManager[None]:
+    """A context in which what methods return is laid out, if the rules name any."""
+    if not _has_outputs(rules):
+        return contextlib.nullcontext()
+    from shardflax.partitioning.override_outputs import installed  # it needs this module
+
+    return installed(rules)
 
 
 @contextmanager
@@ -184,35 +206,33 @@ def _same_axes(a: AnyMesh, b: AnyMesh) -> bool:
     return a.axis_names == b.axis_names and a.axis_sizes == b.axis_sizes
 
 
-def mesh_in_scope(mesh: AnyMesh | None = None) -> AnyMesh | None:
+def mesh_in_scope(mesh: AnyMesh | None = None, x: Any = None) -> AnyMesh | None:
     """The mesh that a constraint follows: `mesh`, or else the one in scope, or None.
 
-    Where `mesh` is the mesh in scope, the one in scope is returned: inside `jax.shard_map` it
-    knows which axes are manual.  A mesh entered by `with mesh:` counts too.
+    A mesh entered by `with mesh:` is in scope too.  Where there is none, an array `x` that is
+    typed on explicit axes has one.  Inside `jax.shard_map` the mesh in scope stands for `mesh`,
+    if their axes are the same: it knows which of them are manual.
     """
     context = jax.sharding.get_abstract_mesh()
     if mesh is not None:
-        return context if _same_axes(context, mesh) else mesh
-    return context if not context.empty else _legacy_mesh()
+        return context if _same_axes(context, mesh) and not _says_as_much(mesh, context) else mesh
+    if not context.empty:
+        return context
+    return entered_mesh() or _explicit_mesh(x)
 
 
-def _legacy_mesh() -> Mesh | None:
-    """The mesh of a `with mesh:` block, which JAX shows to constraints by spec alone.
+def _says_as_much(mesh: AnyMesh, context: AbstractMesh) -> bool:
+    """True where the mesh in scope knows nothing that `mesh`, of equal axes, does not."""
+    kinds = axis_kinds(context)
+    return kinds == axis_kinds(mesh) and AxisType.Manual not in dict(kinds).values()
 
-    Asks with a value that no trace can take up, so that asking leaves nothing in a program.
-    """
-    probe = jax.ShapeDtypeStruct((), np.dtype("float32"))
-    try:
-        jx.lax.with_sharding_constraint(probe, PartitionSpec())
-    except RuntimeError:
+
+def _explicit_mesh(x: Any) -> AbstractMesh | None:
+    """The mesh with explicit axes on which an array is typed, or None."""
+    if not isinstance(x, jax.Array):
         return None
-    except TypeError:
-        pass
-
-    def constrained() -> Any:
-        return jx.lax.with_sharding_constraint(0.0, PartitionSpec())
-
-    return jx.make_jaxpr(constrained)().eqns[0].params["sharding"].mesh
+    mesh = jx.typeof(x).sharding.mesh
+    return mesh if not mesh.empty and AxisType.Explicit in mesh.axis_types else None
 
 
 @functools.lru_cache(maxsize=256)
