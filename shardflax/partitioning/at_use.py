@@ -41,6 +41,8 @@ _BESIDE = ("batch", "length")
 def at_use(weight: Any, names: Names | None, beside: tuple[str, ...] = _BESIDE) -> Any:
     """Lays a weight out for its use: without the axes that the rules give to the dims `beside` it.
 
+    The layout is that of the compute rules (`AxisRules(..., compute=...)`; unsaid, those of the
+    stored weight), less those axes.
     `names` are those of the stored weight (explicit or default), `beside` those of the dims that
     the activations have and the weight lacks: a layer of experts says `("moe_batch", "length")`.
     Gradients come back in the stored layout.  It does something only under strict rules, with a
@@ -115,7 +117,8 @@ class _Change:
 
     def __call__(self, weight: Any) -> Any:
         # The first constraint is for the way back: the gradient of the second has its layout.
-        return lower(lower(weight, self.stored, self.mesh), self.used, self.mesh)
+        stored = lower(weight, self.stored, self.mesh, "a stored weight")
+        return lower(stored, self.used, self.mesh, "a weight at its use")
 
 
 @dataclass(frozen=True)
@@ -155,12 +158,14 @@ def _specs(
 
     Names that nobody wrote are `advice`: where they do not fit, nothing is done.
     """
-    found = resolve(names, rules, shape, axes)
+    stored = resolve(names, rules, shape, axes, rules.min_size)
+    where_used = resolve(names, rules.compute, shape, axes, rules.min_size)
+    problems = stored.problems + where_used.problems
     if not advice:
-        raise_problems(found.problems)
-    busy = {axis.rstrip("?") for name in beside for axis in rules.get(name) or ()}
-    used = make_spec(_without(entry, busy) for entry in found.spec)
-    return None if found.problems or used == found.spec else (found.spec, used)
+        raise_problems(stored.problems or where_used.problems)
+    busy = {axis.rstrip("?") for name in beside for axis in rules.compute.get(name) or ()}
+    used = make_spec(_without(entry, busy) for entry in where_used.spec)
+    return None if problems or used == stored.spec else (stored.spec, used)
 
 
 def _without(entry: Any, axes: set[str]) -> Any:

@@ -15,17 +15,19 @@ from typing import Any, cast
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from shardflax.partitioning.defaults import DefaultNames, in_force
 from shardflax.partitioning.errors import (
     NamesRankError,
     NoRulesWarning,
     Problem,
+    mapped_over,
+    no_devices,
     raise_problems,
 )
 from shardflax.partitioning.linen_rules import RulesFallback, linen_axes, undecided_error
-from shardflax.partitioning.resolve import resolve
+from shardflax.partitioning.resolve import check_mesh_axes, resolve
 from shardflax.partitioning.rules import AxisRules, LogicalRules
 from shardflax.partitioning.scope import (
     AnyMesh,
@@ -140,7 +142,7 @@ def wanted_spec(shape: tuple[int, ...], names: tuple[Any, ...]) -> PartitionSpec
     if said is None or not rules or mesh is None or init_trace() is not None:
         return None
     if isinstance(rules, AxisRules):
-        found = resolve(tuple(said), rules, shape, free_axes(mesh))
+        found = resolve(tuple(said), rules.compute, shape, free_axes(mesh))
         return None if found.problems else found.spec
     if len(said) > len(shape):
         return None
@@ -173,7 +175,7 @@ def _constrain(
         return x
     names, shape = tuple(names), tuple(np.shape(x))
     if isinstance(rules, AxisRules):
-        return _constrain_strict(x, names, rules, mesh)
+        return _constrain_strict(x, names, rules.compute, mesh)
     if len(names) > len(shape):
         text = f"{len(names)} names {names!r} for an array of rank {len(shape)}, shape {shape}."
         raise_problems([Problem(NamesRankError, text)])
@@ -185,6 +187,12 @@ def _constrain(
     if undecided and fallback is RulesFallback.NO_CONSTRAINT:
         return x
     return constrain_spec(x, PartitionSpec(*axes), mesh, f"names {names!r}")
+
+
+@functools.lru_cache(maxsize=1024)
+def _mesh_problems(rules: AxisRules, sizes: tuple[tuple[str, int], ...]) -> tuple[Problem, ...]:
+    """What `use` would refuse: meshes and rules also come into scope one by one."""
+    return check_mesh_axes(rules, dict(sizes))
 
 
 def _constrain_strict(
@@ -202,10 +210,12 @@ def _constrain_strict(
         where = f"constraint at {_caller()[0]}" if found else ""
         trace.problems.extend(Problem(p.error, p.text, p.dim, where) for p in found)
         return x
-    target = mesh_in_scope(mesh)
+    target = mesh_in_scope(mesh, x)
+    if target is not None:
+        raise_problems(_mesh_problems(rules, tuple(target.shape.items())))
     found = resolve(names, rules, shape, None if target is None else free_axes(target))
     raise_problems(found.problems)
-    return x if target is None else lower(x, found.spec, target)
+    return x if target is None else lower(x, found.spec, target, f"names {names!r}")
 
 
 def constrain_spec(x: Any, spec: PartitionSpec, mesh: AnyMesh | None, what: str) -> Any:
@@ -217,11 +227,11 @@ def constrain_spec(x: Any, spec: PartitionSpec, mesh: AnyMesh | None, what: str)
     >>> constrain_spec(1.0, PartitionSpec(), None, "a scalar")
     1.0
     """
-    target = mesh_in_scope(mesh) if _is_array(x) and init_trace() is None else None
+    target = mesh_in_scope(mesh, x) if _is_array(x) and init_trace() is None else None
     if target is None:
         return x
     raise_problems(check_spec(tuple(np.shape(x)), spec, dict(free_axes(target)), what))
-    return lower(x, spec, target)
+    return lower(x, spec, target, what)
 
 
 def constrain_box(
@@ -238,11 +248,15 @@ def constrain_box(
     if init_trace() is not None:
         return x
     rules = rules_in_scope() if rules is None else rules
-    return _constrain(x, names, rules, mesh, RulesFallback.AXIS_IS_UNSHARDED)
+    stored = rules.stored if isinstance(rules, AxisRules) else rules
+    return _constrain(x, names, stored, mesh, RulesFallback.AXIS_IS_UNSHARDED)
 
 
-def lower(x: Any, spec: PartitionSpec, mesh: AnyMesh) -> Any:
-    """Puts `spec` on `x`, each axis of the mesh in the way of its type; checks nothing.
+def lower(x: Any, spec: PartitionSpec, mesh: AnyMesh, what: str = "a layout") -> Any:
+    """Puts `spec` on `x`, each axis of the mesh in the way of its type.
+
+    `what` says whose spec it is, where JAX refuses it: `MeshScopeError` for a concrete array over
+    a mesh without devices, `AxisConflictError` for an axis over which a `vmap` around maps.
 
     >>> from shardflax.partitioning import make_mesh
     >>> x = np.ones((8, 2), "float32")
@@ -254,9 +268,16 @@ def lower(x: Any, spec: PartitionSpec, mesh: AnyMesh) -> Any:
     traced = isinstance(x, jx.core.Tracer)
     explicit, auto = _by_type(spec, axis_kinds(mesh))
     mesh = devices_of(mesh, traced)
-    if explicit is not None and auto is not None and not traced:
-        return jx.jit(_lower, static_argnums=(1, 2, 3))(x, explicit, auto, mesh)
-    return _lower(x, explicit, auto, mesh)
+    if not traced and isinstance(mesh, AbstractMesh):
+        raise no_devices(what, spec, mesh.shape)
+    try:
+        if explicit is not None and auto is not None and not traced:
+            return jx.jit(_lower, static_argnums=(1, 2, 3))(x, explicit, auto, mesh)
+        return _lower(x, explicit, auto, mesh)
+    except ValueError as error:
+        if "spmd_axis_name" in str(error) or "has duplicate entries" in str(error):
+            raise mapped_over(what, spec) from error
+        raise
 
 
 def _lower(

@@ -18,6 +18,7 @@ __all__ = [
     "IndivisibleDimError",
     "InvalidRuleError",
     "LayoutError",
+    "MeshScopeError",
     "MeshSpecError",
     "NamesRankError",
     "NoRulesWarning",
@@ -32,6 +33,8 @@ __all__ = [
     "UnknownAxisError",
     "UnknownNameError",
     "UnknownPresetError",
+    "mapped_over",
+    "no_devices",
     "raise_problems",
 ]
 
@@ -121,6 +124,10 @@ class MeshSpecError(LayoutError):
     """A mesh spec that cannot be read, or does not fit the devices."""
 
 
+class MeshScopeError(LayoutError):
+    """A constraint or a move that cannot follow its mesh where it stands."""
+
+
 class PartitioningUnspecifiedError(FlaxError):
     """A transform adds or takes a dim of a boxed variable, and nothing says the dim's name."""
 
@@ -172,3 +179,30 @@ def raise_problems(problems: Sequence[Problem]) -> None:
     if len(lines) > 1:
         lines = [f"{len(lines)} problems in this layout.", *(f"- {line}" for line in lines)]
     raise error("\n".join(lines), problems)
+
+
+def no_devices(what: str, spec: Any, mesh: Any) -> MeshScopeError:
+    """The error for a concrete array over an abstract mesh.
+
+    >>> isinstance(no_devices("x", "P('data')", {"data": 2}), MeshScopeError)
+    True
+    """
+    axes = ", ".join(f"{axis}={size}" for axis, size in mesh.items())
+    return MeshScopeError(
+        f"{what}: an array that is not traced is to lie as {spec} over an abstract mesh ({axes}), "
+        f"which has no devices. Trace the call (jax.jit, jax.eval_shape), or put a mesh with "
+        f"devices in scope: make_mesh(...)."
+    )
+
+
+def mapped_over(what: str, spec: Any) -> AxisConflictError:
+    """The error for an axis that a `vmap` around has given to the dim that it maps over.
+
+    >>> isinstance(mapped_over("x", "P('data')"), AxisConflictError)
+    True
+    """
+    return AxisConflictError(
+        f"{what}: an axis of {spec} is that of the dim over which a vmap around maps (its "
+        f"spmd_axis_name, or the axis over which that dim lies). One array has it once: take it "
+        f"from one of the two."
+    )

@@ -77,7 +77,7 @@ def _spec(
         return None
     shape, axes = tuple(np.shape(value)), free_axes(mesh)
     if isinstance(rules, AxisRules):
-        found = resolve(names, rules, shape, axes)
+        found = resolve(names, rules, shape, axes, rules.min_size)
         spec, wrong = found.spec, bool(found.problems)
     else:
         entries = names if rules is None else linen_axes(names, rules)[0]
