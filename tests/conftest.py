@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -27,9 +28,16 @@ def strict_promotion() -> Iterator[None]:
 
 @pytest.fixture
 def checking_leaks() -> Iterator[None]:
-    """A tracer that outlives its trace is an error (opt in: slows tracing down)."""
-    with jax.checking_leaks():
-        yield
+    """A tracer that outlives its trace is an error (opt in: slows tracing down).
+
+    JAX looks for it after each trace among all objects: those of earlier tests are hidden from it.
+    """
+    gc.freeze()
+    try:
+        with jax.checking_leaks():
+            yield
+    finally:
+        gc.unfreeze()
 
 
 @pytest.fixture
