@@ -21,6 +21,8 @@ from shardflax.partitioning.errors import (
     IndivisibleDimError,
     InvalidRuleError,
     LayoutError,
+    LockDriftError,
+    LockFileError,
     MeshScopeError,
     MeshSpecError,
     NamesRankError,
@@ -48,6 +50,8 @@ from shardflax.partitioning.init import abstract_layout, init_sharded
 from shardflax.partitioning.layout import Layout
 from shardflax.partitioning.leaf import Leaf
 from shardflax.partitioning.linen_rules import RulesFallback
+from shardflax.partitioning.lock_file import check_lock, lock, read_lock, write_lock
+from shardflax.partitioning.locked import LockedCollective, LockedLeaf, LockEntry
 from shardflax.partitioning.mesh import make_abstract_mesh, make_mesh
 from shardflax.partitioning.named import (
     LogicalInit,
@@ -101,6 +105,11 @@ __all__ = [
     "LayoutError",
     "Leaf",
     "LeafExplained",
+    "LockDriftError",
+    "LockEntry",
+    "LockFileError",
+    "LockedCollective",
+    "LockedLeaf",
     "LogicalInit",
     "LogicalRules",
     "LogicallyPartitioned",
@@ -136,6 +145,7 @@ __all__ = [
     "batch_axes",
     "batch_sharding",
     "check_compiled",
+    "check_lock",
     "collectives",
     "communication_json",
     "communication_table",
@@ -150,6 +160,7 @@ __all__ = [
     "get_partition_spec",
     "get_sharding",
     "init_sharded",
+    "lock",
     "logical_axis_rules",
     "logical_to_mesh",
     "logical_to_mesh_axes",
@@ -160,6 +171,7 @@ __all__ = [
     "named",
     "networks",
     "preset",
+    "read_lock",
     "resolve",
     "set_logical_axis_rules",
     "slices_of",
@@ -168,4 +180,5 @@ __all__ = [
     "with_logical_partitioning",
     "with_partitioning",
     "with_weight",
+    "write_lock",
 ]

@@ -18,6 +18,8 @@ __all__ = [
     "IndivisibleDimError",
     "InvalidRuleError",
     "LayoutError",
+    "LockDriftError",
+    "LockFileError",
     "MeshScopeError",
     "MeshSpecError",
     "NamesRankError",
@@ -82,6 +84,28 @@ class SilentReplicationError(LayoutError):
     def __init__(self, message: str, findings: Sequence[Any] = ()) -> None:
         super().__init__(message)
         self.findings = tuple(findings)
+
+
+class LockDriftError(LayoutError):
+    """A layout, or what a step sends, is not what a lock file says.
+
+    >>> print(LockDriftError(["bytes per device: 64 B -> 128 B (+64 B)"]))
+    the layout is not what was locked:
+    bytes per device: 64 B -> 128 B (+64 B)
+    """
+
+    def __init__(self, changes: Sequence[str]) -> None:
+        text = "\n".join(changes)
+        super().__init__(f"the layout is not what was locked:\n{text}")
+        self.changes = tuple(changes)
+
+
+class LockFileError(FlaxError):
+    """A lock file that cannot be read."""
+
+    def __init__(self, path: Any, problem: str) -> None:
+        super().__init__(f"{path}: {problem}")
+        self.path = path
 
 
 class UnknownNameError(LayoutError):

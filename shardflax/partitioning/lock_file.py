@@ -1,0 +1,223 @@
+"""Lock files: layouts and collectives written down, and what has changed since.
+
+A lock file is JSON, one line a leaf, everything in order, so that a change of a layout is a
+readable change of a file that is under version control.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+
+from shardflax.partitioning.communication import Collective
+from shardflax.partitioning.errors import LockDriftError, LockFileError
+from shardflax.partitioning.layout import Layout
+from shardflax.partitioning.leaf import Leaf
+from shardflax.partitioning.lock_changes import changes_between
+from shardflax.partitioning.locked import LockedCollective, LockedLeaf, LockEntry
+from shardflax.partitioning.rules import AxisRules
+from shardflax.partitioning.spec_check import spec_axes
+
+__all__ = ["check_lock", "lock", "read_lock", "write_lock"]
+
+_FORMAT, _VERSION = "shardflax.lock", 1
+
+
+def lock(
+    layout: Layout,
+    collectives: Iterable[Collective] | None = None,
+    *,
+    asked: Mapping[str, Any] | None = None,
+) -> LockEntry:
+    """What is to be kept of a layout, and of the collectives of its compiled train step.
+
+    `collectives` None says nothing about them.  `asked` is kept as it is, for whoever makes the
+    entry anew: any JSON.  Raises the layout's problems, if it has any.
+
+    >>> import jax.numpy as jnp
+    >>> from shardflax.partitioning import LogicallyPartitioned, make_abstract_mesh, preset
+    >>> kernel = LogicallyPartitioned(jnp.ones((64, 96)), ("embed", "mlp"))
+    >>> entry = lock(Layout({"w": kernel}, make_abstract_mesh("fsdp=4"), preset("fsdp")))
+    >>> entry.leaves["w"].bytes_per_device
+    6144
+    """
+    layout.check()
+    rules = layout.rules
+    sent, compiler = None, ""
+    if collectives is not None:
+        sent = _merged(collectives)
+        compiler = f"jax {jax.__version__} for {_platform(layout)}"
+    return LockEntry(
+        mesh=", ".join(f"{axis}={size}" for axis, size in layout.mesh.shape.items()),
+        rules=rules.title if isinstance(rules, AxisRules) else "plain pairs",
+        bytes_per_device=layout.bytes_per_device,
+        leaves={leaf.where: _locked(leaf) for leaf in layout.leaves},
+        collectives=sent,
+        compiler=compiler,
+        asked=dict(asked or {}),
+    )
+
+
+def check_lock(
+    entry: LockEntry,
+    layout: Layout,
+    collectives: Iterable[Collective] | None = None,
+) -> None:
+    """Checks that a layout, and the collectives of its step, are what was locked.
+
+    Collectives are compared if they are given.  Raises `LockDriftError`, whose `changes` are all
+    differences, with what it was and what it is.
+
+    >>> import jax.numpy as jnp
+    >>> from shardflax.partitioning import LogicallyPartitioned, make_abstract_mesh, preset
+    >>> kernel = LogicallyPartitioned(jnp.ones((64, 96)), ("embed", "mlp"))
+    >>> entry = lock(Layout({"w": kernel}, make_abstract_mesh("fsdp=4"), preset("fsdp")))
+    >>> check_lock(entry, Layout({"w": kernel}, make_abstract_mesh("fsdp=8"), preset("fsdp")))
+    Traceback (most recent call last):
+        ...
+    shardflax.partitioning.errors.LockDriftError: the layout is not what was locked:
+    mesh: fsdp=4 -> fsdp=8
+    bytes per device: 6.0 KiB -> 3.0 KiB (-3.0 KiB)
+    ~ -3.0 KiB a leaf: w
+    """
+    now = lock(layout, collectives)
+    if collectives is None:
+        entry = replace(entry, collectives=None, compiler="")
+    changes = changes_between(entry, now)
+    if changes:
+        raise LockDriftError(changes)
+
+
+def read_lock(path: str | Path) -> dict[str, LockEntry]:
+    """The entries of a lock file, by name.
+
+    Raises `LockFileError` for a file that is not there, is no lock file, or is of a newer format.
+
+    >>> read_lock("no/such.lock")
+    Traceback (most recent call last):
+        ...
+    shardflax.partitioning.errors.LockFileError: no/such.lock: there is no such file.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LockFileError(path, "there is no such file.") from None
+    except (OSError, ValueError) as error:
+        raise LockFileError(path, f"cannot be read: {error}") from None
+    if not isinstance(found, dict) or cast("Any", found).get("format") != _FORMAT:
+        raise LockFileError(path, f'is no lock file: expected "format": "{_FORMAT}".')
+    values = cast("dict[str, Any]", found)
+    if values.get("version") != _VERSION:
+        version = values.get("version")
+        raise LockFileError(path, f"is of version {version!r}; this library reads {_VERSION}.")
+    try:
+        return {name: _entry(entry) for name, entry in values["entries"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise LockFileError(path, f"an entry is not as it was written: {error!r}.") from None
+
+
+def write_lock(path: str | Path, entries: Mapping[str, LockEntry]) -> Path:
+    """Writes a lock file: sorted, a line for each leaf and collective; equal entries, equal files.
+
+    >>> import tempfile
+    >>> entry = LockEntry(
+    ...     "fsdp=4", "fsdp", 64, {"w": LockedLeaf("float32[64]", "embed", "fsdp", 64)}
+    ... )
+    >>> path = write_lock(Path(tempfile.mkdtemp(), "shardflax.lock"), {"mine": entry})
+    >>> read_lock(path)["mine"] == entry
+    True
+    """
+    listed = {name: _values(entries[name]) for name in sorted(entries)}
+    values = {"format": _FORMAT, "version": _VERSION, "entries": listed}
+    path = Path(path)
+    path.write_text(_dump(values) + "\n", encoding="utf-8")
+    return path
+
+
+def _values(entry: LockEntry) -> dict[str, Any]:
+    """An entry as JSON, what is not known left out."""
+    values: dict[str, Any] = dict(vars(entry))
+    values["leaves"] = {path: asdict(entry.leaves[path]) for path in sorted(entry.leaves)}
+    values["asked"] = dict(sorted(entry.asked.items()))
+    values["collectives"] = [_sent(one) for one in entry.collectives or ()]
+    if entry.collectives is None:
+        del values["collectives"], values["compiler"]
+    order = ("asked", "mesh", "rules", "bytes_per_device", "compiler", "collectives", "leaves")
+    return {key: values[key] for key in order if key in values}
+
+
+def _sent(one: LockedCollective) -> dict[str, Any]:
+    values = asdict(one)
+    if one.exact:
+        del values["exact"]
+    return values
+
+
+def _entry(values: Mapping[str, Any]) -> LockEntry:
+    sent = values.get("collectives")
+    return LockEntry(
+        mesh=values["mesh"],
+        rules=values["rules"],
+        bytes_per_device=values["bytes_per_device"],
+        leaves={path: LockedLeaf(**leaf) for path, leaf in values["leaves"].items()},
+        collectives=None if sent is None else tuple(LockedCollective(**one) for one in sent),
+        compiler=values.get("compiler", ""),
+        asked=values.get("asked", {}),
+    )
+
+
+def _dump(value: Any, depth: int = 0) -> str:
+    """JSON in which an entry's leaves and collectives are one line each."""
+    if depth >= 4 or not isinstance(value, dict | list) or not value:
+        return json.dumps(value, ensure_ascii=False)
+    pad, end = " " * (depth + 1), " " * depth
+    if isinstance(value, dict):
+        items = [
+            f"{pad}{json.dumps(key, ensure_ascii=False)}: {_dump(item, depth + 1)}"
+            for key, item in cast("dict[str, Any]", value).items()
+        ]
+        return "{\n" + ",\n".join(items) + f"\n{end}}}"
+    items = [f"{pad}{_dump(item, depth + 1)}" for item in cast("list[Any]", value)]
+    return "[\n" + ",\n".join(items) + f"\n{end}]"
+
+
+def _platform(layout: Layout) -> str:
+    devices = getattr(layout.mesh, "devices", None)
+    return "no devices" if devices is None else str(devices.flat[0].device_kind)
+
+
+def _locked(leaf: Leaf) -> LockedLeaf:
+    parts = [spec_axes(entry) for entry in leaf.spec]
+    parts += [()] * (len(leaf.shape) - len(parts))
+    return LockedLeaf(
+        f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]",
+        "(unnamed)" if leaf.names is None else ", ".join(_text(name) for name in leaf.names),
+        ", ".join(_text(axes) for axes in parts),
+        leaf.bytes_per_device,
+    )
+
+
+def _text(part: Any) -> str:
+    """A name, or the axes of a dim."""
+    if isinstance(part, str):
+        return part
+    return "+".join(map(str, spec_axes(part))) or "-"
+
+
+def _merged(collectives: Iterable[Collective]) -> tuple[LockedCollective, ...]:
+    """Those that differ only in where they come from as one, in order."""
+    counts: Counter[tuple[Any, ...]] = Counter()
+    for one in collectives:
+        axes = ",".join(one.axes)
+        counts[one.kind, axes, one.network, one.bytes, one.exact] += one.count
+    found = (
+        LockedCollective(kind, axes, network, size, count, exact)
+        for (kind, axes, network, size, exact), count in counts.items()
+    )
+    return tuple(sorted(found, key=lambda c: (c.kind, c.axes, c.network, -c.bytes, c.exact)))
