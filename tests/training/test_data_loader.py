@@ -243,11 +243,12 @@ def test_windows_and_layout_must_agree() -> None:
 
 
 def test_close_ends_the_thread() -> None:
+    others = set(threading.enumerate())
     reader = loader()
     next(reader)
-    assert any("grain" in t.name for t in threading.enumerate())
-    before = threading.active_count()
+    mine = [t for t in threading.enumerate() if "grain" in t.name and t not in others]
+    assert mine
     reader.close()
-    for thread in [t for t in threading.enumerate() if "grain" in t.name]:
+    for thread in mine:
         thread.join(timeout=5)
-    assert threading.active_count() < before
+    assert not any(thread.is_alive() for thread in mine)
