@@ -80,7 +80,8 @@ def lay_out(next_fun: Callable[..., Any], args: Any, kwargs: Any, told: Intercep
     module, trace = "/".join(told.module.path), init_trace()
     where = f"{module}/{told.method_name}".lstrip("/")
     if trace is not None:
-        trace.calls.update(_paths(module, type(told.module)))
+        cls: type[Any] = type(told.module)
+        trace.calls.update(_paths(module, cls))
     try:
         return _laid_out(y, rules.activation_names(where), where, rules)
     except OverrideError as error:
