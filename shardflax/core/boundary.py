@@ -158,7 +158,9 @@ class Boundary:
         for group in self.lift.ins:
             cols = group.cols & free
             free = free - cols
-            groups.append(tuple(self._lose_dim(group, _select(s, cols)) for s in self.roots))
+            groups.append(
+                tuple(_told(boxes.remove_axis, group, _select(s, cols), s) for s in self.roots)
+            )
         return State(tuple(groups), keys)
 
     def publish(self, groups: Groups) -> None:
@@ -167,17 +169,23 @@ class Boundary:
             for scope, collections in zip(self.roots, per_root, strict=True):
                 for col, tree in collections.items():
                     scope.store.check_write(tree)
-                    _replace(scope, col, self._gain_dim(group, tree))
+                    _replace(scope, col, _told(boxes.add_axis, group, {col: tree}, scope)[col])
         for scope, node in zip(self.roots, self.nodes, strict=True):
             scope.node.adopt(node)
 
-    @staticmethod
-    def _lose_dim(group: Group, tree: Any) -> Any:
-        return tree if group.axis is None else boxes.remove_axis(tree, group.axis, group.meta)
 
-    @staticmethod
-    def _gain_dim(group: Group, tree: Any) -> Any:
-        return tree if group.axis is None else boxes.add_axis(tree, group.axis, group.meta)
+def _told(
+    change: Callable[..., Any], group: Group, tree: dict[str, Any], scope: Scope
+) -> dict[str, Any]:
+    """Collections of a scope after `change` (`add_axis`, `remove_axis`) of the boxes in them."""
+    if group.axis is None:
+        return tree
+    try:
+        return change(tree, group.axis, group.meta)
+    except Exception as error:
+        (col, *path) = boxes.culprit(tree, lambda box: change(box, group.axis, group.meta))
+        error.add_note(f"The variable is {'/'.join((col, *scope.full_path, *path))}.")
+        raise
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,16 @@ from typing import Any, Self
 
 import jax
 
-__all__ = ["AxisMetadata", "add_axis", "is_box", "map_boxes", "rebox", "remove_axis", "unbox"]
+__all__ = [
+    "AxisMetadata",
+    "add_axis",
+    "culprit",
+    "is_box",
+    "map_boxes",
+    "rebox",
+    "remove_axis",
+    "unbox",
+]
 
 
 class AxisMetadata(ABC):
@@ -119,6 +128,22 @@ def remove_axis(tree: Any, index: int, params: Mapping[Any, Any]) -> Any:
     ('embed',)
     """
     return map_boxes(lambda box: box.remove_axis(_dim(box, index), params), tree)
+
+
+def culprit(tree: Any, change: Callable[[Any], Any]) -> tuple[str, ...]:
+    """The keys of the first box of `tree` that `change` fails for, to be named in its error.
+
+    >>> from shardflax.partitioning import Partitioned
+    >>> culprit({"a": {"w": Partitioned(1.0, ())}}, lambda box: box.no_such_method())
+    ('a', 'w')
+    """
+    flat: Any = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_box)
+    for path, box in flat:
+        try:
+            change(box)
+        except Exception:
+            return tuple(str(getattr(key, "key", key)) for key in path)
+    return ("an unknown one",)
 
 
 def _dim(box: AxisMetadata, index: int) -> int:

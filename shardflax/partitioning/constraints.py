@@ -11,12 +11,15 @@ import functools
 import inspect
 import os
 import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
+from shardflax.core.calls import current_module
 from shardflax.partitioning.defaults import DefaultNames, in_force
 from shardflax.partitioning.errors import (
     NamesRankError,
@@ -51,6 +54,7 @@ __all__ = [
 ]
 
 _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_JAX = os.path.dirname(os.path.abspath(jax.__file__))
 _warned: set[tuple[str, int]] = set()
 
 
@@ -206,16 +210,24 @@ def _constrain_strict(
     trace, shape = init_trace(), tuple(np.shape(x))
     if trace is not None:
         trace.names.update(name for name in names if isinstance(name, str))
-        found = resolve(names, rules, shape).problems
-        where = f"constraint at {_caller()[0]}" if found else ""
-        trace.problems.extend(Problem(p.error, p.text, p.dim, where) for p in found)
+        trace.problems.extend(_located(resolve(names, rules, shape).problems))
         return x
     target = mesh_in_scope(mesh, x)
     if target is not None:
         raise_problems(_mesh_problems(rules, tuple(target.shape.items())))
     found = resolve(names, rules, shape, None if target is None else free_axes(target))
-    raise_problems(found.problems)
+    raise_problems(_located(found.problems))
     return x if target is None else lower(x, found.spec, target, f"names {names!r}")
+
+
+def _located(problems: Sequence[Problem]) -> list[Problem]:
+    """The same, with the line of code, and the module whose method runs there."""
+    if not problems:
+        return []
+    scope = getattr(current_module(), "scope", None)
+    inside = "" if scope is None else f" (in the module {scope.path_text})"
+    where = f"constraint at {_caller()[0]}{inside}"
+    return [replace(problem, where=where) for problem in problems]
 
 
 def constrain_spec(x: Any, spec: PartitionSpec, mesh: AnyMesh | None, what: str) -> Any:
@@ -333,9 +345,9 @@ def _is_array(x: Any) -> bool:
 
 
 def _caller() -> tuple[str, tuple[str, int]]:
-    """The first line outside of this package on the stack: as text, and as a key."""
+    """The first line outside of this package and of JAX on the stack: as text, and as a key."""
     frame = inspect.currentframe()
-    while frame is not None and frame.f_code.co_filename.startswith(_HERE):
+    while frame is not None and frame.f_code.co_filename.startswith((_HERE, _JAX)):
         frame = frame.f_back
     if frame is None:
         return "an unknown line", ("", 0)
