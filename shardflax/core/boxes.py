@@ -137,8 +137,8 @@ def culprit(tree: Any, change: Callable[[Any], Any]) -> tuple[str, ...]:
     >>> culprit({"a": {"w": Partitioned(1.0, ())}}, lambda box: box.no_such_method())
     ('a', 'w')
     """
-    flat: Any = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_box)
-    for path, box in flat:
+    tree_util: Any = jax.tree_util
+    for path, box in tree_util.tree_leaves_with_path(tree, is_leaf=is_box):
         try:
             change(box)
         except Exception:
