@@ -19,7 +19,7 @@ from launch.history import History
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 
-STEPS = 14
+STEPS = 24
 SMALL = (
     *("--model", "tiny", "--layers", "1", "--seq-len", "32", "--batch", "8"),
     *("--steps", str(STEPS), "--warmup-steps", "4", "--eval-batches", "1", "--sample", "0"),
@@ -47,7 +47,7 @@ def command(corpus: Path, run: Path, *more: str) -> tuple[str, ...]:
     return ("-m", "launch.train", "--data", str(corpus), "--run", str(run), *SMALL, *more)
 
 
-MESH = ("--mesh", "data=2,fsdp=2,tensor=2", "--preset", "fsdp_tp")
+MESH = ("--mesh", "fsdp=2,tensor=2", "--preset", "fsdp_tp")
 
 
 def losses(run: Path) -> list[float]:
@@ -84,9 +84,9 @@ def children(pid: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """The losses of a run of 2 processes x 4 devices that nobody kills."""
+    """The losses of a run of 2 processes x 2 devices that nobody kills."""
     run = tmp_path_factory.mktemp("run")
-    launcher = [sys.executable, "-m", "launch.local", "--processes=2", "--devices=4", "--"]
+    launcher = [sys.executable, "-m", "launch.local", "--processes=2", "--devices=2", "--"]
     done = subprocess.run(
         [*launcher, *command(corpus, run, *MESH)],
         capture_output=True,
@@ -98,9 +98,11 @@ def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
     return losses(run)
 
 
-@pytest.mark.parametrize("who", ["first", "second", "both", "launcher"])
-def test_a_killed_run_goes_on_as_if_nothing_had_been(
-    who: str,
+KILLS = {6: "first", 9: "second", 12: "both", 15: "launcher"}
+"""After which step it is, and who is killed there."""
+
+
+def test_a_run_killed_again_and_again_goes_on_as_if_nothing_had_been(
     undisturbed: list[float],
     corpus: Path,
     tmp_path: Path,
@@ -108,57 +110,68 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
     run_local: Callable[..., Any],
 ) -> None:
     args = command(corpus, tmp_path, *MESH, "--save-every", "3")
-    launcher = start_local(2, 4, *args)
-    wait_for_step(tmp_path, 8, launcher)
-    pids = children(launcher.pid)
-    assert len(pids) == 2
-    chosen = {"first": pids[:1], "second": pids[1:], "both": pids, "launcher": [launcher.pid]}
-    for pid in chosen[who]:
-        os.kill(pid, signal.SIGKILL)
-    launcher.communicate(timeout=60)
-    assert launcher.returncode != 0
-    before = History.read(tmp_path / "losses.jsonl")
-    assert before[-1]["step"] < STEPS, "killed too late to show anything"
+    before = 0
+    for step, who in KILLS.items():
+        launcher = start_local(2, 2, *args)
+        wait_for_step(tmp_path, max(step, before + 1), launcher)
+        pids = children(launcher.pid)
+        assert len(pids) == 2
+        chosen = {"first": pids[:1], "second": pids[1:], "both": pids, "launcher": [launcher.pid]}
+        for pid in chosen[who]:
+            os.kill(pid, signal.SIGKILL)
+        out, _ = launcher.communicate(timeout=60)
+        assert launcher.returncode != 0
+        assert not before or 3 <= went_on(out) <= before
+        before = History.read(tmp_path / "losses.jsonl")[-1]["step"]
+        assert before < STEPS, "killed too late to show anything"
 
-    again = run_local(2, 4, *args, timeout=400)
+    again = run_local(2, 2, *args, timeout=400)
     assert again.returncode == 0, again.stdout + again.stderr
-    went_on = re.search(r"going on after step (\d+)", again.stdout)
-    assert went_on, again.stdout
-    assert int(went_on[1]) % 3 == 0 and 3 <= int(went_on[1]) <= before[-1]["step"]
+    assert 3 <= went_on(again.stdout) <= before
     assert losses(tmp_path) == undisturbed  # bit for bit
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+def went_on(out: str) -> int:
+    """The step from which a run says that it goes on: one that it saved."""
+    said = re.search(r"going on after step (\d+)", out)
+    assert said and int(said[1]) % 3 == 0, out
+    return int(said[1])
+
+
 def test_a_run_that_is_asked_to_stop_saves_first(
-    processes: int,
     undisturbed: list[float],
     corpus: Path,
     tmp_path: Path,
     start_local: Callable[..., subprocess.Popen[str]],
     run_local: Callable[..., Any],
 ) -> None:
+    """And another number of processes goes on from there."""
     args = command(corpus, tmp_path, *MESH)  # no save is due before the end
-    launcher = start_local(processes, 8 // processes, *args)
-    wait_for_step(tmp_path, 4, launcher)
-    launcher.send_signal(signal.SIGTERM)
-    out, err = launcher.communicate(timeout=120)
-    stopped = re.search(r"stopped after step (\d+), which is saved", out)
-    assert stopped and 4 <= int(stopped[1]) < STEPS, out + err
-    assert launcher.returncode != 0
-    again = run_local(processes, 8 // processes, *args, timeout=400)
+    before = 0
+    for processes in (2, 1):
+        launcher = start_local(processes, 4 // processes, *args)
+        step = before + 4
+        wait_for_step(tmp_path, step, launcher)
+        launcher.send_signal(signal.SIGTERM)
+        out, err = launcher.communicate(timeout=120)
+        stopped = re.search(r"stopped after step (\d+), which is saved", out)
+        assert stopped and step <= int(stopped[1]) < STEPS, out + err
+        assert launcher.returncode != 0
+        assert not before or f"going on after step {before}" in out
+        before = int(stopped[1])
+    again = run_local(2, 2, *args, timeout=400)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert f"going on after step {stopped[1]}" in again.stdout
+    assert f"going on after step {before}" in again.stdout
     assert losses(tmp_path) == pytest.approx(undisturbed, rel=1e-4)
-    if processes == 2:
-        assert losses(tmp_path) == undisturbed
 
 
 def test_a_finished_run_has_nothing_left_to_do(
-    corpus: Path, tmp_path: Path, run_local: Callable[..., Any]
+    undisturbed: list[float], corpus: Path, tmp_path: Path, run_local: Callable[..., Any]
 ) -> None:
     args = command(corpus, tmp_path, "--mesh", "data=4", "--preset", "dp")
     assert run_local(1, 4, *args, timeout=400).returncode == 0
     before = losses(tmp_path)
+    assert before == pytest.approx(undisturbed, rel=1e-4)
     again = run_local(1, 4, *args, timeout=400)
     assert again.returncode == 0, again.stderr
     assert f"all {STEPS} steps are done" in again.stdout
@@ -169,9 +182,7 @@ def test_a_finished_run_has_nothing_left_to_do(
     assert "Traceback" not in other.stderr
 
 
-LAYOUTS = [
-    (1, 8, "data=2,fsdp=2,tensor=2", "fsdp_tp"),
-    (1, 8, "data=8", "dp"),
+LAYOUTS = [  # further ones than those above
     (1, 8, "data=2,fsdp=4", "fsdp"),
     (1, 8, "data=4,tensor=2", "tp_sp"),
     (4, 2, "data=2,fsdp=2,tensor=2", "fsdp_tp"),
