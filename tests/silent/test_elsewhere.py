@@ -4,14 +4,22 @@ The lines are about MaxText's rules, Linen and JAX.  Each test does what a user 
 looks for the path, the names, the rule and the cure in the text that comes back.  Where the
 matter has a test of its own, that goes deeper:
 
-| line | also |
-|---|---|
-| constraints under `with mesh:` | test_linen_parity: test_legacy_mesh_scope_keeps_constraints_... |
-| constraints without rules | test_partitioning_constraints: test_no_rules_warns_once_and_... |
-| the dim of the stacked name | core/test_metadata: test_names_follow_dims, ..._of_stacks |
-| `remat_scan` with names | core/test_metadata: test_levels_of_remat_scan_have_names_of_their_own |
-| explicit meshes | nn/test_matrix_explicit, test_partitioning_init (types) |
-| full rematerialization | multidevice/test_diagnostics |
+- constraints under `with mesh:`:
+  partitioning/test_linen_parity.py::test_legacy_mesh_scope_keeps_constraints_that_linen_drops
+- constraints without rules:
+  multidevice/test_partitioning_constraints.py::test_no_rules_warns_once_and_names_the_call
+- tuple rules:
+  partitioning/test_resolve.py::test_assignment_is_per_axis
+- the dim of the stacked name:
+  core/test_metadata.py::test_names_follow_dims_of_stacks
+- `remat_scan` with names:
+  core/test_metadata.py::test_levels_of_remat_scan_have_names_of_their_own
+- explicit meshes:
+  nn/test_matrix_explicit.py::test_names_come_before_the_operands
+- strict parameters:
+  multidevice/test_partitioning_init.py::test_everything_wrong_is_said_at_once_and_nothing_runs
+- full rematerialization:
+  multidevice/test_diagnostics.py::test_a_rematerialization_is_an_error_with_path_specs_and_cure
 """
 
 from __future__ import annotations
