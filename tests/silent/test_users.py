@@ -146,8 +146,8 @@ def test_12_names_are_checked_in_whatever_scope() -> None:
         )
 
 
-def test_13_a_layer_that_cannot_know_its_output_says_what_to_write() -> None:
-    """On explicit axes two operands may claim one axis; names of the output decide."""
+def test_13_layers_take_names_of_their_outputs_on_explicit_axes() -> None:
+    """Linen's `Dense` cannot be told."""
     mesh = pt.make_mesh("fsdp=4,tensor=2", axis_types="explicit")
 
     def run(layer: Any) -> Any:
