@@ -8,9 +8,12 @@ allowed: some optimizers keep a list for each parameter), and takes over its nam
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from shardflax.partitioning.paths import Path
 from shardflax.partitioning.rules import LogicalRules
@@ -62,18 +65,21 @@ def find_parameter(path: Path, parameters: Mapping[Path, Parameter]) -> Paramete
 def derive(path: Path, shape: tuple[int, ...], parameter: Parameter) -> Derived:
     """The names of a leaf of `shape` that belongs to `parameter`.
 
-    The same shape: the same names.  Dims left out (factored moments): their names left out.  Dims
-    reduced to 1: None there.  Dims put in front (a history): None there.  A single number:
-    replicated.  Anything else has no names.
+    The same shape: the same names.  One number, or none: replicated.  Dims reduced to 1: None
+    there.  Dims put in front (a history): None there.  Dims left out (factored moments): their
+    names left out.  A square matrix of one dim (Shampoo): that dim's name, and None.  Anything
+    else has no names, and neither has a leaf whose shape can be read in two ways.
 
     >>> kernel = Parameter(("params", "w"), (4, 8), ("embed", "mlp"))
     >>> derive(("v_row", "w"), (4,), kernel).names
     ('embed',)
+    >>> derive(("statistics", "w", 1), (8, 8), kernel).names
+    ('mlp', None)
     """
     names, full = parameter.names, parameter.shape
     if shape == full:
         return Derived(names, "as its parameter")
-    if shape in ((), (1,)):
+    if math.prod(shape) <= 1:
         return Derived((None,) * len(shape), "a single number")
     if len(shape) == len(full) and all(a in (1, b) for a, b in zip(shape, full, strict=True)):
         kept = tuple(
@@ -84,10 +90,13 @@ def derive(path: Path, shape: tuple[int, ...], parameter: Parameter) -> Derived:
     if len(shape) > len(full) and shape[len(shape) - len(full) :] == full:
         extra = len(shape) - len(full)
         return Derived((None,) * extra + names, "its parameter, more dims in front")
-    return _factored(path, shape, parameter)
+    return _factored(path, shape, parameter) or _square(path, shape, parameter) or _UNKNOWN
 
 
-def _factored(path: Path, shape: tuple[int, ...], parameter: Parameter) -> Derived:
+_UNKNOWN = Derived(None, "a shape that does not follow from its parameter")
+
+
+def _factored(path: Path, shape: tuple[int, ...], parameter: Parameter) -> Derived | None:
     """The names of a leaf that kept some dims of its parameter, in order."""
     full, names = parameter.shape, parameter.names
     choices = [
@@ -96,23 +105,39 @@ def _factored(path: Path, shape: tuple[int, ...], parameter: Parameter) -> Deriv
         if tuple(full[dim] for dim in dims) == shape
     ]
     kept = list(dict.fromkeys(tuple(names[dim] for dim in dims) for dims in choices))
-    if len(kept) == 1:
-        return Derived(kept[0], "its parameter, factored")
-    if choices:
-        dims = _square(path, full)
-        if dims in choices:
-            return Derived(tuple(names[dim] for dim in dims), "its parameter, factored")
-    return Derived(None, "a shape that does not follow from its parameter")
+    if len(kept) > 1:
+        kept = [
+            tuple(names[dim] for dim in dims) for dims in [_kept(path, full)] if dims in choices
+        ]
+    return Derived(kept[0], "its parameter, factored") if kept else None
 
 
-def _square(path: Path, full: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The dims that optax's factored moments keep, where sizes alone do not tell.
+def _kept(path: Path, full: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The dims that a factored leaf kept, where sizes alone do not tell.
 
-    Adafactor (Shazeer and Stern, 2018): of two equal dims, `v_row` keeps the earlier and `v_col`
-    the later.  SM3 (Anil et al., 2019): a list of vectors, one for each dim.
+    Adafactor (Shazeer and Stern, 2018) reduces the two largest dims: `v_row` lacks the largest,
+    `v_col` the second.  Which of equal dims counts as larger is NumPy's sort's choice in optax.
+    SM3 (Anil et al., 2019): a list of vectors, one for each dim.
     """
     if path and isinstance(path[-1], int) and path[-1] < len(full):
         return (path[-1],)
-    order = sorted(range(len(full)), key=lambda dim: (full[dim], dim))
+    order = [int(dim) for dim in np.argsort(full)]
     dropped = order[-1] if "v_row" in path else order[-2] if "v_col" in path else None
     return None if dropped is None else tuple(d for d in range(len(full)) if d != dropped)
+
+
+def _square(path: Path, shape: tuple[int, ...], parameter: Parameter) -> Derived | None:
+    """The names of a matrix of products of one dim with itself, behind dims that are stacked.
+
+    Shampoo (Gupta et al., 2018): a list of them, one for each dim, or two by name.
+    """
+    full, lead = parameter.shape, len(shape) - 2
+    if lead < 0 or shape[-1] != shape[-2] or shape[:lead] != full[:lead]:
+        return None
+    dims = [dim for dim in range(lead, len(full)) if full[dim] == shape[-1]]
+    if len(dims) > 1 and path and isinstance(path[-1], int):
+        dims = [dim for dim in dims if dim == lead + path[-1]]
+    if len(dims) != 1:
+        return None
+    names = (*parameter.names[:lead], parameter.names[dims[0]], None)
+    return Derived(names, "products of one dim of its parameter")

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 from jax.sharding import AxisType, NamedSharding
 
-from shardflax.core.boxes import is_box
+from shardflax.core.boxes import AxisMetadata
 from shardflax.core.errors import did_you_mean
-from shardflax.partitioning.boxes import LogicallyPartitioned, Partitioned
+from shardflax.partitioning.boxes import Partitioned
 from shardflax.partitioning.constraints import lower
-from shardflax.partitioning.derive import Parameter, derive, find_parameter
 from shardflax.partitioning.errors import LayoutError, Problem, raise_problems
-from shardflax.partitioning.leaf import Leaf, resolve_leaf
+from shardflax.partitioning.leaf import Leaf, place_leaf
+from shardflax.partitioning.overrides import freeze
 from shardflax.partitioning.paths import Path, keys_of
 from shardflax.partitioning.resolve import check_mesh_axes
 from shardflax.partitioning.rules import AxisRules, LogicalRules
-from shardflax.partitioning.scope import AnyMesh, InitTrace
+from shardflax.partitioning.scope import AnyMesh, InitTrace, free_axes
 from shardflax.partitioning.spec_check import spec_axes
+from shardflax.partitioning.state_names import StateLeaf, StateNames, find_root
 from shardflax.partitioning.table import layout_table, layout_text
 from shardflax.partitioning.untyped import jx
 
@@ -34,16 +35,20 @@ class Layout:
     """The names, spec and sharding of every leaf of a state, on one mesh under one set of rules.
 
     `state` is any tree of arrays or shapes, boxed or not: variables, or a whole train state.
-    Boxes say the names of parameters.  Leaves outside of the parameters (optimizer moments,
-    averages) take their names from the parameter that their path ends in.  Parameters are what
-    stands under the key or attribute `params` of the state; without one, all of a mapping, or the
-    first element of a tuple.
+    Parameters are what stands under the key or attribute `params` of the state; without one, all
+    of a mapping, or the first element of a tuple.  A leaf has the names that are said for its path
+    (`names`, regular expressions for whole paths; the overrides of strict rules, for paths below
+    the parameters), or those of its box.  Leaves outside of the parameters (optimizer moments,
+    averages) take their names from the parameter that their path ends in.
+
+    Parameters lie by the rules as they are, leaves that belong to one by `rules.optimizer`, and
+    others (caches, statistics, batches) by `rules.compute`.
 
     Nothing is raised here: `problems` lists what is wrong, `check` raises it.  `trace` is the
-    record of constraints that an init met.
+    record of constraints that an init met.  Raises `OverrideError` for `names` that are none.
 
     >>> import jax.numpy as jnp
-    >>> from shardflax.partitioning import make_mesh, preset
+    >>> from shardflax.partitioning import LogicallyPartitioned, make_mesh, preset
     >>> kernel = LogicallyPartitioned(jnp.ones((8, 16)), ("embed", "mlp"))
     >>> state = {"params": {"w": kernel}, "mu": {"w": jnp.ones((8, 16))}, "step": jnp.int32(0)}
     >>> layout = Layout(state, make_mesh("fsdp=4,tensor=2"), preset("fsdp_tp"))
@@ -60,52 +65,20 @@ class Layout:
         rules: LogicalRules,
         trace: InitTrace | None = None,
         parameters: Path | None = None,
+        names: Mapping[str, tuple[Any, ...]] | None = None,
     ) -> None:
         self.mesh = mesh
         self.rules = rules
         self._trace = trace or InitTrace()
-        flat = jx.tree_util.tree_leaves_with_path(state, is_leaf=is_box)
-        self._treedef = jx.tree.structure(jx.tree.map(_nothing, state, is_leaf=is_box))
-        entries = [(keys_of(path), leaf) for path, leaf in flat]
-        self._root = _root(state, entries) if parameters is None else tuple(parameters)
-        known = self._parameters(entries)
-        self.leaves: tuple[Leaf, ...] = tuple(self._leaf(*entry, known) for entry in entries)
-
-    def _parameters(self, entries: list[tuple[Path, Any]]) -> dict[Path, Parameter]:
-        """The boxed parameters, by their path below the root."""
-        return {
-            path[len(self._root) :]: Parameter(
-                path, tuple(_value(leaf).shape), tuple(leaf.names), self._rules_of(leaf)
-            )
-            for path, leaf in entries
-            if isinstance(leaf, Partitioned) and self._holds(path)
-        }
-
-    def _holds(self, path: Path) -> bool:
-        """True for the path of a parameter."""
-        return path[: len(self._root)] == self._root
-
-    def _rules_of(self, box: Partitioned) -> LogicalRules | None:
-        """The rules for the names of a box, or None if they are mesh axes."""
-        if not isinstance(box, LogicallyPartitioned):
-            return None
-        return self.rules if box.rules is None else box.rules
-
-    def _leaf(self, path: Path, leaf: Any, known: dict[Path, Parameter]) -> Leaf:
-        """The layout of one leaf: by its box, by the parameter it belongs to, or by neither."""
-        value = _value(leaf)
-        boxed = isinstance(leaf, Partitioned)
-        owner = None if self._holds(path) else find_parameter(path, known)
-        if boxed and (owner is None or len(leaf.names) == len(value.shape)):
-            names, origin, rules = tuple(leaf.names), "its box", self._rules_of(leaf)
-        elif owner is not None:
-            derived = derive(path, tuple(value.shape), owner)
-            names, origin, rules = derived.names, derived.origin, owner.rules
-        elif value.size <= 1:
-            names, origin, rules = (None,) * len(value.shape), "a single number", None
-        else:
-            names, origin, rules = None, "nothing names it", None
-        return resolve_leaf(path, value, names, origin, self.mesh, rules)
+        flat, self._treedef = jx.tree_util.tree_flatten_with_path(state, is_leaf=_is_box)
+        found = [_opened(keys_of(path), leaf) for path, leaf in flat]
+        root = find_root(state, found) if parameters is None else tuple(parameters)
+        named = StateNames(found, root, rules, freeze(names or {}, "the state"))
+        self._by_path = named.problems
+        axes = free_axes(mesh)
+        self.leaves: tuple[Leaf, ...] = tuple(
+            place_leaf(leaf.path, leaf.value, named.of(leaf), axes) for leaf in found
+        )
 
     @property
     def names(self) -> Any:
@@ -120,17 +93,20 @@ class Layout:
     @functools.cached_property
     def shardings(self) -> Any:
         """The tree of the state with the `NamedSharding` of each leaf."""
-        return self._tree(NamedSharding(self.mesh, leaf.spec) for leaf in self.leaves)
+        return self._tree(self._shardings())
 
     @functools.cached_property
     def abstract(self) -> Any:
         """The tree of the state as `jax.ShapeDtypeStruct`s with shardings: a restore target."""
         return self._tree(
-            jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype, sharding=NamedSharding(self.mesh, leaf.spec)
-            )
-            for leaf in self.leaves
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+            for leaf, sharding in zip(self.leaves, self._shardings(), strict=True)
         )
+
+    def _shardings(self) -> list[NamedSharding]:
+        """The sharding of each leaf; one object for one spec."""
+        specs = {leaf.spec: NamedSharding(self.mesh, leaf.spec) for leaf in self.leaves}
+        return [specs[leaf.spec] for leaf in self.leaves]
 
     @property
     def bytes_per_device(self) -> int:
@@ -155,7 +131,7 @@ class Layout:
         """Mesh axes above size 1 that shard no leaf and that no rule in use names."""
         used = {axis for leaf in self.leaves for part in leaf.spec for axis in spec_axes(part)}
         if isinstance(self.rules, AxisRules):
-            met = (self.rules.get(name) or () for name in self._trace.names)
+            met = (self.rules.compute.get(name) or () for name in self._trace.names)
             used |= {axis.rstrip("?") for axes in met for axis in axes}
         return tuple(
             axis for axis, size in self.mesh.shape.items() if size > 1 and axis not in used
@@ -163,12 +139,12 @@ class Layout:
 
     @property
     def problems(self) -> tuple[Problem, ...]:
-        """Everything wrong: rules against the mesh, then each leaf, then constraints."""
+        """Everything wrong: rules against the mesh and the paths, each leaf, constraints."""
         mesh: tuple[Problem, ...] = ()
         if isinstance(self.rules, AxisRules):
             mesh = check_mesh_axes(self.rules, dict(self.mesh.shape))
         leaves = (problem for leaf in self.leaves for problem in leaf.problems)
-        return tuple(dict.fromkeys((*mesh, *leaves, *self._trace.problems)))
+        return tuple(dict.fromkeys((*mesh, *self._by_path, *leaves, *self._trace.problems)))
 
     def check(self) -> None:
         """Raises all `problems` as one `LayoutError`, if there are any."""
@@ -211,25 +187,21 @@ class Layout:
         return f"<Layout of {len(self.leaves)} leaves on {mesh}, {self.bytes_per_device} bytes>"
 
 
-def _nothing(_: Any) -> int:
-    """A leaf for the structure of a state without its boxes."""
-    return 0
+def _is_box(x: Any) -> bool:
+    """`is_box`, asked once for each type: a state has many parts."""
+    return _is_box_type(cast("type[Any]", type(x)))
 
 
-def _value(leaf: Any) -> Any:
-    """The array or shape inside the boxes around a leaf; a Python number as a shape."""
-    while is_box(leaf):
-        leaf = leaf.value if isinstance(leaf, Partitioned) else leaf.unbox()
-    return leaf if hasattr(leaf, "dtype") else jx.eval_shape(lambda: leaf)
+@functools.cache
+def _is_box_type(of: type[Any]) -> bool:
+    return issubclass(of, AxisMetadata)
 
 
-def _root(state: Any, entries: list[tuple[Path, Any]]) -> Path:
-    """Where the parameters of a state are (see `Layout`)."""
-    tops = dict.fromkeys(path[0] for path, _ in entries if path)
-    if "params" in tops:
-        return ("params",)
-    if isinstance(state, Mapping):
-        return ()
-    boxed = (path[0] for path, leaf in entries if path and isinstance(leaf, Partitioned))
-    first = next(boxed, None)
-    return () if first is None else (first,)
+def _opened(path: Path, leaf: Any) -> StateLeaf:
+    """A leaf with its outermost box, and the array or shape inside; Python numbers as shapes."""
+    value = leaf
+    while _is_box(value):
+        value = value.value if isinstance(value, Partitioned) else value.unbox()
+    if not hasattr(value, "dtype"):
+        value = jx.eval_shape(lambda: value)
+    return StateLeaf(path, leaf if value is not leaf else None, value)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from jax.sharding import PartitionSpec
 
 from shardflax.partitioning.errors import Problem
@@ -17,8 +17,9 @@ from shardflax.partitioning.resolve import DimRecord, MeshAxes, resolve
 from shardflax.partitioning.rules import AxisRules, LogicalRules
 from shardflax.partitioning.scope import AnyMesh, free_axes
 from shardflax.partitioning.spec_check import canonical_spec, check_spec, spec_parts
+from shardflax.partitioning.state_names import NamedLeaf
 
-__all__ = ["Leaf", "resolve_leaf"]
+__all__ = ["Leaf", "place_leaf", "resolve_leaf"]
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,10 @@ class Leaf:
     """The layout of one array: where it is in the state, and how it lies on the mesh.
 
     `names` is None for a leaf that nothing names (it is replicated); `origin` says in words where
-    the names are from; `dims` is the resolver's record (under strict rules).
+    the names are from; `dims` is the resolver's record (under strict rules), by the rules of
+    `rule_set`: "stored", "optimizer" or "compute".
 
+    >>> import numpy as np
     >>> leaf = Leaf(
     ...     ("w",),
     ...     (8, 4),
@@ -51,6 +54,7 @@ class Leaf:
     dims: tuple[DimRecord, ...]
     parts: int
     problems: tuple[Problem, ...] = ()
+    rule_set: str = "stored"
 
     @property
     def where(self) -> str:
@@ -73,30 +77,74 @@ def resolve_leaf(
 ) -> Leaf:
     """Resolves and checks one leaf; `rules` None says that its names are mesh axes.
 
+    >>> import numpy as np
     >>> from shardflax.partitioning import make_mesh, preset
     >>> w = np.zeros((8, 16), "float32")
     >>> mesh, rules = make_mesh("fsdp=4,tensor=2"), preset("fsdp_tp")
     >>> resolve_leaf(("w",), w, ("embed", "mlp"), "box", mesh, rules).bytes_per_device
     64
     """
-    shape, axes = tuple(np.shape(value)), free_axes(mesh)
-    dims = tuple[DimRecord, ...]()
-    if names is None:
-        spec, found = PartitionSpec(), list[Problem]()
-    elif isinstance(rules, AxisRules):
-        resolution = resolve(tuple(names), rules, shape, axes)
-        spec, found, dims = resolution.spec, list(resolution.problems), resolution.dims
-    else:
-        spec = PartitionSpec(*(names if rules is None else linen_axes(names, rules)[0]))
-        found = check_spec(shape, spec, dict(axes), f"names {names!r}")
-        spec = canonical_spec(spec, dict(axes))
-    if not found:
-        return Leaf(path, shape, value.dtype, names, origin, spec, dims, _parts(spec, axes))
-    where = f"{path_text(path)}, shape {shape}"
-    problems = tuple(Problem(p.error, p.text, p.dim, where) for p in found)
-    return Leaf(path, shape, value.dtype, names, origin, PartitionSpec(), dims, 1, problems)
+    return place_leaf(path, value, NamedLeaf(names, origin, rules), free_axes(mesh))
 
 
-@functools.lru_cache(maxsize=4096)
-def _parts(spec: PartitionSpec, axes: MeshAxes) -> int:
-    return spec_parts(spec, dict(axes))
+def place_leaf(path: Path, value: Any, named: NamedLeaf, axes: MeshAxes) -> Leaf:
+    """Resolves and checks one leaf that has its names; `axes` are the mesh's (axis, size) pairs.
+
+    >>> import numpy as np
+    >>> from shardflax.partitioning import preset
+    >>> named = NamedLeaf(("embed",), "its box", preset("fsdp"), min_size=16)
+    >>> place_leaf(("b",), np.zeros(8), named, (("fsdp", 8),)).dims[0].given_up
+    (('fsdp', 'fewer than 16 elements'),)
+    """
+    shape = tuple(value.shape)
+    spec, dims, parts, found = _WHOLE
+    if named.names is not None and isinstance(named.rules, AxisRules):
+        spec, dims, parts, found = _strict(named.names, named.rules, shape, axes, named.min_size)
+    elif named.names is not None:
+        spec, parts, found = _plain(named.names, named.rules, shape, axes)
+    problems = (*named.problems, *found)
+    if problems:
+        where = f"{path_text(path)}, shape {shape}"
+        problems = tuple(Problem(p.error, p.text, p.dim, where) for p in problems)
+    names, origin, kind = named.names, named.origin, named.rule_set
+    return Leaf(path, shape, value.dtype, names, origin, spec, dims, parts, problems, kind)
+
+
+_Placed = tuple[PartitionSpec, tuple[DimRecord, ...], int, tuple[Problem, ...]]
+_WHOLE: _Placed = (PartitionSpec(), (), 1, ())
+
+
+@functools.lru_cache(maxsize=65536)
+def _strict(
+    names: tuple[Any, ...], rules: AxisRules, shape: tuple[int, ...], axes: MeshAxes, least: int
+) -> _Placed:
+    """Spec, record, number of parts, problems; whole if it has less than `least` elements."""
+    small = math.prod(shape) < least
+    found = resolve(names, rules, shape, tuple((axis, 1) for axis, _ in axes) if small else axes)
+    if found.problems:
+        return PartitionSpec(), (), 1, found.problems
+    dims = found.dims
+    if small:
+        why, sizes = f"fewer than {least} elements", dict(axes)
+        dims = tuple(
+            DimRecord(dim.name, dim.rule, (), tuple(_lost(dim, sizes, why))) for dim in dims
+        )
+    return found.spec, dims, spec_parts(found.spec, dict(axes)), ()
+
+
+def _lost(dim: DimRecord, sizes: dict[str, int], why: str) -> Iterator[tuple[str, str]]:
+    """The axes that a dim would have had, and those it would not have had anyway."""
+    for axis, reason in dim.given_up:
+        yield axis, why if sizes.get(axis, 1) > 1 else reason
+
+
+def _plain(
+    names: tuple[Any, ...], rules: LogicalRules | None, shape: tuple[int, ...], axes: MeshAxes
+) -> tuple[PartitionSpec, int, tuple[Problem, ...]]:
+    """Spec, number of parts and problems by plain pairs, or for names that are mesh axes."""
+    spec = PartitionSpec(*(names if rules is None else linen_axes(names, rules)[0]))
+    found = check_spec(shape, spec, dict(axes), f"names {names!r}")
+    if found:
+        return PartitionSpec(), 1, tuple(found)
+    spec = canonical_spec(spec, dict(axes))
+    return spec, spec_parts(spec, dict(axes)), ()

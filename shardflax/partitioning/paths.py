@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
+
 __all__ = ["Path", "keys_of", "path_text"]
 
 Path = tuple[Any, ...]
@@ -29,7 +31,18 @@ def path_text(path: Path) -> str:
 
 
 def _key(entry: Any) -> Any:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(entry, attribute):
-            return getattr(entry, attribute)
-    return str(entry)
+    attribute = _ATTRIBUTES.get(type(entry)) or _attribute(entry)
+    return str(entry) if attribute is None else getattr(entry, attribute)
+
+
+def _attribute(entry: Any) -> str | None:
+    """Where a key of another kind has its value."""
+    return next((name for name in ("key", "name", "idx") if hasattr(entry, name)), None)
+
+
+_ATTRIBUTES = {
+    DictKey: "key",
+    FlattenedIndexKey: "key",
+    GetAttrKey: "name",
+    SequenceKey: "idx",
+}

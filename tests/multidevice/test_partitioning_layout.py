@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -24,6 +25,7 @@ from shardflax.partitioning import (
     make_mesh,
     preset,
 )
+from shardflax.partitioning.derive import Parameter, derive
 
 MESH = make_mesh("fsdp=4,tensor=2")
 STRICT = preset("fsdp_tp")
@@ -139,6 +141,43 @@ def test_shapes_that_do_not_follow_are_reported() -> None:
     assert layout.leaf("odd/a/kernel").origin.startswith("a shape that does not follow")
 
 
+def test_which_of_equal_dims_adafactor_reduced() -> None:
+    """Asked of optax: gradients that differ along one dim make the moment differ along it."""
+    names = ("a", "b", "c", "d")
+    tx = optax.scale_by_factored_rms(min_dim_size_to_factor=2)
+    for shape in [(8, 8), (6, 6, 4, 4)]:
+        kernel = Parameter(("params", "w"), shape, names[: len(shape)])
+        state = tx.init({"w": jnp.zeros(shape)})
+        for dim in range(len(shape)):
+            along = np.arange(1.0, 1 + shape[dim], dtype="float32")
+            grads = np.broadcast_to(
+                np.moveaxis(along.reshape(-1, *[1] * (len(shape) - 1)), 0, dim), shape
+            )
+            after = tx.update({"w": grads}, state, {"w": grads})[1]
+            for part in ("v_row", "v_col"):
+                moment = np.asarray(getattr(after, part)["w"])
+                found = derive(("opt_state", part, "w"), moment.shape, kernel).names
+                assert found is not None
+                differs = [
+                    found[i] for i in range(moment.ndim) if np.ptp(moment, axis=i).max() > 1e-6
+                ]
+                assert differs == [name for name in found if name == names[dim]], (shape, dim, part)
+
+
+def test_products_of_one_dim() -> None:
+    """Shampoo's: a square matrix for each dim, in a list or by name, behind stacked dims too."""
+    kernel = Parameter(("params", "w"), (4, 8), ("embed", "mlp"))
+    assert derive(("l", "w"), (4, 4), kernel).names == ("embed", None)
+    assert derive(("statistics", "w", 1), (8, 8), kernel).names == ("mlp", None)
+    stacked = Parameter(("params", "w"), (3, 4, 8), ("layers", "embed", "mlp"))
+    assert derive(("r", "w"), (3, 8, 8), stacked).names == ("layers", "mlp", None)
+    square = Parameter(("params", "w"), (2, 4, 4), ("layers", "embed", "mlp"))
+    assert derive(("statistics", "w", 0), (3, 3), square).names is None
+    cube = Parameter(("params", "w"), (4, 4, 4), ("a", "b", "c"))
+    assert derive(("statistics", "w", 2), (4, 4), cube).names == ("c", None)
+    assert derive(("l", "w"), (4, 4), cube).names is None
+
+
 def test_lists_for_each_parameter() -> None:
     """SM3 keeps a list of vectors for each parameter, one for each dim."""
     layout = Layout(state_of(optax.sm3(1e-3), boxed_init=False), MESH, STRICT)
@@ -165,6 +204,96 @@ class State(NamedTuple):
 class Custom:
     weights: Any
     moments: Any
+
+
+def test_what_wraps_the_parameters_is_not_in_the_optimizers_paths() -> None:
+    boxed = params()
+    moments = jax.eval_shape(optax.adam(1e-3).init, unbox(boxed))
+    twice = optax.LookaheadParams(boxed, boxed)
+    split = {"params": boxed, "_overwrite_with_gradient": {"scale": jnp.ones(())}}
+    for wrapped in (twice, split):
+        layout = Layout({"params": wrapped, "opt_state": moments}, MESH, STRICT)
+        assert layout.unnamed == ()
+        assert ending(layout, "mu") == SPECS
+
+
+def test_a_few_numbers_need_no_names() -> None:
+    state = {
+        "params": params(),
+        "few": jnp.ones((4, 8)),
+        "more": jnp.ones((4, 9)),
+        "none": jnp.ones((0, 9)),
+    }
+    layout = Layout(state, MESH, STRICT)
+    assert layout.unnamed == ("more",)
+    assert layout.leaf("few").origin == "a few numbers"
+
+
+def test_names_by_path() -> None:
+    """For any leaf by its whole path, for parameters below the root; both before boxes."""
+    state = {
+        "params": {"a": {"kernel": jnp.ones((8, 16))}, "b": params()["a"]},
+        "opt_state": {"mu": {"a": {"kernel": jnp.ones((8, 16))}}, "all": jnp.ones(64)},
+        "batch": {"tokens": jnp.ones((8, 128), "int32")},
+    }
+    rules = STRICT.with_overrides(params={"a/kernel": ("embed", "mlp"), "b/.*": (None, "mlp")})
+    names = {"batch/.*": ("batch", "length"), "opt_state/all": (None,)}
+    layout = Layout(state, MESH, rules, names=names)
+    assert layout.problems == () and layout.unnamed == ()
+    assert layout.specs["params"]["a"]["kernel"] == P("fsdp", "tensor")
+    assert layout.specs["opt_state"]["mu"]["a"]["kernel"] == P("fsdp", "tensor")
+    assert layout.specs["params"]["b"]["kernel"] == P(None, "tensor")
+    assert layout.specs["batch"]["tokens"] == P("fsdp")
+    wrong = Layout(state, MESH, rules.with_overrides(params={".*/kernel": ("mlp",), "c/.*": ()}))
+    texts = [str(problem) for problem in wrong.problems]
+    assert any(
+        "a/kernel, shape (8, 16): the overrides of params for 'a/kernel' differ" in t for t in texts
+    )
+    assert any("'c/.*' matches nothing" in t for t in texts)
+    assert any(
+        "'bach/.*' matches nothing" in str(p)
+        for p in Layout(state, MESH, rules, names={"bach/.*": ()}).problems
+    )
+    pairs = Layout(state, MESH, [("batch", "fsdp")], names={"batch/.*": ("batch", None)})
+    assert pairs.specs["batch"]["tokens"] == P("fsdp")
+
+
+def test_each_kind_of_leaf_has_its_rules() -> None:
+    rules = AxisRules(
+        {"embed": None, "mlp": "tensor", "layers": None, "norm": None},
+        optimizer={"embed": "fsdp"},
+        compute={"mlp": "fsdp"},
+    )
+    state = state_of(optax.adamw(1e-3), boxed_init=False)
+    cache = {"keys": LogicallyPartitioned(jnp.ones((4, 8)), ("embed", "mlp"))}
+    layout = Layout(state | {"ema": unbox(params()), "cache": cache}, MESH, rules)
+    assert layout.problems == () and layout.unnamed == ()
+    assert layout.specs["params"]["square"] == P(None, "tensor")
+    assert layout.specs["opt_state"][0].mu["square"] == P("fsdp", "tensor")
+    assert layout.specs["ema"]["square"] == P("fsdp", "tensor")
+    assert layout.specs["cache"]["keys"] == P(None, "fsdp")
+    kinds = {leaf.where.split("/")[0]: leaf.rule_set for leaf in layout.leaves if leaf.shape}
+    assert kinds == {
+        "params": "stored",
+        "opt_state": "optimizer",
+        "ema": "optimizer",
+        "cache": "compute",
+    }
+
+
+def test_a_threshold() -> None:
+    state = {"params": params(16, 32), "cache": LogicallyPartitioned(jnp.ones(16), ("mlp",))}
+    layout = Layout(state, MESH, STRICT.with_min_size(512))
+    assert layout.specs["params"]["a"]["kernel"] == P("fsdp", "tensor")
+    assert layout.specs["params"]["square"] == P() and layout.specs["cache"] == P("tensor")
+    square = layout.leaf("params/square")
+    assert square.dims[0].given_up == (
+        ("fsdp", "fewer than 512 elements"),
+        *square.dims[0].given_up[1:],
+    )
+    odd = {"w": LogicallyPartitioned(jnp.ones((3, 5)), ("embed", "mlp"))}
+    assert Layout(odd, MESH, STRICT.with_min_size(512)).problems == ()
+    assert len(Layout(odd, MESH, STRICT).problems) == 2
 
 
 def test_states_of_every_kind() -> None:
