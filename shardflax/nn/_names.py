@@ -22,6 +22,7 @@ from shardflax import partitioning
 from shardflax.nn.types import Names
 from shardflax.partitioning import default_names
 from shardflax.partitioning.defaults import in_force
+from shardflax.partitioning.override_lookup import is_overridden
 from shardflax.partitioning.resolve import resolve
 from shardflax.partitioning.rules import AxisRules
 from shardflax.partitioning.scope import free_axes, mesh_in_scope, rules_in_scope
@@ -99,8 +100,8 @@ def said(
     if names is None or not is_default(names):
         return names
     rules = rules_in_scope()
-    if not isinstance(rules, AxisRules):
-        return None
+    if not isinstance(rules, AxisRules) or is_overridden(rules):
+        return None  # a guess yields to what is said by path
     if features is not None and names == FOLLOW:
         names = activation_names(len(shape), features)
     found = in_force(names, len(shape), rules)

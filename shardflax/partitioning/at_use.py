@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec
 from shardflax.partitioning.constraints import lower
 from shardflax.partitioning.defaults import DefaultNames, in_force
 from shardflax.partitioning.errors import raise_problems
+from shardflax.partitioning.override_lookup import stored_by_path
 from shardflax.partitioning.resolve import MeshAxes, resolve
 from shardflax.partitioning.rules import AxisRules
 from shardflax.partitioning.scope import (
@@ -137,6 +138,7 @@ def _change(weight: Any, names: Names | None, beside: tuple[str, ...]) -> _Chang
     rules = rules_in_scope()
     if names is None or not isinstance(rules, AxisRules) or init_trace() is not None:
         return None
+    names = stored_by_path(weight, rules) or names
     mesh, said = mesh_in_scope(), in_force(names, np.ndim(weight), rules)
     if mesh is None or said is None:
         return None

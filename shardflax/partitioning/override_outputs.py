@@ -80,8 +80,7 @@ def lay_out(next_fun: Callable[..., Any], args: Any, kwargs: Any, told: Intercep
     module, trace = "/".join(told.module.path), init_trace()
     where = f"{module}/{told.method_name}".lstrip("/")
     if trace is not None:
-        cls: type[Any] = type(told.module)
-        trace.calls.update(_paths(module, cls))
+        trace.calls.update(_paths(module, told.module.__class__))
     try:
         return _laid_out(y, rules.activation_names(where), where, rules)
     except OverrideError as error:

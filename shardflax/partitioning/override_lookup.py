@@ -1,0 +1,67 @@
+"""What overrides say of the module whose method is running: for layers that bring names along."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from shardflax.core.boxes import is_box
+from shardflax.core.calls import current_module
+from shardflax.partitioning.rules import AxisRules, LogicalRules
+
+__all__ = ["is_overridden", "stored_by_path"]
+
+Names = tuple[Any, ...]
+
+
+def stored_by_path(weight: Any, rules: AxisRules) -> Names | None:
+    """The names that an override gives to a weight of the running module, None without one.
+
+    The weight is found by its shape: overrides of two parameters of one shape that differ say
+    nothing.  A lift that stacks parameters does so in front, so of more names the last hold.
+
+    >>> stored_by_path(np.ones(2), AxisRules({})) is None
+    True
+    """
+    if not rules.param_overrides:
+        return None
+    shape = np.shape(weight)
+    found = {names for names, own in _parameters(rules) if own == shape}
+    names = found.pop() if len(found) == 1 else None
+    return names if names is None else names[max(len(names) - len(shape), 0) :]
+
+
+def is_overridden(rules: LogicalRules | None) -> bool:
+    """Whether an override names a parameter of the running module, or what it returns.
+
+    >>> is_overridden(AxisRules({}))
+    False
+    """
+    if not isinstance(rules, AxisRules):
+        return False
+    module = current_module()
+    if rules.activation_overrides and module is not None and module.scope is not None:
+        path = "/".join((*module.path, "__call__"))
+        if rules.activation_names(path) is not None:
+            return True
+    return bool(rules.param_overrides) and any(n is not None for n, _ in _parameters(rules))
+
+
+def _parameters(rules: AxisRules) -> list[tuple[Names | None, tuple[int, ...]]]:
+    """Names by path, and shape, of each parameter of the running module itself."""
+    module = current_module()
+    if module is None or module.scope is None:
+        return []
+    own = module.scope.collection("params")
+    return [
+        (rules.param_names("/".join((*module.path, name))), np.shape(_inside(value)))
+        for name, value in own.items()
+        if not isinstance(value, Mapping)
+    ]
+
+
+def _inside(value: Any) -> Any:
+    """A parameter without its box, and without the constraint that opening one brings."""
+    return value.value if is_box(value) and hasattr(value, "value") else value
