@@ -18,6 +18,7 @@ __all__ = ["COMMANDS", "main"]
 # name -> (module, what it does)
 COMMANDS: dict[str, tuple[str, str]] = {
     "explain": ("shardflax.cli.explain", "how every leaf of a train state lies on a mesh"),
+    "lock": ("shardflax.cli.lock", "write layouts and collectives down, and check them"),
 }
 
 

@@ -5,12 +5,14 @@ Everything is found out by one abstract run of `init`, without arithmetic or mem
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
 import io
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,7 @@ from shardflax.core.cross import cross
 from shardflax.core.names import CollectionFilter
 from shardflax.core.staging import jx
 
-__all__ = ["Row", "module_paths", "rows", "tabulate"]
+__all__ = ["Row", "Sharding", "module_paths", "rows", "show_sharding", "tabulate"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,10 @@ def tabulate(
 
     FLOPs are XLA's estimates for one call, also of modules inside of a lifted transform.
 
+    Where a mesh and rules are in scope (`partitioning.use`), or given as `mesh=` and `rules=` to a
+    module whose call has no such arguments of its own, there are columns for the names, the spec
+    and the bytes per device of each variable.
+
     >>> import shardflax.nn as nn
     >>> table = tabulate(nn.Dense(2), jax.random.key(0), console_kwargs={"force_terminal": False})
     >>> print(table(jnp.ones((4, 3))))
@@ -94,10 +100,13 @@ def tabulate(
     costs = _Costs(compute_flops, compute_vjp_flops)
 
     def make(*fn_args: Any, **fn_kwargs: Any) -> str:
-        given = {**kwargs, **fn_kwargs}
-        found, variables = rows(module, rngs, fn_args, given, mutable, costs)
+        given, sharding = _sharding(module, {**kwargs, **fn_kwargs})
+        with sharding.scope() if sharding else contextlib.nullcontext():
+            found, variables = rows(module, rngs, fn_args, given, mutable, costs)
+        lies = sharding.lies(variables) if sharding else None
         shown = _shown(found, depth, show_repeated)
-        table = _table(type(module).__name__, shown, variables, costs, table_kwargs, column_kwargs)
+        title, texts = type(module).__name__, (table_kwargs, column_kwargs)
+        table = _table(title, shown, variables, costs, lies, *texts)
         return _render(table, console_kwargs)
 
     return make
@@ -119,6 +128,47 @@ def module_paths(
     """
     found, _ = rows(module, rngs, args, kwargs, mutable, _Costs())
     return {row.title: row.module for row in reversed(_shown(found, None, show_repeated))}
+
+
+# --- how variables lie on a mesh
+
+
+class Sharding(Protocol):
+    """What `partitioning` knows of a mesh and rules.
+
+    >>> hasattr(Sharding, "lies")
+    True
+    """
+
+    def scope(self) -> contextlib.AbstractContextManager[Any]:
+        """Puts the mesh and the rules in scope."""
+        ...
+
+    def lies(self, variables: Any) -> Mapping[tuple[str, ...], tuple[str, str, int]]:
+        """Names, spec and bytes per device of each array, by its path with the collection."""
+        ...
+
+
+_show: list[Callable[[Any, Any], Sharding | None]] = []
+
+
+def show_sharding(make: Callable[[Any, Any], Sharding | None]) -> None:
+    """Tells tables how to find out: `make(mesh, rules)`, each None for the one in scope.
+
+    >>> import shardflax.partitioning  # does so
+    >>> len(_show)
+    1
+    """
+    _show[:] = [make]
+
+
+def _sharding(module: Any, kwargs: dict[str, Any]) -> tuple[dict[str, Any], Sharding | None]:
+    """The arguments that are the module's, and how its variables lie, if anything says so."""
+    own = inspect.signature(type(module).__call__).parameters
+    takes_any = any(p.kind == inspect.Parameter.VAR_KEYWORD for p in own.values())
+    names = [] if takes_any else [n for n in ("mesh", "rules") if n in kwargs and n not in own]
+    said = {name: kwargs.pop(name) for name in names}
+    return kwargs, _show[0](said.get("mesh"), said.get("rules")) if _show else None
 
 
 # --- finding out
@@ -287,6 +337,7 @@ def _table(
     found: list[Row],
     variables: Mapping[str, Any],
     costs: _Costs,
+    lies: Mapping[tuple[str, ...], tuple[str, str, int]] | None,
     table_kwargs: Mapping[str, Any] | None,
     column_kwargs: Mapping[str, Any] | None,
 ) -> Any:
@@ -309,6 +360,10 @@ def _table(
     footers: dict[str, Any] = dict.fromkeys(heads, "")
     footers[heads[-1]] = Text.from_markup("Total", justify="right")
     footers |= {col: total[col].markup() for col in cols}
+    if lies is not None:
+        variables = boxes.unbox(variables)  # names have a column of their own
+        held = sum(size for _, _, size in lies.values())
+        footers |= {"names": "", "spec": "", "bytes / device": f"[bold]{_human(held)}[/bold]"}
     for head, footer in footers.items():
         column: dict[str, Any] = {"footer": footer, **(column_kwargs or {})}
         table.add_column(head, **column)
@@ -318,6 +373,8 @@ def _table(
         fresh = row.path not in seen
         seen.add(row.path)
         cells = [_own(row.path, variables[col], shown) if fresh else "" for col in cols]
+        if lies is not None:
+            cells += _own_sharding(row.path, lies, shown) if fresh else ("", "", "")
         counts = [c for c in (row.flops, row.vjp_flops) if c is not None]
         table.add_row(row.title, *_call_cells(row), *map(str, counts), *cells)
     everything = functools.reduce(_Size.__add__, total.values(), _Size(0, 0))
@@ -347,6 +404,26 @@ def _own(path: tuple[str, ...], tree: Any, shown: set[tuple[str, ...]]) -> str:
         return ""
     lines = _lines(own) if own else []
     return "\n".join([*lines, *([""] if lines else []), f"[bold]{size.markup()}[/bold]"])
+
+
+def _own_sharding(
+    path: tuple[str, ...],
+    lies: Mapping[tuple[str, ...], tuple[str, str, int]],
+    shown: set[tuple[str, ...]],
+) -> tuple[str, str, str]:
+    """How a module's own variables lie, a line each, and the bytes with those of hidden modules."""
+    own = {where: one for where, one in lies.items() if where[1:-1] == path}
+    depth = len(path) + 1
+    held = sum(
+        size
+        for where, (_, _, size) in lies.items()
+        if where[1:depth] == path
+        and not any(where[1:n] in shown for n in range(depth + 1, len(where)))
+    )
+    texts = {where[-1]: (names, spec, _human(size)) for where, (names, spec, size) in own.items()}
+    columns = ["\n".join(f"{name}: {text[i]}" for name, text in texts.items()) for i in range(3)]
+    gap = "\n\n" if own else ""
+    return columns[0], columns[1], f"{columns[2]}{gap}[bold]{_human(held)}[/bold]" if held else ""
 
 
 def _hidden(path: tuple[str, ...], tree: Any, shown: set[tuple[str, ...]]) -> _Size:

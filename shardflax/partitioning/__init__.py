@@ -82,6 +82,7 @@ from shardflax.partitioning.specs import (
     logical_to_mesh_axes,
     logical_to_mesh_sharding,
 )
+from shardflax.partitioning.summary_columns import TableSharding, table_sharding
 from shardflax.partitioning.vocabulary import KNOWN_AXES
 
 __all__ = [
@@ -135,6 +136,7 @@ __all__ = [
     "Roles",
     "RulesFallback",
     "SilentReplicationError",
+    "TableSharding",
     "UnknownAxisError",
     "UnknownNameError",
     "UnknownPresetError",
@@ -175,6 +177,7 @@ __all__ = [
     "resolve",
     "set_logical_axis_rules",
     "slices_of",
+    "table_sharding",
     "use",
     "with_logical_constraint",
     "with_logical_partitioning",

@@ -1,0 +1,213 @@
+"""`shardflax lock`: writes layouts and collectives down; `--check` says what has changed since."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from shardflax.cli.devices import emulated_devices
+from shardflax.cli.errors import CommandError
+from shardflax.cli.subject import Subject, rules_of
+from shardflax.core.errors import did_you_mean
+from shardflax.partitioning import (
+    LockEntry,
+    collectives,
+    lock,
+    make_abstract_mesh,
+    make_mesh,
+    read_lock,
+    write_lock,
+)
+from shardflax.partitioning.lock_changes import changes_between
+from shardflax.programs import layout_of, traced_step
+
+__all__ = ["LockOptions", "main"]
+
+_HELP = """Keeps layouts and collectives in a file under version control. With a model and a mesh, \
+writes or renews one entry; without, renews all entries of the file, each from what was asked for \
+it. With --check nothing is written: what has changed is printed, and the exit status is 1 if \
+anything has."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LockOptions:
+    """What to lock, or to check.
+
+    >>> LockOptions().file.name
+    'shardflax.lock'
+    """
+
+    model: tyro.conf.Positional[str | None] = None
+    """A decoder, or package.module:name, as for shardflax explain; nothing: all of the file."""
+
+    mesh: str | None = None
+    """Axes and sizes, such as fsdp=4,tensor=2."""
+
+    preset: str = "fsdp_tp"
+    """Rules: presets, or package.module:NAME of AxisRules."""
+
+    name: str | None = None
+    """Of the entry; model, mesh and preset, if not said. Without a model: the one entry to take."""
+
+    file: Path = Path("shardflax.lock")
+    """The lock file."""
+
+    check: bool = False
+    """Compare, and write nothing."""
+
+    collectives: bool = True
+    """Compile the train step (on emulated devices) for what it sends; else the layout alone."""
+
+    layers: int | None = None
+    """Number of blocks of a decoder, if not that of its size."""
+
+    batch: int | None = None
+    """Rows of a batch of a decoder; one for each device along it, if not said."""
+
+    seq_len: int = 128
+    """Tokens in a row."""
+
+    optimizer: Literal["adamw", "lion", "sgd"] = "adamw"
+    """Of a decoder."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """What an entry is made from, as it is kept in the file."""
+
+    model: str
+    mesh: str
+    preset: str = "fsdp_tp"
+    collectives: bool = True
+    layers: int | None = None
+    batch: int | None = None
+    seq_len: int = 128
+    optimizer: str = "adamw"
+
+    @staticmethod
+    def of(values: Any, name: str) -> _Asked:
+        """As it was kept."""
+        try:
+            return _Asked(**values)
+        except TypeError:
+            raise CommandError(
+                f"the entry {name!r} does not say what it was made from. Write it anew, with "
+                f"shardflax lock MODEL --mesh ... --name {name!r}."
+            ) from None
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """What differs from the defaults."""
+        default = _Asked("", "")
+        values = dataclasses.asdict(self)
+        return {
+            key: value
+            for key, value in values.items()
+            if key in ("model", "mesh", "preset") or value != getattr(default, key)
+        }
+
+    @property
+    def devices(self) -> int:
+        """How many devices the mesh has."""
+        return math.prod(make_abstract_mesh(self.mesh).shape.values())
+
+    def entry(self) -> LockEntry:
+        """The entry, made anew."""
+        rules = rules_of(self.preset)
+        subject = Subject(self.model, self.layers, self.batch, self.seq_len, self.optimizer)
+        if not self.collectives:
+            mesh: Any = make_abstract_mesh(self.mesh)
+            layout = layout_of(subject.program(mesh, rules), mesh, rules)
+            return lock(layout, asked=self.kept)
+        mesh = make_mesh(self.mesh, emulated_devices(self.devices))
+        program = subject.program(mesh, rules)
+        if program.step is None:
+            raise CommandError(
+                f"{self.model!r} has no train step, whose collectives could be locked. Make it a "
+                f"shardflax.programs.Program with a step, or say --no-collectives."
+            )
+        layout = layout_of(program, mesh, rules)
+        layout.check()
+        sent = collectives(traced_step(program, layout, rules).lower().compile(), mesh)
+        return lock(layout, sent, asked=self.kept)
+
+
+def main(args: Sequence[str]) -> int:
+    """Runs the command; with `--check`, the exit status is 1 if anything has changed.
+
+    >>> import tempfile
+    >>> file = ["--file", f"{tempfile.mkdtemp()}/shardflax.lock"]
+    >>> main(["tiny", "--mesh", "fsdp=4", "--no-collectives", "--name", "mine", *file])
+    mine: new, 39 leaves, 75.0 KiB a device
+    0
+    >>> main(["--check", *file])
+    mine: as locked
+    0
+    """
+    options = tyro.cli(LockOptions, args=args, prog="shardflax lock", description=_HELP)
+    known = read_lock(options.file) if options.file.exists() or not _is_new(options) else {}
+    asked = _asked(options, known)
+    needed = [one.devices for one in asked.values() if one.collectives]
+    if needed:
+        emulated_devices(max(needed))
+    changed = 0
+    entries = dict(known)
+    for name, one in asked.items():
+        entries[name] = one.entry()
+        changed += _report(name, known.get(name), entries[name], options.check)
+    if options.check:
+        return 1 if changed else 0
+    if entries != known:
+        write_lock(options.file, entries)
+        print(f"wrote {options.file}", file=sys.stderr)
+    return 0
+
+
+def _is_new(options: LockOptions) -> bool:
+    return options.model is not None and not options.check
+
+
+def _asked(options: LockOptions, known: dict[str, LockEntry]) -> dict[str, _Asked]:
+    """The entries to make, by name."""
+    if options.model is None:
+        if options.mesh is not None:
+            raise CommandError("--mesh goes with a model: shardflax lock MODEL --mesh ...")
+        names = list(known) if options.name is None else [_known(options.name, known, options.file)]
+        return {name: _Asked.of(known[name].asked, name) for name in names}
+    if options.mesh is None:
+        raise CommandError(f"say the mesh: shardflax lock {options.model} --mesh fsdp=4,tensor=2")
+    fields = [field.name for field in dataclasses.fields(_Asked)]
+    asked = _Asked(**{name: getattr(options, name) for name in fields})
+    name = options.name or f"{asked.model} {asked.mesh} {asked.preset}"
+    if options.check:
+        _known(name, known, options.file)
+    return {name: asked}
+
+
+def _known(name: str, known: dict[str, LockEntry], file: Path) -> str:
+    if name not in known:
+        raise CommandError(f"{file} has no entry {name!r}: {did_you_mean(name, known)}")
+    return name
+
+
+def _report(name: str, old: LockEntry | None, new: LockEntry, check: bool) -> bool:
+    """Prints what has changed; true if anything has."""
+    from shardflax.partitioning.table import bytes_text
+
+    if old is None:
+        size = bytes_text(new.bytes_per_device)
+        print(f"{name}: new, {len(new.leaves)} leaves, {size} a device")
+        return True
+    if dataclasses.replace(new, compiler=old.compiler, asked=old.asked) == old:
+        print(f"{name}: as locked")
+        return False
+    print(f"{name}: {'not as locked' if check else 'changed'}")
+    for line in changes_between(old, new):
+        print(f"  {line}")
+    return True
