@@ -65,7 +65,7 @@ def _start(plan: Plan, manager: CheckpointManager, loader: text.Loader) -> _Run:
     if manager.latest_step() is None:
         _say(f"{len(plan.layout.leaves)} leaves, {plan.layout.bytes_per_device:,} bytes a device")
         state, _ = partitioning.init_sharded(
-            plan.init_state, _key(plan), mesh=plan.mesh, rules=plan.rules
+            plan.program.init, _key(plan), mesh=plan.mesh, rules=plan.rules
         )
         return _Run(plan, manager, loader, state, 0)
     restored = manager.restore(plan.layout.abstract)
@@ -182,7 +182,7 @@ def _conclude(run: _Run) -> None:
 def _evaluate(run: _Run) -> float:
     """The mean loss of some batches of held-out text."""
     plan = run.plan
-    step = jax.jit(make_eval_step(plan.loss))
+    step = jax.jit(make_eval_step(plan.program.loss))
     limit = plan.options.run.eval_batches
     batches = text.held_out_batches(plan.windows, plan.batches, limit)
     losses = [float(step(run.state, batch)["cross_entropy"]) for batch in batches]
