@@ -286,7 +286,7 @@ def lower(x: Any, spec: PartitionSpec, mesh: AnyMesh, what: str = "a layout") ->
         if explicit is not None and auto is not None and not traced:
             return jx.jit(_lower, static_argnums=(1, 2, 3))(x, explicit, auto, mesh)
         return _lower(x, explicit, auto, mesh)
-    except ValueError as error:
+    except Exception as error:  # JAX's class for duplicates is an Exception and no more
         if "spmd_axis_name" in str(error) or "has duplicate entries" in str(error):
             raise mapped_over(what, spec) from error
         raise

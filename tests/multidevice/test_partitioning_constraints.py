@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from shardflax.partitioning import (
+    AxisConflictError,
     AxisRules,
     IndivisibleDimError,
     LayoutError,
@@ -20,6 +21,7 @@ from shardflax.partitioning import (
     Partitioned,
     UnknownAxisError,
     UnknownNameError,
+    at_use,
     constrain,
     default_names,
     logical_axis_rules,
@@ -28,6 +30,8 @@ from shardflax.partitioning import (
     use,
     with_logical_constraint,
 )
+from shardflax.partitioning.at_use import used_spec
+from shardflax.partitioning.constraints import wanted_spec
 
 STRICT = preset("fsdp_tp")
 NAMES = ("batch", "act_mlp")
@@ -265,6 +269,84 @@ def test_rules_are_checked_against_the_mesh_in_scope() -> None:
         use(make_mesh("rows=8"), AxisRules({"batch": "rows cols"})),
     ):
         raise AssertionError("not reached")
+
+
+def test_rules_and_mesh_that_came_into_scope_apart_are_checked_too() -> None:
+    with (
+        jax.set_mesh(make_mesh("data=4,model=2")),
+        logical_axis_rules(STRICT),
+        pytest.raises(UnknownAxisError, match=r"'model' \(size 2\): did you mean 'tensor'"),
+    ):
+        constrain(jnp.ones((8, 8)), NAMES)
+
+
+@pytest.mark.parametrize("types", ["auto", "explicit"])
+def test_an_axis_that_a_vmap_around_has_taken(types: str) -> None:
+    """JAX's errors here name a spec that nobody wrote."""
+    with use(make_mesh("fsdp=4,tensor=2", axis_types=types), STRICT):
+        x = jax.device_put(jnp.ones((4, 8, 8)), P("fsdp"))
+        mapped = jax.vmap(lambda x: constrain(x, NAMES), spmd_axis_name="fsdp")
+        with pytest.raises(AxisConflictError, match=r"names \('batch', 'act_mlp'\).*vmap around"):
+            jax.jit(mapped)(x)
+        y = jax.jit(jax.vmap(lambda x: constrain(x, (None, "act_mlp")), spmd_axis_name="fsdp"))(x)
+    assert spec(y) == ("fsdp", None, "tensor")
+
+
+def test_an_array_on_explicit_axes_has_a_mesh_where_none_is_in_scope() -> None:
+    mesh = make_mesh("fsdp=4,tensor=2", axis_types="explicit")
+    x = jax.device_put(jnp.ones((8, 8)), jax.NamedSharding(mesh, P("fsdp", None)))
+    with logical_axis_rules(STRICT):
+        assert spec(jax.jit(lambda x: constrain(x * 2, NAMES))(x)) == ("fsdp", "tensor")
+        with pytest.raises(IndivisibleDimError, match="of size 7"):
+            jax.eval_shape(lambda x: constrain(x[:, :7], NAMES), x)
+
+
+def test_the_mesh_argument_counts_and_not_one_that_looks_alike() -> None:
+    """Equal axes, other devices: JAX is asked for the mesh that was given, and refuses."""
+    devices = jax.devices()
+    mine, scope = (make_mesh("data=4", part) for part in (devices[4:], devices[:4]))
+    rules = AxisRules({"batch": "data"})
+    with use(scope, rules), pytest.raises(ValueError, match=r"device ids \[4, 5, 6, 7\]"):
+        with_logical_constraint(jnp.ones(4), ("batch",), mesh=mine)
+    with logical_axis_rules(rules):
+        y = with_logical_constraint(jnp.ones(4), ("batch",), mesh=mine)
+    assert y.sharding.device_set == set(devices[4:])
+
+
+def test_activations_follow_the_compute_rules() -> None:
+    rules = AxisRules(
+        {"batch": "fsdp", "embed": "fsdp"}, compute={"embed": None, "batch": "tensor"}
+    )
+    x = jnp.ones((8, 8))
+    with use(make_mesh("fsdp=4,tensor=2"), rules):
+        assert spec(constrain(x, ("batch", None))) == ("tensor",)
+        assert wanted_spec((8, 8), ("batch", None)) == P("tensor")
+        box: Any = LogicallyPartitioned(x, ("embed", None))
+        assert spec(jax.jit(lambda b: b.unbox())(box)) == ("fsdp",)
+    with use(make_mesh("fsdp=4,tensor=2"), rules.stored):
+        assert spec(constrain(x, ("batch", None))) == ("fsdp",)
+
+
+def test_weights_at_their_use_follow_the_compute_rules() -> None:
+    """Gathered over the axes that compute takes away; `eval` may have another layout."""
+    rules = AxisRules(
+        {"batch": "data", "embed": "fsdp", "mlp": "tensor"},
+        compute={"embed": None},
+        eval={"mlp": "fsdp"},
+    )
+    names = ("embed", "mlp")
+    with use(make_mesh("data=2,fsdp=2,tensor=2"), rules):
+        weight = jax.device_put(jnp.ones((8, 8)), P("fsdp", "tensor"))
+        assert used_spec(weight, names) == P(None, "tensor")
+        grad = jax.jit(jax.grad(lambda w: (at_use(w, names) ** 2).sum()))(weight)
+        assert spec(at_use(weight, names)) == (None, "tensor")
+        assert spec(grad) == ("fsdp", "tensor")
+    with use(make_mesh("data=2,fsdp=2,tensor=2"), rules.eval):
+        assert spec(constrain(jnp.ones((8, 8)), names)) == (None, "fsdp")
+        assert used_spec(weight, names) is None
+    small = rules.with_min_size(65)
+    with use(make_mesh("data=2,fsdp=2,tensor=2"), small):
+        assert used_spec(weight, names) is None
 
 
 def test_one_device_needs_no_lowering() -> None:
