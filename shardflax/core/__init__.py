@@ -35,11 +35,12 @@ from shardflax.core.lift import (
 from shardflax.core.marks import compact, compact_name_scope, nowrap
 from shardflax.core.module import Module
 from shardflax.core.names import CollectionFilter, DenyList
-from shardflax.core.scope import Scope, Variable
+from shardflax.core.scope import Scope
 from shardflax.core.sharing import share_scope
 from shardflax.core.summary import tabulate
 from shardflax.core.tracers import check_trace_level, current_trace
 from shardflax.core.transforms import In, Out, broadcast
+from shardflax.core.variable import Variable
 
 __all__ = [
     "AxisMetadata",

@@ -22,8 +22,9 @@ import jax
 from shardflax.core import boxes
 from shardflax.core.frozen_dict import unfreeze
 from shardflax.core.names import ALL, NONE, Names
+from shardflax.core.node import Frozen, Node
 from shardflax.core.rng import Stream
-from shardflax.core.scope import Frozen, Node, Scope, Store
+from shardflax.core.scope import Scope, Store
 
 __all__ = ["Boundary", "Entry", "Group", "Lift", "Pure", "State"]
 

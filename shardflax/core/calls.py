@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from shardflax.core.errors import CallCompactUnboundModuleError
+from shardflax.core.module_errors import CallCompactUnboundModuleError
 
 __all__ = [
     "InterceptorContext",

@@ -10,7 +10,7 @@ from types import FunctionType
 from typing import Any
 
 from shardflax.core.calls import wrap_method
-from shardflax.core.errors import (
+from shardflax.core.module_errors import (
     CallSetupUnboundModuleError,
     DescriptorAttributeError,
     HashBoundModuleError,

@@ -12,9 +12,9 @@ from typing import Any
 
 from shardflax.core.boundary import Group, Groups, Lift, Pure, State
 from shardflax.core.cross import cross
-from shardflax.core.errors import BranchVariablesError
 from shardflax.core.names import NONE, CollectionFilter, Names
 from shardflax.core.staging import jx
+from shardflax.core.transform_errors import BranchVariablesError
 from shardflax.core.transforms import NO_AXES, Splits, by_mutability
 
 __all__ = ["cond", "switch", "while_loop"]

@@ -18,8 +18,9 @@ from typing import Any, Protocol, TypeVar, cast
 import jax
 
 from shardflax.core.boundary import Boundary, Lift
-from shardflax.core.errors import TransformedMethodReturnValueError, TransformTargetError
-from shardflax.core.scope import Scope, Variable
+from shardflax.core.scope import Scope
+from shardflax.core.transform_errors import TransformedMethodReturnValueError, TransformTargetError
+from shardflax.core.variable import Variable
 
 __all__ = ["Crossable", "Lifted", "cross", "lifted"]
 

@@ -12,9 +12,9 @@ from types import MappingProxyType
 from typing import Any, cast
 
 from shardflax.core.boundary import Group, Groups, Lift, Pure, State
-from shardflax.core.errors import TransformAxisError
 from shardflax.core.names import NONE, CollectionFilter, Names
 from shardflax.core.remat import remat
+from shardflax.core.transform_errors import TransformAxisError
 from shardflax.core.transforms import NO_AXES, axis_groups, by_mutability, scan
 
 __all__ = ["add_metadata_axis", "fold_rngs", "map_variables", "remat_scan"]

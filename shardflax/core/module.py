@@ -23,7 +23,10 @@ from shardflax.core.classes import (
 )
 from shardflax.core.copies import deep_copies, detached, is_module
 from shardflax.core.cross import Crossable
-from shardflax.core.errors import (
+from shardflax.core.errors import NameInUseError
+from shardflax.core.functional import bind
+from shardflax.core.marks import compact, compact_name_scope, nowrap
+from shardflax.core.module_errors import (
     AssignSubModuleError,
     CallCompactUnboundModuleError,
     CallUnbindOnUnboundModuleError,
@@ -31,16 +34,14 @@ from shardflax.core.errors import (
     IncorrectPostInitOverrideError,
     InvalidInstanceModuleError,
     InvalidParentError,
-    NameInUseError,
     PerturbationNotFoundError,
     SetAttributeFrozenModuleError,
     SetAttributeInModuleSetupError,
 )
-from shardflax.core.functional import bind
-from shardflax.core.marks import compact, compact_name_scope, nowrap
 from shardflax.core.names import CollectionFilter
-from shardflax.core.scope import Scope, Variable
+from shardflax.core.scope import Scope
 from shardflax.core.staging import jx
+from shardflax.core.variable import Variable
 
 __all__ = ["Module", "compact", "compact_name_scope", "nowrap"]
 

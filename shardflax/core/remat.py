@@ -10,8 +10,8 @@ import jax
 
 from shardflax.core import staging
 from shardflax.core.boundary import Group, Groups, Lift, Pure, State
-from shardflax.core.errors import RematNameError, RematPolicyError
 from shardflax.core.names import CollectionFilter, Names
+from shardflax.core.transform_errors import RematNameError, RematPolicyError
 from shardflax.core.transforms import argnums
 
 __all__ = ["remat", "remat_policy"]

@@ -9,11 +9,8 @@ from typing import Any
 
 from shardflax.core.calls import context, intercept_methods
 from shardflax.core.cross import Crossable
-from shardflax.core.errors import (
-    ApplyModuleInvalidMethodError,
-    InvalidInstanceModuleError,
-)
 from shardflax.core.functional import bind, changeable, known_variables
+from shardflax.core.module_errors import ApplyModuleInvalidMethodError, InvalidInstanceModuleError
 from shardflax.core.names import CollectionFilter, DenyList, Names
 from shardflax.core.scope import Scope
 

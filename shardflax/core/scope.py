@@ -14,7 +14,6 @@ from collections.abc import Callable, Generator, Mapping
 from typing import Any, cast
 
 import jax
-import numpy as np
 
 from shardflax.core import boxes, staging
 from shardflax.core.errors import (
@@ -33,106 +32,12 @@ from shardflax.core.errors import (
 )
 from shardflax.core.frozen_dict import unfreeze
 from shardflax.core.names import CollectionFilter, Names
+from shardflax.core.node import Node, Path
 from shardflax.core.rng import Stream, is_keyless, open_streams
+from shardflax.core.shapes import shapes_of, stored_shapes
+from shardflax.core.variable import Variable, is_array
 
-__all__ = ["Node", "Scope", "Store", "Variable", "open_store"]
-
-Path = tuple[str, ...]
-
-
-class Node:
-    """The Python-side state of one module path: nothing of it is ever traced.
-
-    >>> node = Node()
-    >>> node.counts["params"] = 2
-    >>> Node.thaw(node.freeze()).counts
-    {'params': 2}
-    """
-
-    __slots__ = ("base", "children", "counts", "cursor", "owners", "reserved")
-
-    def __init__(self, base: Node | None = None) -> None:
-        self.base = base  # counts are shared with it, here and below
-        self.children: dict[str, Node] = {}
-        self.counts: dict[str, int] = {} if base is None else base.counts
-        self.cursor: dict[str, int] = {}
-        self.reserved: dict[str, set[str | None]] = {}
-        # If there are several nodes of one path: which of them took a name, for which collection.
-        self.owners: dict[str, dict[str | None, Node]] | None = None
-
-    def beside(self) -> Node:
-        """Another node of the same path: names are numbered apart, and none is in both."""
-        node = Node(self.base)
-        node.children, node.counts = self.children, self.counts
-        if self.owners is None:
-            taken = self.reserved.items()
-            self.owners = {name: dict.fromkeys(cols, self) for name, cols in taken}
-        node.owners = self.owners
-        return node
-
-    def claim(self, name: str, col: str | None) -> bool:
-        """True if no other node of this path has the name."""
-        if self.owners is None:
-            return True
-        taken = self.owners.setdefault(name, {})
-        if any(n is not self and (c == col or None in (c, col)) for c, n in taken.items()):
-            return False
-        taken[col] = self
-        return True
-
-    def child(self, name: str) -> Node:
-        node = self.children.get(name)
-        if node is None:
-            base = self.base and self.base.child(name)
-            node = self.children[name] = Node(base)
-        return node
-
-    def at(self, path: Path) -> Node:
-        return functools.reduce(Node.child, path, self)
-
-    def rewind(self) -> None:
-        """Forgets which names are in use: the next call of the module takes them again."""
-        self.cursor = {}
-        self.reserved = {}
-
-    def freeze(self) -> Frozen:
-        """A hashable snapshot: counts and numbering.  Names in use do not cross a lift."""
-        if self.base is not None:
-            for name in self.base.children:
-                self.child(name)
-        children = ((n, c.freeze()) for n, c in self.children.items())
-        return (
-            tuple(sorted(self.counts.items())),
-            tuple(sorted(self.cursor.items())),
-            tuple(sorted(c for c in children if any(c[1]))),
-        )
-
-    @classmethod
-    def thaw(cls, frozen: Frozen) -> Node:
-        """A node forked from a snapshot."""
-        counts, cursor, children = frozen
-        node = cls()
-        node.counts, node.cursor = dict(counts), dict(cursor)
-        node.children = {name: cls.thaw(child) for name, child in children}
-        return node
-
-    def count_on(self, frozen: Frozen) -> None:
-        """Takes over counts, but no numbering of names, from a snapshot of a fork of this node."""
-        counts, _, children = frozen
-        self.counts = dict(counts)
-        for name, child in children:
-            self.child(name).count_on(child)
-
-    def adopt(self, frozen: Frozen) -> None:
-        """Takes over counts and numbering from a snapshot of a fork of this node."""
-        counts, cursor, children = frozen
-        self.counts.update(counts)
-        self.cursor = dict(cursor)
-        for name, child in children:
-            self.child(name).adopt(child)
-
-
-Frozen = tuple[Any, Any, Any]
+__all__ = ["Scope", "Store", "open_store"]
 
 
 class Store:
@@ -548,7 +453,9 @@ class Scope:
             plain = boxes.unbox(value) if unboxed and boxes.is_box(value) else value
             if args and type(args[0]) is tuple and getattr(plain, "shape", None) == args[0]:
                 return plain
-            _check_shape(value, init_fn, args, kwargs, name, self)
+            expected, found = shapes_of(init_fn, args, kwargs), stored_shapes(value)
+            if expected != found:
+                raise ScopeParamShapeError(name, self.path_text, expected, found)
         elif self.is_mutable_collection("params"):
             value = init_fn(self._init_key(init_fn), *args, **kwargs)
             self.put_variable("params", name, value)
@@ -556,95 +463,4 @@ class Scope:
             raise ScopeCollectionNotFound("params", name, self.path_text)
         else:
             raise ScopeParamNotFoundError(name, self.path_text, params)
-        return boxes.unbox(value) if unboxed and not _is_array(value) else value
-
-
-class Variable:
-    """A variable of a collection, read and written through `value`.
-
-    >>> import jax.numpy as jnp, shardflax.nn as nn
-    >>> class Counter(nn.Module):
-    ...     @nn.compact
-    ...     def __call__(self):
-    ...         count = self.variable("state", "count", lambda: 0)
-    ...         count.value += 1
-    ...         return count.value
-    >>> Counter().apply({"state": {"count": 4}}, mutable=["state"])
-    (5, {'state': {'count': 5}})
-    """
-
-    __slots__ = ("collection", "name", "scope", "unbox")
-
-    def __init__(self, scope: Scope, collection: str, name: str, unbox: bool = True) -> None:
-        self.scope = scope
-        self.collection = collection
-        self.name = name
-        self.unbox = unbox
-
-    @property
-    def value(self) -> Any:
-        """The value; without its box if the variable was made with `unbox=True`."""
-        value = self.scope.get_variable(self.collection, self.name)
-        return boxes.unbox(value) if self.unbox else value
-
-    @value.setter
-    def value(self, value: Any) -> None:
-        old = self.scope.get_variable(self.collection, self.name)
-        if self.unbox and old is not None and not _is_array(old):
-            value = _rebox_like(old, value)
-        self.scope.put_variable(self.collection, self.name, value)
-
-    def is_mutable(self) -> bool:
-        """True if the variable may be written."""
-        return self.scope.is_mutable_collection(self.collection)
-
-
-def _is_array(x: Any) -> bool:
-    return isinstance(x, jax.Array | np.ndarray)
-
-
-def _rebox_like(old: Any, value: Any) -> Any:
-    """`value` in the boxes of `old`, if there are any."""
-    has_box = any(boxes.is_box(x) for x in jax.tree.leaves(old, is_leaf=boxes.is_box))
-    return boxes.rebox(old, value) if has_box else value
-
-
-def _check_shape(
-    value: Any,
-    init_fn: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    name: str,
-    scope: Scope,
-) -> None:
-    """Compares a stored parameter with its declaration."""
-    expected = _abstract_init(init_fn, args, kwargs)
-    found = jax.tree.map(np.shape, jax.tree.leaves(boxes.unbox(value)))
-    if found != expected:
-        raise ScopeParamShapeError(name, scope.path_text, expected, found)
-
-
-def _abstract_init(
-    init_fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> list[tuple[int, ...]]:
-    try:
-        return _cached_abstract_init(init_fn, args, tuple(sorted(kwargs.items())))
-    except TypeError:  # something in the call is not hashable
-        return _shapes(init_fn, args, kwargs)
-
-
-@functools.lru_cache(maxsize=4096)
-def _cached_abstract_init(
-    init_fn: Callable[..., Any], args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]
-) -> list[tuple[int, ...]]:
-    return _shapes(init_fn, args, dict(kwargs))
-
-
-def _shapes(
-    init_fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> list[tuple[int, ...]]:
-    def init(key: Any) -> Any:
-        return init_fn(key, *args, **kwargs)
-
-    tree = staging.jx.eval_shape(init, staging.jx.eval_shape(lambda: jax.random.key(0)))
-    return [leaf.shape for leaf in jax.tree.leaves(boxes.unbox(tree))]
+        return boxes.unbox(value) if unboxed and not is_array(value) else value

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from shardflax.core.errors import CallShareScopeOnUnboundModuleError
 from shardflax.core.module import Module
+from shardflax.core.module_errors import CallShareScopeOnUnboundModuleError
 
 __all__ = ["share_scope"]
 

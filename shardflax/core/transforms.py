@@ -17,8 +17,8 @@ import jax.numpy as jnp
 
 from shardflax.core import staging
 from shardflax.core.boundary import Group, Groups, Lift, Pure, State
-from shardflax.core.errors import LoopVariantBroadcastError, TransformAxisError
 from shardflax.core.names import NONE, CollectionFilter, Names
+from shardflax.core.transform_errors import LoopVariantBroadcastError, TransformAxisError
 
 __all__ = [
     "NO_AXES",

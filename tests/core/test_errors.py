@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from shardflax.core import errors
+from shardflax import errors
 from tests.core.harness import OURS as nn
 from tests.core.harness import quick_key
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from shardflax.core.boxes import is_box
-from shardflax.core.errors import TransformAxisError
+from shardflax.core.transform_errors import TransformAxisError
 from shardflax.partitioning import LogicallyPartitioned, Partitioned
 from shardflax.partitioning.errors import RepeatedNameError
 from tests.core.harness import OURS as nn

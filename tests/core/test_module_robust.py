@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import pytest
 
 import shardflax.nn as real
-from shardflax.core import errors
+from shardflax import errors
 from tests.core.harness import OURS as nn
 from tests.core.harness import THEIRS, quick_key
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax.ad_checkpoint import checkpoint_name
 
-from shardflax.core.errors import RematNameError, RematPolicyError
+from shardflax.core.transform_errors import RematNameError, RematPolicyError
 from tests.core.harness import OURS as nn
 from tests.core.harness import quick_key
 

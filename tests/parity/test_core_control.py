@@ -9,8 +9,8 @@ import pytest
 
 from shardflax.core.boundary import Lift
 from shardflax.core.cross import cross
-from shardflax.core.errors import BranchVariablesError
 from shardflax.core.rng import fold
+from shardflax.core.transform_errors import BranchVariablesError
 from tests.core.harness import OURS, THEIRS, both, quick_key, registry, same_arrays, same_error
 
 KEY = quick_key(7)
