@@ -140,10 +140,10 @@ def _both(lines: Sequence[str], program: Program, mesh: AnyMesh) -> list[Remater
 
 
 def _text(found: Sequence[Rematerialization], rules: LogicalRules | None) -> str:
-    number = "an array" if len(found) == 1 else f"{len(found)} arrays"
+    number, it = ("an array", "it") if len(found) == 1 else (f"{len(found)} arrays", "them")
     head = (
-        f"XLA gathers {number} whole on every device only to cut anew, for it knows no other way "
-        f'from one sharding to the next ("involuntary full rematerialization").'
+        f"XLA gathers {number} whole on every device only to cut {it} anew: it knows no other "
+        f'way from one sharding to the next ("involuntary full rematerialization").'
     )
     return "\n".join([head, *(_one(one, rules) for one in found)])
 

@@ -123,8 +123,9 @@ def assert_compiled(
     found = check_compiled(compiled, layout, lowered=lowered, above=above, accept=accept)
     if found:
         wasted = sum(one.wasted for one in found)
-        head = f"the program holds {len(found)} arrays otherwise than said, {wasted} B a device"
-        lines = [f"{head} in vain:", *(f"- {one}" for one in found)]
+        number = "one array" if len(found) == 1 else f"{len(found)} arrays"
+        head = f"the program holds {number} otherwise than was said, {wasted} B a device in vain"
+        lines = [f"{head}:", *(f"- {one}" for one in found)]
         raise SilentReplicationError("\n".join(lines), found)
 
 
