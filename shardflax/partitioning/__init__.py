@@ -46,6 +46,12 @@ from shardflax.partitioning.explained import (
     MeshExplained,
 )
 from shardflax.partitioning.explanation import Explanation, explain
+from shardflax.partitioning.importers import (
+    ImportedRules,
+    from_levanter,
+    from_maxtext,
+    from_t5x,
+)
 from shardflax.partitioning.init import abstract_layout, init_sharded
 from shardflax.partitioning.layout import Layout
 from shardflax.partitioning.leaf import Leaf
@@ -100,6 +106,7 @@ __all__ = [
     "DimExplained",
     "DimRecord",
     "Explanation",
+    "ImportedRules",
     "IndivisibleDimError",
     "InvalidRuleError",
     "Layout",
@@ -158,6 +165,9 @@ __all__ = [
     "default_names",
     "explain",
     "fake_slices",
+    "from_levanter",
+    "from_maxtext",
+    "from_t5x",
     "get_logical_axis_rules",
     "get_partition_spec",
     "get_sharding",

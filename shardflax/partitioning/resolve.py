@@ -26,7 +26,7 @@ from shardflax.partitioning.errors import (
 )
 from shardflax.partitioning.rules import AxisRules
 from shardflax.partitioning.spec_check import make_spec
-from shardflax.partitioning.vocabulary import AXIS_ALIASES, KNOWN_AXES, tie_rank
+from shardflax.partitioning.vocabulary import AXIS_ALIASES, KNOWN_AXES, known_name, tie_rank
 
 __all__ = ["DimRecord", "MeshAxes", "Resolution", "check_mesh_axes", "resolve"]
 
@@ -155,9 +155,11 @@ def _check_names(
 
 def _unknown(dim: int, name: str, names: tuple[Any, ...], rules: AxisRules) -> str:
     """The text for a name that no rule knows."""
+    meant = known_name(name)
+    hint = f"did you mean {meant!r}?" if meant in rules else did_you_mean(name, rules.names)
     return (
         f"no rule for the name {name!r} (dim {dim} of {names!r}): "
-        f"{did_you_mean(name, rules.names)} Correct the name, add a rule with "
+        f"{hint} Correct the name, add a rule with "
         f"rules | {{{name!r}: ...}}, or say that the dim is replicated with None."
     )
 
