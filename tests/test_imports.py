@@ -24,8 +24,6 @@ PACKAGES["shardflax.nn"] = PACKAGES["shardflax.partitioning"] | {"shardflax.part
 for _leaf in ("training", "ckpt", "models"):
     PACKAGES[f"shardflax.{_leaf}"] = PACKAGES["shardflax.nn"] | {"shardflax.nn"}
 PACKAGES["shardflax.cli"] = set(PACKAGES)
-# `training.checkpoints` is the API of Linen's programs.
-PACKAGES["shardflax.training"] = PACKAGES["shardflax.training"] | {"shardflax.ckpt"}
 PACKAGES["launch"] = {p for p in PACKAGES if p.startswith("shardflax.")}
 
 # Small modules beside the packages, with the seeds' names: each says here how low it sits.

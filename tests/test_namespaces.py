@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 # module of shardflax -> name(parameters), from Linen's reference; of errors only the names.  Left
-# out: `flax.training.checkpoints`, and what JAX and Flax have dropped since (`initial` of softmax,
-# `cell_size` of RNN).
+# out: what JAX and Flax have dropped since (`initial` of softmax, `cell_size` of RNN).
 REFERENCE = {
     "config": """
         update(name, value)
@@ -218,6 +217,21 @@ REFERENCE = {
         hide_flax_in_tracebacks()
         show_flax_in_tracebacks()
     """,
+    "training.checkpoints": """
+        AsyncManager(max_workers)
+        convert_pre_linen(params)
+        latest_checkpoint(ckpt_dir, prefix)
+        restore_checkpoint(ckpt_dir, target, step, prefix, parallel, gda_manager,
+            allow_partial_mpa_restoration, orbax_checkpointer, orbax_transforms)
+        save_checkpoint(ckpt_dir, target, step, prefix, keep, overwrite, keep_every_n_steps,
+            async_manager, orbax_checkpointer)
+        save_checkpoint_multiprocess(ckpt_dir, target, step, prefix, keep, overwrite,
+            keep_every_n_steps, async_manager, gda_manager, orbax_checkpointer)
+    """,
+    "training.orbax_utils": """
+        restore_args_from_target(target, mesh)
+        save_args_from_target(target)
+    """,
     "training.common_utils": """
         get_metrics(device_metrics)
         onehot(labels, num_classes, on_value, off_value)
@@ -255,6 +269,12 @@ REFERENCE = {
         unflatten_dict(xs, sep)
     """,
     "errors": """
+        AlreadyExistsError()
+        InvalidCheckpointError()
+        MPACheckpointingRequiredError()
+        MPARestoreDataCorruptedError()
+        MPARestoreTargetRequiredError()
+        MPARestoreTypeNotMatchError()
         ApplyModuleInvalidMethodError()
         ApplyScopeInvalidVariablesStructureError()
         ApplyScopeInvalidVariablesTypeError()
