@@ -144,7 +144,7 @@ def main(args: Sequence[str]) -> int:
     >>> import tempfile
     >>> file = ["--file", f"{tempfile.mkdtemp()}/shardflax.lock"]
     >>> main(["tiny", "--mesh", "fsdp=4", "--no-collectives", "--name", "mine", *file])
-    mine: new, 39 leaves, 75.0 KiB a device
+    mine: new, 39 leaves, 387.8 KiB a device
     0
     >>> main(["--check", *file])
     mine: as locked

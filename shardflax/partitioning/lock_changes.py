@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from shardflax.partitioning.locked import LockedCollective, LockedLeaf, LockEntry
 from shardflax.partitioning.table import bytes_text
@@ -84,13 +83,11 @@ def _collectives(old: LockEntry, new: LockEntry) -> Iterator[str]:
         return
     by = _total(new.collectives) - _total(old.collectives)
     yield f"collectives: {_total_text(old)} -> {_total_text(new)} a step ({_by(by)})"
-    before, after = _counts(old.collectives), _counts(new.collectives)
-    for key in sorted({*before, *after}):
-        was, now = before.get(key, 0), after.get(key, 0)
+    before, after = _groups(old.collectives), _groups(new.collectives)
+    for what in sorted({*before, *after}):
+        was, now = before.get(what, {}), after.get(what, {})
         if was != now:
-            sign = "+" if not was else "-" if not now else "~"
-            times = f"{now} x" if not was else f"{was} x" if not now else f"{was} -> {now} x"
-            yield f"  {sign} {times} {key[0]}"
+            yield f"  {_group(what, was, now)}"
     if old.compiler != new.compiler:
         yield f"  compiled by {old.compiler}, now by {new.compiler}"
 
@@ -107,9 +104,37 @@ def _total_text(entry: LockEntry) -> str:
     return bytes_text(_total(entry.collectives or ()))
 
 
-def _counts(collectives: Iterable[LockedCollective]) -> dict[tuple[Any, ...], int]:
-    """How often each runs, by text and what sorts it."""
-    return {
-        (f"{one}{'' if one.exact else ', each step of a loop'}", one.bytes): one.count
-        for one in collectives
-    }
+_Group = dict[tuple[int, bool], LockedCollective]  # by size of each, and whether counts are exact
+
+
+def _groups(collectives: Iterable[LockedCollective]) -> dict[str, _Group]:
+    """Collectives by kind, axes and network."""
+    groups: dict[str, _Group] = {}
+    for one in collectives:
+        what = f"{one.kind} over {one.axes} ({one.network})"
+        groups.setdefault(what, {})[one.bytes, one.exact] = one
+    return groups
+
+
+def _group(what: str, old: _Group, new: _Group) -> str:
+    """How the collectives of one kind changed: how many, how much, and of which sizes."""
+    sign = "+" if not old else "-" if not new else "~"
+    totals = [(sum(one.count for one in g.values()), _total(g.values())) for g in (old, new)]
+    said = [f"{count} x, {bytes_text(size)}" for count, size in totals]
+    by = _by(totals[1][1] - totals[0][1])
+    whole = f"{said[0]} -> {said[1]}" if sign == "~" else said[0] if old else said[1]
+    line = f"{sign} {what}: {whole} ({by})"
+    if sign != "~":
+        return line
+    sizes = [_size(old.get(key), new.get(key)) for key in sorted({*old, *new}, reverse=True)]
+    return f"{line}: {', '.join(filter(None, sizes))}"
+
+
+def _size(old: LockedCollective | None, new: LockedCollective | None) -> str:
+    """How those of one size changed; nothing, if they did not."""
+    one = new or old
+    was, now = old.count if old else 0, new.count if new else 0
+    if one is None or was == now:
+        return ""
+    each = "" if one.exact else " in each step of a loop"
+    return f"{was} -> {now} x {bytes_text(one.bytes)}{each}"
