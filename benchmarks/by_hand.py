@@ -1,11 +1,13 @@
 """Layers by hand: the same functions of the same parameters in plain JAX.
 
-Each takes the variables that the layer's `init` gives, and the layer's inputs.
+Each takes the parameters that the layer's `init` gives, and the layer's inputs; those in `STATEFUL`
+take all variables.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,7 +16,7 @@ from jax import lax
 
 from benchmarks import raw
 
-__all__ = ["BY_HAND", "through_jax"]
+__all__ = ["BY_HAND", "STATEFUL", "through_jax"]
 
 Params = Any
 IMAGES = ("NHWC", "HWIO", "NHWC")
@@ -71,6 +73,100 @@ def prelu(p: Params, x: jax.Array) -> jax.Array:
     return jnp.where(x >= 0, x, p["negative_slope"] * x)
 
 
+def conv_local(p: Params, x: jax.Array) -> jax.Array:
+    y = lax.conv_general_dilated_local(
+        x, p["kernel"], (1, 1), "SAME", (3, 3), dimension_numbers=IMAGES
+    )
+    return y + p["bias"]
+
+
+def dropout(p: Params, x: jax.Array, key: jax.Array) -> jax.Array:
+    return jnp.where(jax.random.bernoulli(key, 0.5, x.shape), x / 0.5, jnp.zeros_like(x))
+
+
+def pooled(fn: Any, init: float, p: Params, x: jax.Array) -> jax.Array:
+    return lax.reduce_window(x, init, fn, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+
+
+# --- weights that are normalized, and products in eight bits
+
+
+def unit(x: jax.Array, dims: int | None = None) -> jax.Array:
+    return x * lax.rsqrt(jnp.sum(x * x, axis=dims, keepdims=True) + 1e-12)
+
+
+def weight_norm(p: Params, x: jax.Array) -> jax.Array:
+    kernel = unit(p["layer_instance"]["kernel"], 0) * p["layer_instance/kernel/scale"]
+    return x @ kernel + p["layer_instance"]["bias"]
+
+
+def spectral_norm(variables: Any, x: jax.Array) -> jax.Array:
+    p, u = (
+        variables["params"]["layer_instance"],
+        variables["batch_stats"]["layer_instance/kernel/u"],
+    )
+    v = unit(u @ p["kernel"].T)
+    u = unit(v @ p["kernel"])
+    u, v = lax.stop_gradient((u, v))
+    sigma = (v @ p["kernel"] @ u.T)[0, 0]
+    return x @ (p["kernel"] / jnp.where(sigma != 0, sigma, 1)) + p["bias"]
+
+
+def scaled(x: jax.Array, scale: jax.Array, history: jax.Array, dtype: Any) -> Any:
+    """`x` in eight bits, and the scale: one at which the largest value of late fits."""
+    limit, largest = jnp.finfo(dtype).max.astype(jnp.float32), jnp.max(history)
+    old = 1.0 / scale
+    new = jnp.where(largest > 0.0, limit / largest, old)
+    scale = 1.0 / jnp.where(jnp.isfinite(largest), new, old)
+    return jnp.clip(x / scale, -limit, limit).astype(dtype), scale
+
+
+def seen(x: jax.Array, history: jax.Array) -> jax.Array:
+    return jnp.roll(history, -1).at[0].set(jnp.max(jnp.abs(x)))
+
+
+@jax.custom_vjp
+def fp8_product(x: jax.Array, kernel: jax.Array, state: Any) -> jax.Array:
+    return _fp8_forward(x, kernel, state)[0]
+
+
+def _fp8_forward(x: jax.Array, kernel: jax.Array, state: Any) -> Any:
+    history = {name: state[f"{name}_amax_history"] for name in ("input", "kernel")}
+    q_x, of_x = scaled(x, state["input_scale"], history["input"], jnp.float8_e4m3fn)
+    q_k, of_k = scaled(kernel, state["kernel_scale"], history["kernel"], jnp.float8_e4m3fn)
+    y = jnp.einsum("bli,io->blo", q_x, q_k, preferred_element_type=jnp.float32) * (of_x * of_k)
+    histories = seen(x, history["input"]), seen(kernel, history["kernel"])
+    return y, (q_x, of_x, q_k, of_k, histories, state)
+
+
+def _fp8_backward(kept: Any, g: jax.Array) -> Any:
+    q_x, of_x, q_k, of_k, (of_input, of_kernel), state = kept
+    history = state["output_grad_amax_history"]
+    q_g, of_g = scaled(g, state["output_grad_scale"], history, jnp.float8_e5m2)
+    product = partial(
+        jnp.einsum, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+    )
+    to_x = product("blo,io->bli", q_g, q_k) * (of_k * of_g)
+    to_kernel = product("bli,blo->io", q_x, q_g) * (of_x * of_g)
+    after = {
+        "input_scale": of_x,
+        "input_amax_history": of_input,
+        "kernel_scale": of_k,
+        "kernel_amax_history": of_kernel,
+        "output_grad_scale": of_g,
+        "output_grad_amax_history": seen(g, history),
+    }
+    return to_x, to_kernel, after
+
+
+fp8_product.defvjp(_fp8_forward, _fp8_backward)
+
+
+def fp8(variables: Any, x: jax.Array) -> jax.Array:
+    p, (state,) = variables["params"], variables["_overwrite_with_gradient"].values()
+    return fp8_product(x, p["kernel"], state) + p["bias"]
+
+
 # --- recurrent
 
 
@@ -112,14 +208,36 @@ def simple_cell(p: Params, h: jax.Array, x: jax.Array) -> Any:
     return h, h
 
 
+def mgu_cell(p: Params, h: jax.Array, x: jax.Array) -> Any:
+    f = jax.nn.sigmoid(dense(p["if"], x) + h @ p["hf"]["kernel"])
+    n = jnp.tanh(dense(p["in"], x) + dense(p["hn"], h) * f)
+    h = (1.0 - f) * n + f * h
+    return h, h
+
+
+def conv_lstm_cell(p: Params, carry: Any, x: jax.Array) -> Any:
+    c, h = carry
+    i, g, f, o = jnp.split(conv(p["ih"], x) + conv(p["hh"], h), 4, -1)
+    c = jax.nn.sigmoid(f + 1) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+    h = jax.nn.sigmoid(o) * jnp.tanh(c)
+    return (c, h), h
+
+
+def scanned(step: Callable[..., Any], carry: Any, x: jax.Array) -> jax.Array:
+    """The outputs of a cell along the length."""
+    return jnp.swapaxes(lax.scan(step, carry, jnp.swapaxes(x, 0, 1))[1], 0, 1)
+
+
 def rnn(p: Params, x: jax.Array) -> jax.Array:
     zeros = jnp.zeros((x.shape[0], p["cell"]["hi"]["bias"].size))
+    return scanned(partial(lstm_cell, p["cell"]), (zeros, zeros), x)
 
-    def step(carry: Any, x: jax.Array) -> Any:
-        return lstm_cell(p["cell"], carry, x)
 
-    ys = lax.scan(step, (zeros, zeros), jnp.swapaxes(x, 0, 1))[1]
-    return jnp.swapaxes(ys, 0, 1)
+def bidirectional(p: Params, x: jax.Array) -> jax.Array:
+    zeros = jnp.zeros((x.shape[0], p["forward_rnn"]["cell"]["hn"]["bias"].size))
+    there = scanned(partial(gru_cell, p["forward_rnn"]["cell"]), zeros, x)
+    back = scanned(partial(gru_cell, p["backward_rnn"]["cell"]), zeros, jnp.flip(x, 1))
+    return jnp.concatenate([there, jnp.flip(back, 1)], -1)
 
 
 # --- attention
@@ -159,4 +277,17 @@ BY_HAND: Mapping[str, Callable[..., Any]] = {
     "RNN": rnn,
     "MultiHeadDotProductAttention": raw.attention,
     "GroupedQueryAttention": grouped_attention,
+    "ConvLocal": conv_local,
+    "Dropout": dropout,
+    "max_pool": partial(pooled, lax.max, -jnp.inf),
+    "avg_pool": lambda p, x: pooled(lax.add, 0.0, p, x) / 4,
+    "WeightNorm": weight_norm,
+    "SpectralNorm": spectral_norm,
+    "Fp8DirectDotGeneralOp": fp8,
+    "MGUCell": mgu_cell,
+    "ConvLSTMCell": conv_lstm_cell,
+    "Bidirectional": bidirectional,
 }
+
+STATEFUL = ("SpectralNorm", "Fp8DirectDotGeneralOp")
+"""Those that take all variables instead of the parameters."""

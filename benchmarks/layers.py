@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import shardflax.nn as nn
-from benchmarks.by_hand import BY_HAND, through_jax
+from benchmarks.by_hand import BY_HAND, STATEFUL, through_jax
 from benchmarks.compiled import cost_of, instructions
 from benchmarks.report import machine
 from benchmarks.timing import in_turn
@@ -50,6 +50,8 @@ class Case:
     layer: Callable[[dict[str, int]], nn.Module]
     inputs: Callable[[dict[str, int]], Inputs]
     by_hand: Callable[..., Any]
+    call: Callable[..., Any] | None = None
+    """Calls the layer with its inputs; by default with nothing else."""
     same_program: bool = True
     """By hand the same operations are written, so that XLA's figures are to be equal."""
 
@@ -80,12 +82,33 @@ def two_states(s: dict[str, int]) -> Inputs:
     return (floats(*shape), floats(*shape, seed=1)), floats(*shape, seed=2)
 
 
+def two_images(s: dict[str, int]) -> Inputs:
+    (x,) = images(s)
+    return (x, x + 1), x - 1
+
+
+def keyed(s: dict[str, int]) -> Inputs:
+    return *hidden(s), jax.random.PRNGKey(0)
+
+
 def case(
-    name: str, layer: Callable[[dict[str, int]], nn.Module], inputs: Callable[..., Inputs]
+    name: str,
+    layer: Callable[[dict[str, int]], nn.Module],
+    inputs: Callable[..., Inputs],
+    **kw: Any,
 ) -> Case:
-    return Case(name, layer, inputs, BY_HAND[name])
+    return Case(name, layer, inputs, BY_HAND[name], **kw)
 
 
+def with_key(layer: Any, x: jax.Array, key: jax.Array) -> jax.Array:
+    return layer(x, rng=key)
+
+
+def updating(layer: Any, x: jax.Array) -> jax.Array:
+    return layer(x, update_stats=True)
+
+
+HALVED = {"window_shape": (2, 2), "strides": (2, 2)}
 ATTENTION = "MultiHeadDotProductAttention"
 CASES = (
     case("Dense", lambda s: nn.Dense(4 * s["width"]), hidden),
@@ -99,6 +122,17 @@ CASES = (
     ),
     case("Conv", lambda s: nn.Conv(s["channels"], (3, 3)), images),
     case("ConvTranspose", lambda s: nn.ConvTranspose(s["channels"], (3, 3), (2, 2)), images),
+    case("ConvLocal", lambda s: nn.ConvLocal(s["channels"], (3, 3)), images),
+    case("max_pool", lambda s: nn.Sequential([functools.partial(nn.max_pool, **HALVED)]), images),
+    case("avg_pool", lambda s: nn.Sequential([functools.partial(nn.avg_pool, **HALVED)]), images),
+    case("Dropout", lambda s: nn.Dropout(0.5, deterministic=False), keyed, call=with_key),
+    case("WeightNorm", lambda s: nn.WeightNorm(nn.Dense(s["width"])), hidden),
+    case("SpectralNorm", lambda s: nn.SpectralNorm(nn.Dense(s["width"])), hidden, call=updating),
+    case(
+        "Fp8DirectDotGeneralOp",
+        lambda s: nn.Dense(s["width"], dot_general_cls=nn.Fp8DirectDotGeneralOp),
+        hidden,
+    ),
     case("LayerNorm", lambda s: nn.LayerNorm(), hidden),
     case("RMSNorm", lambda s: nn.RMSNorm(), hidden),
     case("BatchNorm", lambda s: nn.BatchNorm(use_running_average=False), images),
@@ -115,7 +149,14 @@ CASES = (
         BY_HAND["OptimizedLSTMCell"],
         same_program=False,  # gradients are summed in Linen's order
     ),
+    case("MGUCell", lambda s: nn.MGUCell(s["width"]), one_step),
+    case("ConvLSTMCell", lambda s: nn.ConvLSTMCell(s["channels"], (3, 3)), two_images),
     case("RNN", lambda s: nn.RNN(nn.LSTMCell(s["width"])), hidden),
+    case(
+        "Bidirectional",
+        lambda s: nn.Bidirectional(*[nn.RNN(nn.GRUCell(s["width"])) for _ in range(2)]),
+        hidden,
+    ),
     case(ATTENTION, lambda s: nn.MultiHeadDotProductAttention(4), hidden),
     case(
         "GroupedQueryAttention",
@@ -144,17 +185,21 @@ class Programs:
 def programs(of: Case, sizes: dict[str, int], init: Callable[..., Any] = jax.jit) -> Programs:
     """The passes; `init` turns a function of nothing into variables, or into their shapes."""
     model, inputs = of.layer(sizes), of.inputs(sizes)
-    variables = init(lambda: model.init(jax.random.key(0), *inputs))()
+    call = of.call or type(model).__call__
+    variables = init(lambda: model.init(jax.random.key(0), *inputs, method=call))()
     params = variables.get("params", {})
     others = {name: value for name, value in variables.items() if name != "params"}
 
     def layer(params: Any, inputs: Inputs, others: Any) -> Any:
         mutable = list(others)
-        y = model.apply({"params": params, **others}, *inputs, mutable=mutable or False)
+        y = model.apply(
+            {"params": params, **others}, *inputs, mutable=mutable or False, method=call
+        )
         return y[0] if mutable else y
 
     def hand(params: Any, inputs: Inputs, others: Any) -> Any:
-        return of.by_hand(params, *inputs)
+        given = {"params": params, **others} if of.name in STATEFUL else params
+        return of.by_hand(given, *inputs)
 
     return Programs(passes(layer), passes(hand), (params, inputs, others))
 

@@ -54,7 +54,8 @@ def compute_scale(amax: Array, scale: Array, fp8_max: Array, margin: int = 0) ->
     [0.015625]
     """
     old = 1.0 / scale
-    factor = jnp.where(amax > 0.0, (fp8_max / amax) / (2**margin), old)
+    largest = fp8_max / 2**margin if margin else fp8_max
+    factor = jnp.where(amax > 0.0, largest / amax, old)
     return 1.0 / jnp.where(jnp.isfinite(amax), factor, old)
 
 
