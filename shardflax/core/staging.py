@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import jax
 from jax._src import config as jax_config
 from jax._src import core as jax_core  # jax.extend.core has the same, and imports all of Pallas
+from jax._src import distributed, traceback_util
 from jax._src import mesh as jax_mesh
-from jax._src import traceback_util
 from jax.interpreters import partial_eval
 
 __all__ = [
     "Static",
+    "coordination_client",
     "current_trace",
     "entered_mesh",
     "escapes",
@@ -23,13 +24,16 @@ __all__ = [
     "hoist",
     "jx",
     "known",
+    "needed",
     "policy_names",
+    "run_equation",
     "show_frames",
     "with_checkpoint_names",
 ]
 
 _config: Any = jax_config
 _core: Any = jax_core
+_distributed: Any = distributed
 _mesh: Any = jax_mesh
 _partial_eval: Any = partial_eval
 jx: Any = jax  # JAX as an untyped value: some of its functions are half typed
@@ -173,6 +177,33 @@ def _sliced(jaxpr: Any, outvars: list[Any]) -> tuple[Any, list[bool]]:
     return _partial_eval.dce_jaxpr(jaxpr, [True] * len(outvars))
 
 
+def needed(jaxpr: Any) -> Any:
+    """A jaxpr of the same inputs and outputs, without what no output depends on, in loops too.
+
+    >>> traced = jax.make_jaxpr(lambda x: (x + 1, x * x)[0])(1.0)
+    >>> len(traced.jaxpr.eqns), len(needed(traced.jaxpr).eqns)
+    (2, 1)
+    """
+    return _partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)[0]
+
+
+def run_equation(jaxpr: Any, eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """The outputs of one equation of a jaxpr, for values of its inputs; None for unused ones.
+
+    >>> jaxpr = jax.make_jaxpr(lambda x: x + 1)(1.0).jaxpr
+    >>> float(run_equation(jaxpr, jaxpr.eqns[0], [2.0, 1.0])[0])
+    3.0
+    """
+    used = [v for v in eqn.outvars if not isinstance(v, _core.DropVar)]
+    given = {v: x for v, x in zip(eqn.invars, values, strict=True) if isinstance(v, _core.Var)}
+    info = _debug(jaxpr, len(given), len(used))
+    alone = jaxpr.replace(
+        constvars=[], invars=[*given], outvars=used, eqns=[eqn], effects=eqn.effects, debug_info=info
+    )
+    made = iter(jx.core.eval_jaxpr(alone, [], *given.values()))
+    return [None if isinstance(v, _core.DropVar) else next(made) for v in eqn.outvars]
+
+
 def _needs_inputs(jaxpr: Any, outvars: list[Any]) -> bool:
     return any(_sliced(jaxpr, outvars)[1])
 
@@ -280,3 +311,12 @@ def show_frames(folder: str) -> None:
     """
     if folder in _hidden:
         _hidden.remove(folder)
+
+
+def coordination_client() -> Any:
+    """The client of JAX's coordination service; None where `jax.distributed` is not initialised.
+
+    >>> coordination_client() is None
+    True
+    """
+    return _distributed.global_state.client
