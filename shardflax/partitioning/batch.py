@@ -20,10 +20,12 @@ def batch_sharding(
     names: tuple[str | None, ...] = ("batch", "length"),
     shape: tuple[int, ...] | None = None,
 ) -> NamedSharding:
-    """The sharding of a batch whose dims have `names`.
+    """The sharding of a batch whose dims have `names`, under the rules for compute.
 
-    With `shape`, the sizes are checked against the mesh.  Raises a `LayoutError` for an unknown
-    name, names of another rank than `shape`, or a dim that its axes do not divide.
+    For evaluation, give `rules.eval`.  With `shape`, the sizes are checked against the mesh.
+
+    Raises a `LayoutError` for an unknown name, names of another rank than `shape`, or a dim that
+    its axes do not divide.
 
     >>> from shardflax.partitioning import make_mesh, preset
     >>> mesh = make_mesh("data=2,fsdp=2,tensor=2")
@@ -36,6 +38,8 @@ def batch_sharding(
 def batch_axes(mesh: Mesh, rules: AxisRules, name: str = "batch") -> tuple[str, ...]:
     """The mesh axes (of size above 1) over which the dim `name` is spread.
 
+    See `AxisRules.roles` for those of the context, of experts and of stages.
+
     >>> from shardflax.partitioning import make_mesh, preset
     >>> batch_axes(make_mesh("data=2,fsdp=2,tensor=2"), preset("fsdp_tp"))
     ('data', 'fsdp')
@@ -46,6 +50,6 @@ def batch_axes(mesh: Mesh, rules: AxisRules, name: str = "batch") -> tuple[str, 
 def _resolved(
     mesh: Mesh, rules: AxisRules, names: tuple[Any, ...], shape: tuple[int, ...] | None
 ) -> Resolution:
-    found = resolve(names, rules, shape, free_axes(mesh))
+    found = resolve(names, rules.compute, shape, free_axes(mesh))
     raise_problems([Problem(p.error, p.text, p.dim, "batch") for p in found.problems])
     return found

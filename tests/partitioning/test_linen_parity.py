@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from shardflax import partitioning as ours
+from shardflax.partitioning.spec_check import spec_axes
 
 linen: Any = flax.linen
 NAMES = ("batch", "embed", "mlp", "heads", "zzz")
@@ -49,6 +50,26 @@ def test_logical_to_mesh_axes_equals_linens(names: Any, rules: Any) -> None:
     assert outcome(ours.logical_to_mesh_axes, names, rules) == expected
     with ours.logical_axis_rules(rules):
         assert outcome(ours.logical_to_mesh_axes, names) == expected
+
+
+strict_rules = st.tuples(
+    *[st.sampled_from(["", "data", "model", "x?", "data x", "x data?", "model? x", "x model data"])]
+    * len(NAMES)
+).map(lambda axes: ours.AxisRules(zip(NAMES, axes, strict=True)))
+strict_names = st.lists(st.sampled_from(NAMES), max_size=4, unique=True).flatmap(
+    lambda some: st.permutations([*some, None])
+)
+
+
+@given(strict_names, strict_rules)
+@settings(max_examples=100, deadline=None)
+def test_strict_rules_equal_linens_where_nothing_is_wrong(names: Any, rules: Any) -> None:
+    """Where no axis is claimed twice, nothing yields and nothing is refused: all is as in Linen."""
+    found = ours.resolve(tuple(names), rules)
+    assume(not found.problems and not any(dim.given_up for dim in found.dims))
+    bare = [(name, tuple(axis.rstrip("?") for axis in axes)) for name, axes in rules]
+    theirs = linen.logical_to_mesh_axes(names, bare)
+    assert [spec_axes(part) for part in theirs] == [dim.taken for dim in found.dims]
 
 
 @pytest.mark.parametrize("names", [None, (), (None,), ("batch", "batch"), ("embed", "embed")])
