@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from shardflax.partitioning.errors import Problem
 from shardflax.partitioning.explained import DimExplained, LeafExplained, MeshExplained
+from shardflax.partitioning.rule_sets import FOLLOWS
+from shardflax.partitioning.rules import AxisRules, LogicalRules
 from shardflax.partitioning.spec_check import spec_axes
 
 if TYPE_CHECKING:
@@ -61,8 +63,15 @@ def _mesh(mesh: MeshExplained) -> dict[str, Any]:
 
 def _rules(explanation: Explanation) -> dict[str, Any]:
     rules = explanation.layout.rules
-    entries = [{"name": name, "axes": list(map(str, spec_axes(axes)))} for name, axes in rules]
-    return {"title": explanation.rules_title, "entries": entries}
+    values: dict[str, Any] = {"title": explanation.rules_title, "entries": _entries(rules)}
+    if isinstance(rules, AxisRules):
+        sets = {kind: _entries(getattr(rules, kind)) for kind in FOLLOWS}
+        values["sets"] = {kind: rows for kind, rows in sets.items() if rows != values["entries"]}
+    return values
+
+
+def _entries(rules: LogicalRules) -> list[dict[str, Any]]:
+    return [{"name": name, "axes": list(map(str, spec_axes(axes)))} for name, axes in rules]
 
 
 def _leaf(leaf: LeafExplained) -> dict[str, Any]:
@@ -72,6 +81,7 @@ def _leaf(leaf: LeafExplained) -> dict[str, Any]:
         "dtype": leaf.dtype,
         "names": [dim.name for dim in leaf.dims] if leaf.named else None,
         "origin": leaf.origin,
+        "rule_set": leaf.rule_set,
         "spec": [list(axes) for axes in leaf.spec],
         "dims": [_dim(dim) for dim in leaf.dims],
         "bytes": leaf.bytes,

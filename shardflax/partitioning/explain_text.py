@@ -156,6 +156,8 @@ def _remarks(leaf: LeafExplained) -> Iterator[str]:
         yield f"{len(leaf.problems)} problem{'s'[: len(leaf.problems) > 1]}, see below"
     if leaf.origin != "its box":
         yield leaf.origin
+    if leaf.rule_set != "stored" and leaf.origin != "as its parameter":
+        yield f"rules for {leaf.rule_set}"
     for dim in leaf.dims:
         for axis, why in dim.losses:
             yield f"{dim.name} not {axis}: {why}"

@@ -141,6 +141,7 @@ class LeafExplained:
     parts: int
     named: bool = True
     problems: tuple[str, ...] = ()
+    rule_set: str = "stored"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -185,15 +186,16 @@ def explain_leaf(leaf: Leaf, mesh: AnyMesh, rules: LogicalRules) -> LeafExplaine
     """
     spec = tuple(tuple(map(str, spec_axes(entry))) for entry in leaf.spec)
     spec += ((),) * (len(leaf.shape) - len(spec))
-    records = leaf.dims or _records(leaf, spec, rules)
+    sizes = [[mesh.shape[axis] for axis in axes] for axes in spec]
+    records = leaf.dims or _records(leaf, spec, mesh, rules)
     whole = math.prod(leaf.shape) * int(leaf.dtype.itemsize)
     return LeafExplained(
         leaf.where,
         str(leaf.dtype),
         leaf.origin,
         tuple(
-            _dim(size, record, tuple(sizes))
-            for size, record, sizes in zip(leaf.shape, records, _sizes(spec, mesh), strict=True)
+            _dim(size, record, math.prod(parts))
+            for size, record, parts in zip(leaf.shape, records, sizes, strict=True)
         ),
         spec,
         whole,
@@ -201,52 +203,56 @@ def explain_leaf(leaf: Leaf, mesh: AnyMesh, rules: LogicalRules) -> LeafExplaine
         leaf.parts,
         leaf.names is not None,
         tuple(problem.text for problem in leaf.problems),
+        leaf.rule_set,
     )
 
 
-def _sizes(spec: tuple[tuple[str, ...], ...], mesh: AnyMesh) -> list[list[int]]:
-    shape = mesh.shape
-    return [[shape[axis] for axis in axes] for axes in spec]
-
-
 @functools.lru_cache(maxsize=65536)
-def _dim(size: int, record: DimRecord, sizes: tuple[int, ...]) -> DimExplained:
-    """The parts that a dim is cut into are those of its spec: none, if the leaf has problems."""
+def _dim(size: int, record: DimRecord, parts: int) -> DimExplained:
+    """The parts that a dim is cut into are those of its spec: one, if the leaf has problems."""
     name = "unconstrained" if record.name is PartitionSpec.UNCONSTRAINED else record.name
-    local = size // math.prod(sizes)
-    return DimExplained(size, name, record.rule, record.taken, record.given_up, local)
+    return DimExplained(size, name, record.rule, record.taken, record.given_up, size // parts)
 
 
-def _records(
-    leaf: Leaf, spec: tuple[tuple[str, ...], ...], rules: LogicalRules
-) -> tuple[DimRecord, ...]:
+_Spec = tuple[tuple[str, ...], ...]
+
+
+def _records(leaf: Leaf, spec: _Spec, mesh: AnyMesh, rules: LogicalRules) -> tuple[DimRecord, ...]:
     """What strict rules would have recorded, for a leaf that they did not resolve."""
     if leaf.names is None or len(leaf.names) != len(leaf.shape):
         return (DimRecord(None, None),) * len(leaf.shape)
-    pairs = () if isinstance(rules, AxisRules) else tuple(rules)
-    return tuple(_record(dim, leaf.names, spec, pairs) for dim in range(len(leaf.names)))
+    pairs = [] if isinstance(rules, AxisRules) else [(name, _flat(axes)) for name, axes in rules]
+    large = {axis for axis, size in mesh.shape.items() if size > 1}
+    dims = range(len(leaf.names))
+    return tuple(_record(dim, leaf.names, spec, pairs, large) for dim in dims)
 
 
 def _record(
-    dim: int, names: Sequence[Any], spec: tuple[tuple[str, ...], ...], pairs: Sequence[Any]
+    dim: int,
+    names: Sequence[Any],
+    spec: _Spec,
+    pairs: Sequence[tuple[str, tuple[str, ...]]],
+    large: set[str],
 ) -> DimRecord:
     """Which of the plain pairs fired for a dim, and which were passed over."""
     name, taken = names[dim], spec[dim]
     given_up: dict[str, str] = {}
-    for axes in [_flat(axes) for other, axes in pairs if other == name]:
-        if set(taken) <= set(axes) and (taken or not _owner(axes, spec)):
+    for axes in [axes for other, axes in pairs if other == name]:
+        wanted = tuple(axis for axis in axes if axis in large)
+        owned = _owner(wanted, dim, spec)
+        if wanted == taken or owned is None:
             return DimRecord(name, axes, taken, tuple(given_up.items()))
-        axis, owner = _owner(axes, spec) or (axes[0], dim)
-        given_up |= dict.fromkeys(axes, f"{axis} is taken by dim {owner} {names[owner]!r}")
+        axis, owner = owned
+        given_up |= dict.fromkeys(wanted, f"{axis} is taken by dim {owner} {names[owner]!r}")
     text = name if isinstance(name, str) or name is None else "+".join(_flat(name))
     return DimRecord(text, None, taken, tuple(given_up.items()))
 
 
+def _owner(axes: tuple[str, ...], dim: int, spec: _Spec) -> tuple[str, int] | None:
+    """The first of `axes` that another dim has, and that dim."""
+    others = [other for other in range(len(spec)) if other != dim]
+    return next(((axis, d) for axis in axes for d in others if axis in spec[d]), None)
+
+
 def _flat(axes: Any) -> tuple[str, ...]:
     return tuple(map(str, spec_axes(axes)))
-
-
-def _owner(axes: tuple[str, ...], spec: tuple[tuple[str, ...], ...]) -> tuple[str, int] | None:
-    """The first of `axes` that a dim has, and the dim."""
-    found = ((axis, dim) for axis in axes for dim, part in enumerate(spec) if axis in part)
-    return next(found, None)

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Explanation", "explain"]
 
+_FOLLOWS = "as its parameter"
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -67,18 +69,18 @@ class Explanation:
 
     @functools.cached_property
     def followers(self) -> dict[str, str]:
-        """The leaves that are laid out as a parameter is, and the path of that parameter."""
+        """The leaves that are laid out just as a parameter is, and the path of that parameter."""
         owners = {
-            path.partition("/")[2]: path
-            for path in (leaf.path for leaf in self.leaves if leaf.origin == "its box")
+            leaf.path.partition("/")[2]: leaf for leaf in self.leaves if leaf.origin != _FOLLOWS
         }
         found: dict[str, str] = {}
         for leaf in self.leaves:
-            rest = leaf.path if leaf.origin == "as its parameter" else ""
+            rest = leaf.path if leaf.origin == _FOLLOWS else ""
             while rest and rest not in owners:
                 rest = rest.partition("/")[2]
-            if rest:
-                found[leaf.path] = owners[rest]
+            owner = owners.get(rest) if rest else None
+            if owner and (owner.spec, owner.problems) == (leaf.spec, leaf.problems):
+                found[leaf.path] = owner.path
         return found
 
     @property
