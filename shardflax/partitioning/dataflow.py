@@ -41,6 +41,9 @@ class Dataflow:
 
     program: Program
     _roots: dict[str, Instruction] = field(default_factory=dict[str, Instruction])
+    _uses: dict[str, dict[str, list[Instruction]]] = field(
+        default_factory=dict[str, dict[str, list[Instruction]]]
+    )
     _named: dict[str, dict[str, Instruction]] = field(
         default_factory=dict[str, dict[str, Instruction]]
     )
@@ -49,6 +52,10 @@ class Dataflow:
         for name, instructions in self.program.computations.items():
             self._named[name] = {i.name: i for i in instructions}
             self._roots[name] = next((i for i in instructions if i.root), instructions[-1])
+            uses = self._uses.setdefault(name, {})
+            for instruction in instructions:
+                for operand in dict.fromkeys(instruction.operands):
+                    uses.setdefault(operand, []).append(instruction)
 
     def walk(self) -> Iterator[tuple[Place, Instruction]]:
         """Every instruction that the entry reaches, once for each way of being called."""
@@ -76,6 +83,24 @@ class Dataflow:
         if instruction.op in ("fusion", "call") and (inner := self._inside(place, instruction)):
             return self.source(inner, self._roots[inner.computation].name)
         return place, instruction
+
+    def uses(self, place: Place, name: str) -> list[tuple[Place, Instruction]]:
+        """Who uses a value: inside of fusions, and outside where a fusion gives it; or tuples."""
+        found: list[tuple[Place, Instruction]] = []
+        for user in self._uses[place.computation].get(name, ()):
+            inner = self._inside(place, user) if user.op in ("fusion", "call") else None
+            if inner is None:
+                found.append((place, user))
+                continue
+            for parameter in self.program.computations[inner.computation]:
+                number = int(parameter.inside) if parameter.op == "parameter" else -1
+                if number >= 0 and user.operands[number] == name:
+                    found += self.uses(inner, parameter.name)
+        if self._roots[place.computation].name == name and place.outer and place.call:
+            known = place.call.op in ("fusion", "call")
+            here = (place.outer, place.call)
+            found += self.uses(place.outer, place.call.name) if known else [here]
+        return found
 
     def _inside(self, place: Place, call: Instruction) -> Place | None:
         called = _CALLED.search(call.attributes)

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jax.sharding import PartitionSpec
@@ -142,15 +143,18 @@ def _cut_anew(
     flow: Dataflow, place: Place, cut: Instruction, mesh: AnyMesh, counts: dict[str, int]
 ) -> Iterator[Rematerialization]:
     """The finding that a slice is the end of, if it is one."""
-    offsets = [flow.integer(place, o, mesh.size) for o in cut.operands[1:]]
-    by_device = [o is not None and np.unique(o).size > 1 for o in offsets]
-    gathers = list(_gathers(flow, place, cut.operands[0])) if any(by_device) else []
+    offsets, by_device = _offsets(flow, place, cut, mesh.size)
+    found = list(_gathers(flow, place, cut.operands[0])) if any(by_device) else []
+    gathers = [gather for _, gather in found]
     if not gathers or any(g.op_name.endswith("/all_gather") for g in gathers):
+        return
+    if not _only_cut(flow, *found[0], devices=mesh.size):
         return
     tiles = [
         offset // size if cuts else np.zeros(mesh.size, int)
         for offset, size, cuts in zip(offsets, shapes_of(cut.type)[0], by_device, strict=True)
     ]
+    before, parts = _gathered(gathers, mesh)
     last = gathers[0]
     kind, shape = _TYPE.findall(last.type)[-1], shapes_of(last.type)[-1]
     yield Rematerialization(
@@ -158,9 +162,9 @@ def _cut_anew(
         operation=last.op_name.rpartition("/")[2] or last.name,
         shape=shape,
         bytes=type_bytes(kind),
-        before=_gathered(gathers, mesh),
+        before=before,
         after=spec_of_tiles(tiles, mesh) if len(tiles) == len(shape) else None,
-        shardings=("gathered", "cut by the number of the device"),
+        shardings=(parts, "cut by the number of the device"),
         source=source_line(flow.program, last),
         count=counts.get(place.computation, 1),
         seen="program",
@@ -168,19 +172,42 @@ def _cut_anew(
     )
 
 
-def _gathers(flow: Dataflow, place: Place, name: str) -> Iterator[Instruction]:
+def _only_cut(flow: Dataflow, place: Place, made: Instruction, devices: int) -> bool:
+    """True if nothing uses a value whole: all that is made of it are slices by the device."""
+    uses = flow.uses(place, made.name)
+    return bool(uses) and all(
+        _only_cut(flow, at, user, devices)
+        if user.op in _MOVES
+        else user.op == "dynamic-slice" and any(_offsets(flow, at, user, devices)[1])
+        for at, user in uses
+    )
+
+
+def _offsets(
+    flow: Dataflow, place: Place, cut: Instruction, devices: int
+) -> tuple[list[Any], list[bool]]:
+    """Where a slice starts in each dim, by device where that is known; and where it differs."""
+    offsets = [flow.integer(place, o, devices) for o in cut.operands[1:]]
+    return offsets, [o is not None and np.unique(o).size > 1 for o in offsets]
+
+
+def _gathers(flow: Dataflow, place: Place, name: str) -> Iterator[tuple[Place, Instruction]]:
     """The all-gathers that a value comes from, the last first, if it is just what they gave."""
     place, made = flow.source(place, name)
     while made.operands and (made.op in _MOVES or made.op.startswith("all-gather")):
         if made.op in ("all-gather", "all-gather-start"):
-            yield made
+            yield place, made
         place, made = flow.source(place, made.operands[0])
 
 
-def _gathered(gathers: list[Instruction], mesh: AnyMesh) -> PartitionSpec:
-    """Which axes lay on which dims before."""
+def _gathered(gathers: list[Instruction], mesh: AnyMesh) -> tuple[PartitionSpec | None, str]:
+    """Which axes lay on which dims before; no spec, but words, if it was a part of an axis."""
     axes: dict[int, tuple[str, ...]] = {}
     for gather in gathers:
         dim = int(gather.attribute(r"dimensions=\{(\d+)") or 0)
-        axes[dim] = (*axes.get(dim, ()), *mesh_axes(instruction_groups(gather, mesh.size), mesh))
-    return make_spec(axes.get(dim, ()) for dim in range(max(axes) + 1))
+        groups = instruction_groups(gather, mesh.size)
+        over = mesh_axes(groups, mesh)
+        if len(groups[0]) != math.prod(mesh.shape[axis] for axis in over):
+            return None, f"dim {dim} in {len(groups[0])} parts, over a part of {', '.join(over)}"
+        axes[dim] = (*axes.get(dim, ()), *over)
+    return make_spec(axes.get(dim, ()) for dim in range(max(axes) + 1)), "gathered"

@@ -117,6 +117,48 @@ def test_what_a_program_asks_for_is_no_finding() -> None:
         compile(weights, jax.device_put(jnp.ones((6, 6)), P("tensor")), jnp.ones((6, 6)), mesh=MESH)
 
 
+GATHERED = """HloModule m
+
+%cut (p: f32[8,4], t: s32[8], i: u32[]) -> f32[4,4] {
+  %p = f32[8,4]{1,0} parameter(0)
+  %t = s32[8]{0} parameter(1)
+  %i = u32[] parameter(2)
+  %s = s32[1]{0} dynamic-slice(%t, %i), dynamic_slice_sizes={1}
+  %b = s32[] bitcast(%s)
+  %four = s32[] constant(4)
+  %at = s32[] multiply(%b, %four)
+  %zero = s32[] constant(0)
+  ROOT %d = f32[4,4]{1,0} dynamic-slice(%p, %at, %zero), dynamic_slice_sizes={4,4}
+}
+
+ENTRY %main (a: f32[4,4]) -> (f32[4,4], f32[8,4]) {
+  %a = f32[4,4]{1,0} parameter(0)
+  %id = u32[] partition-id()
+  %table = s32[8]{0} constant({0, 0, 0, 0, 1, 1, 1, 1})
+  %g = f32[8,4]{1,0} all-gather(%a), replica_groups=GROUPS, dimensions={0}, NAME
+  %c = f32[8,4]{1,0} copy(%g)
+  %f = f32[4,4]{1,0} fusion(%c, %table, %id), kind=kLoop, calls=%cut
+  %n = f32[8,4]{1,0} negate(WHOLE)
+  ROOT %r = (f32[4,4]{1,0}, f32[8,4]{1,0}) tuple(%f, %n)
+}"""
+
+
+def gathered(whole: str, groups: str = "[4,2]<=[8]") -> Any:
+    text = GATHERED.replace("WHOLE", whole).replace("GROUPS", groups)
+    text = text.replace("NAME", 'metadata={op_name="jit(f)/net/transpose(jvp(up))/dot_general"}')
+    return from_program(parse(text), make_mesh("data=2,tensor=4"))
+
+
+def test_what_is_used_whole_as_well_is_gathered_for_a_reason() -> None:
+    assert gathered("%g") == gathered("%c") == []
+    (found,) = gathered("%a")
+    assert (found.path, found.operation, found.shape) == ("net/up", "dot_general", (8, 4))
+    assert (found.before, found.after) == (None, P("data"))
+    assert found.shardings[0] == "dim 0 in 2 parts, over a part of tensor"
+    (found,) = gathered("%a", "[4,2]<=[2,4]T(1,0)")
+    assert found.before == P("data") and str(found).endswith("P('data',) -> P('data',)")
+
+
 @pytest.mark.parametrize(
     "line",
     [
