@@ -35,6 +35,7 @@ from shardflax.partitioning.errors import (
     RematerializationWarning,
     RepeatedNameError,
     SilentReplicationError,
+    TreeMismatchError,
     UnknownAxisError,
     UnknownNameError,
     UnknownPresetError,
@@ -71,6 +72,7 @@ from shardflax.partitioning.picture import MeshPicture, mesh_picture
 from shardflax.partitioning.presets import DEFAULT_RULES, PRESETS, preset
 from shardflax.partitioning.rematerialization import Rematerialization
 from shardflax.partitioning.replication import Replication, assert_compiled, check_compiled
+from shardflax.partitioning.reshard import reshard
 from shardflax.partitioning.resolve import DimRecord, Resolution, resolve
 from shardflax.partitioning.roles import Roles
 from shardflax.partitioning.rules import AxisRules, LogicalRules
@@ -89,6 +91,7 @@ from shardflax.partitioning.specs import (
     logical_to_mesh_sharding,
 )
 from shardflax.partitioning.summary_columns import TableSharding, table_sharding
+from shardflax.partitioning.usage import RuleUsage, UsedRule, rule_usage
 from shardflax.partitioning.vocabulary import KNOWN_AXES
 
 __all__ = [
@@ -141,12 +144,15 @@ __all__ = [
     "Replication",
     "Resolution",
     "Roles",
+    "RuleUsage",
     "RulesFallback",
     "SilentReplicationError",
     "TableSharding",
+    "TreeMismatchError",
     "UnknownAxisError",
     "UnknownNameError",
     "UnknownPresetError",
+    "UsedRule",
     "abstract_layout",
     "assert_collectives",
     "assert_compiled",
@@ -184,7 +190,9 @@ __all__ = [
     "networks",
     "preset",
     "read_lock",
+    "reshard",
     "resolve",
+    "rule_usage",
     "set_logical_axis_rules",
     "slices_of",
     "table_sharding",

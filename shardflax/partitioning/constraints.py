@@ -48,6 +48,7 @@ __all__ = [
     "constrain",
     "constrain_box",
     "constrain_spec",
+    "is_names",
     "lower",
     "wanted_spec",
     "with_logical_constraint",
@@ -100,7 +101,7 @@ def with_logical_constraint(
 
         return jx.tree.map(each, part)
 
-    return jx.tree.map(one, logical_axis_resources, x, is_leaf=_is_names)
+    return jx.tree.map(one, logical_axis_resources, x, is_leaf=is_names)
 
 
 def constrain(x: jax.Array, names: tuple[Any, ...] | None) -> jax.Array:
@@ -154,8 +155,12 @@ def wanted_spec(shape: tuple[int, ...], names: tuple[Any, ...]) -> PartitionSpec
     return None if check_spec(shape, spec, dict(free_axes(mesh)), "") else spec
 
 
-def _is_names(x: Any) -> bool:
-    """True for one tuple of names, or None, in a tree of them."""
+def is_names(x: Any) -> bool:
+    """True for one tuple of names, or None, in a tree of them.
+
+    >>> is_names(("embed", None)), is_names([("embed", None)])
+    (True, False)
+    """
     if x is None or isinstance(x, PartitionSpec):
         return True
     return isinstance(x, tuple) and all(_is_name(name) for name in cast(tuple[Any, ...], x))

@@ -32,6 +32,7 @@ __all__ = [
     "RematerializationWarning",
     "RepeatedNameError",
     "SilentReplicationError",
+    "TreeMismatchError",
     "UnknownAxisError",
     "UnknownNameError",
     "UnknownPresetError",
@@ -146,6 +147,10 @@ class UnknownPresetError(LayoutError):
 
 class MeshSpecError(LayoutError):
     """A mesh spec that cannot be read, or does not fit the devices."""
+
+
+class TreeMismatchError(LayoutError):
+    """A tree of names, or a layout, that is not of the tree it is used for."""
 
 
 class MeshScopeError(LayoutError):
