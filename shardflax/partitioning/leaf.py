@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +93,7 @@ def place_leaf(path: Path, value: Any, named: NamedLeaf, axes: MeshAxes) -> Leaf
     >>> from shardflax.partitioning import preset
     >>> named = NamedLeaf(("embed",), "its box", preset("fsdp"), min_size=16)
     >>> place_leaf(("b",), np.zeros(8), named, (("fsdp", 8),)).dims[0].given_up
-    (('fsdp', 'fewer than 16 elements'),)
+    (('fsdp', 'below the threshold of 16 elements'),)
     """
     shape = tuple(value.shape)
     spec, dims, parts, found = _WHOLE
@@ -119,23 +118,10 @@ def _strict(
     names: tuple[Any, ...], rules: AxisRules, shape: tuple[int, ...], axes: MeshAxes, least: int
 ) -> _Placed:
     """Spec, record, number of parts, problems; whole if it has less than `least` elements."""
-    small = math.prod(shape) < least
-    found = resolve(names, rules, shape, tuple((axis, 1) for axis, _ in axes) if small else axes)
+    found = resolve(names, rules, shape, axes, least)
     if found.problems:
         return PartitionSpec(), (), 1, found.problems
-    dims = found.dims
-    if small:
-        why, sizes = f"fewer than {least} elements", dict(axes)
-        dims = tuple(
-            DimRecord(dim.name, dim.rule, (), tuple(_lost(dim, sizes, why))) for dim in dims
-        )
-    return found.spec, dims, spec_parts(found.spec, dict(axes)), ()
-
-
-def _lost(dim: DimRecord, sizes: dict[str, int], why: str) -> Iterator[tuple[str, str]]:
-    """The axes that a dim would have had, and those it would not have had anyway."""
-    for axis, reason in dim.given_up:
-        yield axis, why if sizes.get(axis, 1) > 1 else reason
+    return found.spec, found.dims, spec_parts(found.spec, dict(axes)), ()
 
 
 def _plain(

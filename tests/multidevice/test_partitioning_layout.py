@@ -288,7 +288,7 @@ def test_a_threshold() -> None:
     assert layout.specs["params"]["square"] == P() and layout.specs["cache"] == P("tensor")
     square = layout.leaf("params/square")
     assert square.dims[0].given_up == (
-        ("fsdp", "fewer than 512 elements"),
+        ("fsdp", "below the threshold of 512 elements"),
         *square.dims[0].given_up[1:],
     )
     odd = {"w": LogicallyPartitioned(jnp.ones((3, 5)), ("embed", "mlp"))}
