@@ -11,6 +11,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,7 +21,17 @@ __all__ = ["NAMES", "VARIABLE", "Browser", "find_browser"]
 
 VARIABLE = "SHARDFLAX_BROWSER"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-_DEADLINE = 60.0  # seconds for one answer, on a loaded machine
+_DEADLINE = 30.0  # seconds for one answer, on a loaded machine
+
+# Puts two descriptors where the browser looks for them, and becomes the browser.
+_CODE = """
+import fcntl, os, sys
+read, write = (fcntl.fcntl(int(n), fcntl.F_DUPFD, 10) for n in sys.argv[1:3])
+os.dup2(read, 3)
+os.dup2(write, 4)
+os.execvp(sys.argv[3], sys.argv[3:])
+"""
+_TRAMPOLINE = (sys.executable, "-ISc", _CODE)
 
 
 def find_browser() -> str | None:
@@ -35,12 +46,10 @@ class Browser:
     def __init__(self, executable: str) -> None:
         self._profile = tempfile.mkdtemp(prefix="shardflax-browser-")
         ours, theirs = os.pipe(), os.pipe()
-        # A shell puts the descriptors where the browser looks for them.
-        shell = f'exec "$@" 3<&{ours[0]} 4>&{theirs[1]}'
         options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
         options += ["--no-first-run", "--remote-debugging-pipe", f"--user-data-dir={self._profile}"]
         self._process = subprocess.Popen(
-            ["sh", "-c", shell, "sh", executable, *options, "about:blank"],
+            [*_TRAMPOLINE, str(ours[0]), str(theirs[1]), executable, *options, "about:blank"],
             pass_fds=(ours[0], theirs[1]),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -116,7 +125,7 @@ class Browser:
         """Waits until an expression is true."""
         end = time.monotonic() + _DEADLINE
         while not self(expression):
-            assert time.monotonic() < end, f"never true: {expression}"
+            assert time.monotonic() < end, f"{expression}: never true"
             self("new Promise((r) => setTimeout(r, 20))")
 
     def _call(self, method: str, **params: Any) -> Any:

@@ -534,6 +534,7 @@ function panelOf(i) {
   const facts = el("dl", "",
     ...fact("Array", el("code", "", `${leaf.dtype}[${leaf.shape.join(", ")}]`)),
     ...fact("Names from", leaf.origin),
+    ...(leaf.rule_set === "stored" ? [] : fact("Rules for", leaf.rule_set)),
     ...fact("Spec", el("code", "", `P(${python.join(", ")})`)),
     ...fact("Per device", `${bytesText(leaf.bytes_per_device)} of ${bytesText(leaf.bytes)}`),
     ...fact("Parts", parts));
@@ -600,18 +601,25 @@ function close() {
 
 // --- the rules
 
+function ruleAxes(entry) {
+  if (!entry.axes.length) return el("span", "quiet", "replicated");
+  return el("div", "dims", ...entry.axes.map((axis) => axisChip(axis.replace("?", ""), axis, "axis chip")));
+}
+
 function showRules() {
   const used = new Map();
   for (const leaf of leaves) for (const dim of leaf.dims) used.set(dim.name, (used.get(dim.name) ?? 0) + 1);
   byId("rules").querySelector("h2").textContent = `Rules: ${data.rules.title}`;
+  const sets = Object.entries(data.rules.sets ?? {});
+  const heads = ["Name", "Axes, in order", ...sets.map(([kind]) => `For ${kind}`), "Leaves"];
+  byId("rules").querySelector("thead tr").append(...heads.map((head) => el("th", "", head)));
+  const byName = sets.map(([, entries]) => new Map(entries.map((entry) => [entry.name, entry])));
   byId("rules").querySelector("tbody").append(...data.rules.entries.map((entry) => {
-    const axes = el("div", "axes");
-    axes.style.margin = 0;
-    for (const axis of entry.axes) axes.append(axisChip(axis.replace("?", ""), axis, "axis chip"));
-    if (!entry.axes.length) axes.append(el("span", "quiet", "replicated"));
+    const others = byName.map((entries) => el("td", "", ruleAxes(entries.get(entry.name) ?? { axes: [] })));
     const count = used.get(entry.name) ?? 0;
     return el("tr", data.unused_rules.includes(entry.name) ? "unused" : "",
-      el("td", "", entry.name), el("td", "", axes), el("td", "", count ? count.toLocaleString("en") : "–"));
+      el("td", "", entry.name), el("td", "", ruleAxes(entry)), ...others,
+      el("td", "", count ? count.toLocaleString("en") : "–"));
   }));
   const said = [];
   if (data.unused_rules.length) said.push(`Rules that nothing used: ${data.unused_rules.join(", ")}.`);
