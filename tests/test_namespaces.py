@@ -331,7 +331,7 @@ REFERENCE = {
         fold_rngs(fn, variables, rngs)
         jit(fn, variables, rngs, static_argnums, donate_argnums)
         jvp(fn, scope, primals, tangents, variable_tangents, variables, rngs)
-        map_variables(fn, mapped_collections, init, mutable, rngs, variables)
+        map_variables(fn, mapped_collections, map_in_fn, map_out_fn, init, mutable, rngs, variables)
         pack(fn, in_variable_filters, out_variable_filters, rng_filters)
         remat(fn, variables, rngs, concrete, prevent_cse, static_argnums, policy)
         remat_scan(body_fn, lengths, policy, variable_broadcast, variable_carry, variable_axes)

@@ -135,9 +135,9 @@ class Boundary:
         mutable = NONE
         for group in self.lift.outs:
             mutable = mutable | group.cols
-        path = () if self.lift.rekey else scope.path
+        path = () if self.lift.rekey else scope.below
         return Entry(
-            path=scope.full_path,
+            path=scope.path,
             mutable=scope.store.mutable & mutable,
             suffixes=tuple(
                 (s, () if self.lift.rekey else v.suffix + path)
@@ -185,7 +185,7 @@ def _told(
         return change(tree, group.axis, group.meta)
     except Exception as error:
         (col, *path) = boxes.culprit(tree, lambda box: change(box, group.axis, group.meta))
-        error.add_note(f"The variable is {'/'.join((col, *scope.full_path, *path))}.")
+        error.add_note(f"The variable is {'/'.join((col, *scope.path, *path))}.")
         raise
 
 
@@ -270,6 +270,6 @@ def _select(scope: Scope, cols: Names) -> dict[str, Any]:
 def _replace(scope: Scope, col: str, tree: Any) -> None:
     """Makes `tree` the collection `col` of `scope`, in place of what it held."""
     parent = scope.store.collections
-    for name in (col, *scope.path[:-1]) if scope.path else ():
+    for name in (col, *scope.below[:-1]) if scope.below else ():
         parent = parent.setdefault(name, {})
-    parent[scope.path[-1] if scope.path else col] = tree
+    parent[scope.below[-1] if scope.below else col] = tree

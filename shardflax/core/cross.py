@@ -182,7 +182,7 @@ class _Unbinder:
         scopes = [_scope_of(x) for x in self.found]
         ordered = [s for i in self.order if (s := scopes[i]) is not None]
         roots: list[Scope] = []
-        for scope in sorted(ordered, key=lambda s: len(s.path)):
+        for scope in sorted(ordered, key=lambda s: len(s.below)):
             if _place(roots, scope) is None:
                 roots.append(scope)
         roots.sort(key=lambda root: _first_below(root, ordered))
@@ -202,9 +202,9 @@ def _first_below(root: Scope, scopes: list[Scope]) -> int:
 
 def _place(roots: list[Scope], scope: Scope) -> _Place | None:
     for i, root in enumerate(roots):
-        depth = len(root.path)
-        if root.store is scope.store and scope.path[:depth] == root.path:
-            return _Place(i, scope.path[depth:])
+        depth = len(root.below)
+        if root.store is scope.store and scope.below[:depth] == root.below:
+            return _Place(i, scope.below[depth:])
     return None
 
 
@@ -305,13 +305,16 @@ class Lifted(Protocol):
     def __call__(self, target: T, *args: Any, **kwargs: Any) -> T: ...
 
 
-def lifted(factory: Callable[..., Lift | tuple[Lift, ...]], prefix: str) -> Lifted:
+def lifted(
+    factory: Callable[..., Lift | tuple[Lift, ...]], prefix: str, child_name: str | None = None
+) -> Lifted:
     """A transform of module classes, methods and functions, from a function of options to a lift.
 
     The function may return several lifts, the outermost first.  `prefix` begins the names of lifted
-    classes.  The transform takes one option more than the function: `methods`, the names of the
-    methods of a class to lift (by default `__call__`), or a dict from names to options for each.
-    This is how to write a transform of one's own: see `docs/design.md`.
+    classes; `child_name` those that `Scope.child` gives to lifted functions (by default their own).
+    The transform takes one option more than the function: `methods`, the names of the methods of a
+    class to lift (by default `__call__`), or a dict from names to options for each.  This is how
+    to write a transform of one's own: see `docs/design.md`.
 
     >>> import jax, jax.numpy as jnp, shardflax.nn as nn
     >>> from shardflax.core.boundary import Lift
@@ -334,7 +337,10 @@ def lifted(factory: Callable[..., Lift | tuple[Lift, ...]], prefix: str) -> Lift
             return _lift_class(target, factory, prefix, methods, args, kwargs)
         if isinstance(target, Crossable) or not callable(target):
             raise TransformTargetError(target)
-        return _lift_function(target, _lifts(factory(*args, **kwargs)))
+        fn = _lift_function(target, _lifts(factory(*args, **kwargs)))
+        if child_name is not None:
+            vars(fn)["child_name"] = child_name
+        return fn
 
     signature = inspect.signature(factory)
     extra = [

@@ -257,6 +257,7 @@ def custom_vjp(
     def with_own_gradient(mdl: Any, *args: Any) -> Any:
         return cross(lift, (fn, forward_fn), (mdl, *args))
 
+    vars(with_own_gradient)["child_name"] = "inner"  # as in Linen: see Scope.child
     return with_own_gradient
 
 

@@ -45,14 +45,15 @@ __all__ = [
     "while_loop",
 ]
 
-vmap = lifted(transforms.vmap, "Vmap")
-scan = lifted(transforms.scan, "Scan")
-jit = lifted(transforms.jit, "Jit")
-remat = checkpoint = lifted(remat_lift, "Checkpoint")
-remat_scan = lifted(mapping.remat_scan, "Remat_scan")
-map_variables = lifted(mapping.map_variables, "Map_variables")
+# The last arguments end up in names of parameters: what Linen calls `scope.child(vmap(fn))`.
+vmap = lifted(transforms.vmap, "Vmap", "inner")
+scan = lifted(transforms.scan, "Scan", "inner")
+jit = lifted(transforms.jit, "Jit", "inner")
+remat = checkpoint = lifted(remat_lift, "Checkpoint", "inner")
+remat_scan = lifted(mapping.remat_scan, "Remat_scan", "<lambda>")
+map_variables = lifted(mapping.map_scope_variables, "Map_variables", "wrapper")
 add_metadata_axis = lifted(mapping.add_metadata_axis, "Add_metadata_axis")
-fold_rngs = lifted(mapping.fold_rngs, "Fold_rngs")
+fold_rngs = lifted(mapping.fold_rngs, "Fold_rngs", "inner_fold_rngs")
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -17,7 +17,13 @@ from shardflax.core.remat import remat
 from shardflax.core.transform_errors import TransformAxisError
 from shardflax.core.transforms import NO_AXES, axis_groups, by_mutability, scan
 
-__all__ = ["add_metadata_axis", "fold_rngs", "map_variables", "remat_scan"]
+__all__ = [
+    "add_metadata_axis",
+    "fold_rngs",
+    "map_scope_variables",
+    "map_variables",
+    "remat_scan",
+]
 
 _ALL_AXES: Mapping[CollectionFilter, Any] = MappingProxyType({True: 0})
 _ALL_SPLIT: Mapping[CollectionFilter, bool] = MappingProxyType({True: True})
@@ -73,6 +79,30 @@ def map_variables(
         return y, (tuple(_through(trans_out_fn, tree) for tree in changed), rest)
 
     return Lift(run, ins, outs, Names.of(rngs))
+
+
+def map_scope_variables(
+    mapped_collections: CollectionFilter = True,
+    map_in_fn: Callable[..., Any] = _same,
+    map_out_fn: Callable[..., Any] = _same,
+    init: bool = False,
+    mutable: bool = False,
+    rngs: CollectionFilter = True,
+    variables: CollectionFilter = True,
+) -> Lift:
+    """`map_variables` with the names that its parameters have for functions of scopes.
+
+    >>> import jax
+    >>> from shardflax.core import apply, lift
+    >>> def weight(scope):
+    ...     return scope.param("w", lambda key: 0.0)
+    >>> half = lift.map_variables(
+    ...     weight, "params", map_in_fn=lambda tree: jax.tree.map(lambda w: w / 2, tree)
+    ... )
+    >>> apply(half)({"params": {"w": 6.0}})
+    3.0
+    """
+    return map_variables(mapped_collections, map_in_fn, map_out_fn, init, mutable, rngs, variables)
 
 
 def _through(fn: Callable[..., Any], collections: dict[str, Any]) -> dict[str, Any]:

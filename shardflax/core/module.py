@@ -279,7 +279,7 @@ class Module(Crossable, _Typed):
     @property
     def path(self) -> tuple[str, ...]:
         """The names from the root of the run to this module."""
-        return self._bound().full_path
+        return self._bound().path
 
     @property
     def variables(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ the same in less, and serves modules too.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -53,6 +54,7 @@ def pack(
     for names in streams:
         allowed = allowed | names
 
+    @functools.wraps(fn)
     def packed(scopes: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs and not enable_kwargs:
             raise TypeError(

@@ -133,7 +133,7 @@ class Scope:
     1.0
     """
 
-    __slots__ = ("_reads", "node", "parent", "path", "store")
+    __slots__ = ("_reads", "below", "node", "parent", "store")
 
     def __init__(
         self,
@@ -148,7 +148,7 @@ class Scope:
     ) -> None:
         opened = isinstance(variables, Store)
         self.store = variables if opened else open_store(variables, rngs, mutable, flags)
-        self.path = path
+        self.below = path  # seen from the root of the store
         self.node = node if node is not None else Node()
         self.parent = parent
         self._reads: dict[str, Any] = {}
@@ -157,28 +157,28 @@ class Scope:
         return (
             isinstance(other, Scope)
             and self.store is other.store
-            and self.path == other.path
+            and self.below == other.below
             and self.node is other.node
         )
 
     def __hash__(self) -> int:
-        return hash((id(self.store), self.path))
+        return hash((id(self.store), self.below))
 
     # --- where
 
     @property
-    def full_path(self) -> Path:
-        """The path from the root of the whole run."""
-        return self.store.path + self.path
+    def path(self) -> Path:
+        """The path from the root of the whole run; also inside of a lift."""
+        return self.store.path + self.below
 
     @property
     def path_text(self) -> str:
-        return "/" + "/".join(self.full_path)
+        return "/" + "/".join(self.path)
 
     @property
     def name(self) -> str | None:
         """The last name of the path; `None` at the root."""
-        return self.full_path[-1] if self.full_path else None
+        return self.path[-1] if self.path else None
 
     @property
     def root(self) -> Scope:
@@ -221,11 +221,11 @@ class Scope:
 
     def at(self, name: str) -> Scope:
         """The scope of the child `name`, which need not be reserved."""
-        return Scope(self.store, (*self.path, name), self.node.child(name), self)
+        return Scope(self.store, (*self.below, name), self.node.child(name), self)
 
     def beside(self) -> Scope:
         """The same place for another module: each name at it belongs to one of the two."""
-        return Scope(self.store, self.path, self.node.beside(), self.parent)
+        return Scope(self.store, self.below, self.node.beside(), self.parent)
 
     def push(self, name: str | None = None, prefix: str = "", reuse: bool = False) -> Scope:
         """The scope of a new child: `name`, or the first free `prefix0`, `prefix1`, ...
@@ -270,7 +270,7 @@ class Scope:
         9.0
         """
         if name is None:
-            called = getattr(fn, "__name__", None)
+            called = getattr(fn, "child_name", None) or getattr(fn, "__name__", None)
             if prefix is None:
                 prefix = f"{called}_" if called else ""
             name = self.default_name(prefix)
@@ -294,7 +294,7 @@ class Scope:
         """
         self.store.check()
         node = Node() if rewind_rngs else Node(self.node)
-        return Scope(self.store, self.path, node, self.parent)
+        return Scope(self.store, self.below, node, self.parent)
 
     def name_reserved(self, name: str, col: str | None = None) -> bool:
         """True if `name` stands for a submodule, or (with `col`) for a variable of `col`."""
@@ -355,7 +355,7 @@ class Scope:
                 raise InvalidRngError(self._no_stream(stream))
             stream = "params"
         count = self.node.counts[stream] = self.node.counts.get(stream, 0) + 1
-        return self.store.streams[stream], (*self.path, count)
+        return self.store.streams[stream], (*self.below, count)
 
     def _no_stream(self, stream: str) -> str:
         known = did_you_mean(stream, self.store.streams) if self.store.streams else "got none."
@@ -373,7 +373,7 @@ class Scope:
         if found is not None:
             return found
         found: Any = self.store.collections.get(col) or {}
-        for name in self.path:
+        for name in self.below:
             found = found.get(name)
             if found is None:
                 return {}
@@ -383,7 +383,7 @@ class Scope:
 
     def _writable(self, col: str) -> dict[str, Any]:
         tree = self.store.collections.setdefault(col, {})
-        for name in self.path:
+        for name in self.below:
             tree = tree.setdefault(name, {})
         return tree
 
@@ -397,7 +397,7 @@ class Scope:
     def variables(self) -> dict[str, Any]:
         """The collections of variables at and below this path."""
         found = {col: self.collection(col) for col in self.store.collections}
-        return {col: tree for col, tree in found.items() if tree or not self.path}
+        return {col: tree for col, tree in found.items() if tree or not self.below}
 
     def mutable_variables(self) -> dict[str, Any]:
         """Those of `variables` that may change."""

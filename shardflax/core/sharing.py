@@ -34,6 +34,6 @@ def share_scope(module: Module, other: Module, /) -> None:
         if found.scope is None:
             raise CallShareScopeOnUnboundModuleError(type(found).__name__)
     here, there = module._bound(), other._bound()  # pyright: ignore[reportPrivateUsage]
-    below = there.store is here.store and there.path[: len(here.path)] == here.path
+    below = there.store is here.store and there.below[: len(here.below)] == here.below
     moving, place = (other, here) if below else (module, there)
     moving._move(place.beside())  # pyright: ignore[reportPrivateUsage]

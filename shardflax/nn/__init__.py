@@ -43,7 +43,6 @@ from shardflax.core import (
     jit,
     jvp,
     lifted,
-    map_variables,
     module,
     named_call,
     nowrap,
@@ -150,6 +149,7 @@ if TYPE_CHECKING:
     )
     from shardflax.nn.rotary import apply_rotary, rotary_angles
     from shardflax.nn.stochastic import Dropout, merge_param
+    from shardflax.nn.transforms import map_variables
     from shardflax.partitioning import (
         PARTITION_NAME,
         LogicallyPartitioned,
@@ -207,6 +207,7 @@ else:
             """,
             "shardflax.nn.rotary": "apply_rotary rotary_angles",
             "shardflax.nn.stochastic": "Dropout merge_param",
+            "shardflax.nn.transforms": "map_variables",
             "shardflax.partitioning": """
                 PARTITION_NAME LogicallyPartitioned Partitioned RulesFallback
                 get_logical_axis_rules get_partition_spec get_sharding logical_axis_rules

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from shardflax.core import lift
+from shardflax.core import lift, mapping
+from shardflax.core.cross import lifted
 from shardflax.core.lift import (
     add_metadata_axis,
     checkpoint,
@@ -12,7 +13,6 @@ from shardflax.core.lift import (
     grad,
     jit,
     jvp,
-    map_variables,
     named_call,
     remat,
     remat_scan,
@@ -23,6 +23,8 @@ from shardflax.core.lift import (
     vmap,
     while_loop,
 )
+
+map_variables = lifted(mapping.map_variables, "Map_variables")
 
 __all__ = [
     "add_metadata_axis",
