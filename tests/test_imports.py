@@ -170,7 +170,7 @@ def test_what_is_imported_is_declared_and_the_other_way_round() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     optional = {"pyarrow"}  # an extra
     declared = {re.split(r"[<>=\[]", d)[0] for d in project["dependencies"]} | optional
-    renamed = {"orbax-checkpoint": "orbax"}
+    renamed = {"orbax-checkpoint": "orbax", "google-crc32c": "google_crc32c"}
     used = {i.target.split(".")[0] for p in sources("shardflax", "launch") for i in imports(p)}
     used -= {"shardflax", "launch", *sys.stdlib_module_names}
     # jaxlib is what jax runs on.

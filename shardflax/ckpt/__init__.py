@@ -1,18 +1,24 @@
-"""Checkpoints: asynchronous, atomic, restored into the current layout."""
+"""Checkpoints: asynchronous, atomic, verified, restored into the current layout."""
 
 from shardflax.ckpt.errors import (
+    CheckpointAbortedError,
     CheckpointError,
     CheckpointExistsError,
     CheckpointFolderError,
     CheckpointLeafError,
     CheckpointMismatchError,
     CheckpointNotFoundError,
+    CheckpointPeerError,
     CheckpointReadError,
     CheckpointSaveError,
 )
-from shardflax.ckpt.manager import CheckpointManager, Restored
+from shardflax.ckpt.handle import SaveHandle
+from shardflax.ckpt.manager import CheckpointManager
+from shardflax.ckpt.match import Options, Report
+from shardflax.ckpt.reading import Restored, load_checkpoint
 
 __all__ = [
+    "CheckpointAbortedError",
     "CheckpointError",
     "CheckpointExistsError",
     "CheckpointFolderError",
@@ -20,7 +26,12 @@ __all__ = [
     "CheckpointManager",
     "CheckpointMismatchError",
     "CheckpointNotFoundError",
+    "CheckpointPeerError",
     "CheckpointReadError",
     "CheckpointSaveError",
+    "Options",
+    "Report",
     "Restored",
+    "SaveHandle",
+    "load_checkpoint",
 ]

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from shardflax.core.errors import FlaxError
 
 __all__ = [
+    "CheckpointAbortedError",
     "CheckpointError",
     "CheckpointExistsError",
     "CheckpointFolderError",
     "CheckpointLeafError",
     "CheckpointMismatchError",
     "CheckpointNotFoundError",
+    "CheckpointPeerError",
     "CheckpointReadError",
     "CheckpointSaveError",
 ]
@@ -24,6 +26,14 @@ class CheckpointError(FlaxError):
 
     >>> issubclass(CheckpointNotFoundError, CheckpointError)
     True
+    """
+
+
+class CheckpointAbortedError(CheckpointError):
+    """Another process could not do its part of a save or a restore, so none went on.
+
+    >>> print(CheckpointAbortedError("process 1: OSError: disk full"))
+    process 1: OSError: disk full
     """
 
 
@@ -110,6 +120,23 @@ class CheckpointMismatchError(CheckpointError):
                     "checkpoint, or use another folder.",
                 ]
             )
+        )
+
+
+class CheckpointPeerError(CheckpointError):
+    """Other processes did not come to a save or a restore in time.
+
+    >>> print(CheckpointPeerError([1, 3], 600, "writing step 20"))
+    Processes 1, 3 did not answer for 600 s (writing step 20). They died, hang, ...
+    """
+
+    def __init__(self, processes: Sequence[int], seconds: float, doing: str) -> None:
+        self.processes = list(processes)
+        names = ", ".join(map(str, processes))
+        super().__init__(
+            f"Process{'es' if len(self.processes) > 1 else ''} {names} did not answer for "
+            f"{seconds:g} s ({doing}). They died, hang, or do not make the same calls as the "
+            f"others; with a larger `timeout`, slow ones are waited for longer."
         )
 
 

@@ -7,28 +7,26 @@ complete, and renamed away before it is deleted, so a number is always a whole c
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from shardflax.ckpt.errors import CheckpointFolderError, CheckpointReadError
+from shardflax.ckpt.durable import sync_folder
+from shardflax.ckpt.errors import CheckpointFolderError
+from shardflax.ckpt.manifest import NAME
+from shardflax.ckpt.orbax_files import MARKER, TREE
+from shardflax.ckpt.saving import SAVING, in_use
 
 __all__ = ["StepFolder", "expired"]
 
-STATE, MANIFEST, EXTRAS = "state", "manifest", "extras"
-"""The items of a step: a folder of arrays and two of JSON."""
-
-JSON_FILE = {MANIFEST: "manifest.json", EXTRAS: "extras.json"}
-ORBAX_MARKER = "_CHECKPOINT_METADATA"
-UNFINISHED = ".orbax-checkpoint-tmp"
-DOOMED = ".deleting"
+_UNFINISHED = (SAVING, ".orbax-checkpoint-tmp", ".deleting")
 
 
-def expired(steps: Iterable[int], keep: int | None, keep_every: int | None) -> list[int]:
+def expired(
+    steps: Iterable[int], keep: int | None, keep_every: int | None, spared: Iterable[int] = ()
+) -> list[int]:
     """The steps that a policy lets go: all but the newest `keep` and multiples of `keep_every`.
 
     >>> expired([10, 20, 30, 40, 50], keep=2, keep_every=20)
@@ -36,7 +34,8 @@ def expired(steps: Iterable[int], keep: int | None, keep_every: int | None) -> l
     """
     ordered = sorted(steps)
     old = ordered[: max(0, len(ordered) - keep)] if keep is not None else []
-    return [step for step in old if keep_every is None or step % keep_every]
+    kept = set(spared)
+    return [s for s in old if (keep_every is None or s % keep_every) and s not in kept]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,19 +64,7 @@ class StepFolder:
 
     def is_committed(self, step: int) -> bool:
         """True if the step is complete."""
-        folder = self.step(step)
-        return all(
-            path.is_file()
-            for path in (folder / ORBAX_MARKER, folder / MANIFEST / JSON_FILE[MANIFEST])
-        )
-
-    def json(self, step: int, item: str) -> Any:
-        """The value of a JSON item of a step; raises CheckpointReadError naming the file."""
-        path = self.step(step) / item / JSON_FILE[item]
-        try:
-            return json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise CheckpointReadError(self.root, step, f"{path}: {error}") from error
+        return any((self.step(step) / name).is_file() for name in (NAME, MARKER, TREE))
 
     def prepare(self) -> None:
         """Makes the folder and proves that files can be written to it.
@@ -98,18 +85,23 @@ class StepFolder:
 
     def delete(self, step: int) -> None:
         """Removes a step, which stops being visible at once and as a whole."""
-        doomed = self.root / f"{step}{DOOMED}"
+        doomed = self.root / f"{step}.deleting"
         shutil.rmtree(doomed, ignore_errors=True)
-        self.step(step).rename(doomed)
+        os.rename(self.step(step), doomed)
+        sync_folder(self.root)
         shutil.rmtree(doomed)
 
-    def clean(self, step: int | None = None) -> list[str]:
-        """Removes what an interrupted save or delete left, of one step or of all; their names."""
+    def clean(self) -> list[str]:
+        """Removes what interrupted saves and deletes left; their names.
+
+        What a living process is still writing stays.
+        """
         found = [
             path
-            for path in self.root.glob("*" if step is None else f"{step}.*")
-            if (path.name.endswith(DOOMED) or UNFINISHED in path.name)
+            for path in self.root.iterdir()
+            if any(part in path.name for part in _UNFINISHED)
             and path.name.partition(".")[0].isdigit()
+            and not (SAVING in path.name and in_use(path))
         ]
         for path in found:
             shutil.rmtree(path, ignore_errors=True)

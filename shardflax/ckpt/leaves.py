@@ -1,13 +1,15 @@
-"""What a leaf is (`LeafSpec`), how it is stored, and how it comes back.
+"""What a leaf is (`LeafSpec`), and when a saved one can become another.
 
 Three kinds.  *array*: JAX and numpy arrays and numpy scalars.  *key*: typed PRNG keys, stored as
-their uint32 data.  *python*: bool, int, float and complex, whose exact value is in the manifest
-and whose nearest numpy form is among the arrays too, for other readers.
+their uint32 data.  *python*: bool, int, float, complex and str, whose exact value is in the
+manifest and whose nearest numpy form is among the arrays too, for other readers.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from typing import Any
 
 import jax
@@ -18,9 +20,9 @@ import numpy as np
 from shardflax.ckpt.errors import CheckpointLeafError
 from shardflax.ckpt.paths import Path, show
 
-__all__ = ["Difference", "LeafSpec", "describe", "difference", "store"]
+__all__ = ["Difference", "LeafSpec", "describe", "difference", "is_key", "key_words"]
 
-_FAMILIES = {
+_FAMILIES: dict[str, Any] = {
     "bool": jnp.bool_,
     "int": jnp.integer,
     "float": jnp.floating,
@@ -44,14 +46,31 @@ class LeafSpec:
     shape: tuple[int, ...]
     dtype: str
     impl: str | None = None
-    value: bool | int | float | complex | None = None
+    value: bool | int | float | complex | str | None = None
 
     @property
     def on_disk(self) -> bool:
-        """False for what only the manifest holds: arrays without elements, huge ints."""
+        """False for what only the manifest holds: no elements, huge ints, strings."""
+        if self.kind != "python":
+            return 0 not in self.shape
+        if isinstance(self.value, str):
+            return False
+        return not isinstance(self.value, int) or -(2**63) <= self.value < 2**63
+
+    @functools.cached_property
+    def stored(self) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        """Shape and dtype of the numpy array that holds the data."""
+        if self.kind == "key":
+            return (*self.shape, *key_words(self.impl)), np.dtype(np.uint32)
         if self.kind == "python":
-            return not isinstance(self.value, int) or -(2**63) <= self.value < 2**63
-        return 0 not in self.shape
+            return (), np.asarray(self.value).dtype
+        return self.shape, np.dtype(jnp.dtype(self.dtype))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the data."""
+        shape, dtype = self.stored
+        return math.prod(shape) * dtype.itemsize
 
     def __str__(self) -> str:
         """Shape and dtype as users read them: `float32[2,3]`, or `int (Python)`."""
@@ -60,51 +79,57 @@ class LeafSpec:
         return f"{self.dtype}[{','.join(map(str, self.shape))}]"
 
 
-def describe(path: Path, leaf: Any) -> LeafSpec:
-    """The spec of a leaf: an array, an abstract array, a key or a Python scalar.
+@functools.cache
+def key_words(impl: str | None) -> tuple[int, ...]:
+    """The shape of the uint32 data of one key of a generator.
 
-    Raises CheckpointLeafError for anything else, and for arrays that are traced or donated.
+    >>> key_words("threefry2x32")
+    (2,)
+    """
+    key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=impl)))
+    return tuple(key.shape)
+
+
+def is_key(leaf: Any) -> bool:
+    """True for an array of typed PRNG keys, abstract or not.
+
+    >>> is_key(jax.random.key(0)), is_key(jnp.ones(2))
+    (True, False)
+    """
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def describe(path: Path, leaf: Any) -> LeafSpec:
+    """The spec of a leaf: an array, an abstract array, a key, a Python scalar or a string.
+
+    Raises CheckpointLeafError for anything else, and for arrays that are traced.
 
     >>> describe(("step",), 3)
     LeafSpec(kind='python', shape=(), dtype='int', impl=None, value=3)
     """
-    if isinstance(leaf, bool | int | float | complex) and not isinstance(leaf, np.generic):
-        return LeafSpec("python", (), type(leaf).__name__, value=leaf)
     if isinstance(leaf, jax.core.Tracer):
         raise CheckpointLeafError(show(path), "it is being traced", "Save outside of jax.jit.")
+    if isinstance(leaf, bool | int | float | complex | str) and not isinstance(leaf, np.generic):
+        return LeafSpec("python", (), type(leaf).__name__, value=leaf)
     if not isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
         raise CheckpointLeafError(
             show(path),
-            f"it is a {type(leaf).__name__}, not an array or a number",
+            f"it is a {type(leaf).__name__}, not an array, a number or a string",
             "Make it a static field (struct.field(pytree_node=False)) or pass it in `extras`.",
         )
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        impl = str(jax.random.key_impl(leaf)) if isinstance(leaf, jax.Array) else None
-        return LeafSpec("key", tuple(leaf.shape), str(leaf.dtype), impl=impl)
-    if leaf.dtype.kind in "OSUMm":
-        raise CheckpointLeafError(
-            show(path), f"its dtype is {leaf.dtype}", "Only numbers and bools can be stored."
-        )
-    return LeafSpec("array", tuple(leaf.shape), leaf.dtype.name)
+    dtype: Any = leaf.dtype
+    if isinstance(dtype, np.dtype):
+        if dtype.kind in "OSUMm" or dtype.fields is not None or dtype.name in _WIDE:
+            raise CheckpointLeafError(
+                show(path), f"its dtype is {dtype}", "Only numbers and bools can be stored."
+            )
+        return LeafSpec("array", tuple(leaf.shape), dtype.name)
+    impl = str(jax.random.key_impl(leaf)) if isinstance(leaf, jax.Array) else None
+    return LeafSpec("key", tuple(leaf.shape), str(dtype), impl=impl)
 
 
-def store(path: Path, leaf: Any) -> Any:
-    """The form of a leaf that goes to the writer.
-
-    Host values are copied, so that the caller may change them right away.  JAX arrays that not
-    every process holds a part of become host values: process 0 writes its own.
-    """
-    if isinstance(leaf, jax.Array) and leaf.is_deleted():
-        raise CheckpointLeafError(
-            show(path),
-            "its buffer was deleted, most likely donated to a jitted function",
-            "Save the state that the function returned.",
-        )
-    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
-    if isinstance(leaf, jax.Array) and (jax.process_count() == 1 or not leaf.is_fully_addressable):
-        return leaf
-    return np.array(leaf)
+_WIDE = {"float128", "complex256", "longdouble", "clongdouble", "float96", "complex192"}
+"""Dtypes whose bytes mean another thing on another machine."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,12 +168,12 @@ def _python_fits(saved: LeafSpec, target: LeafSpec) -> bool:
     """
     if saved.kind == target.kind:
         return saved.dtype == target.dtype
-    if "key" in (saved.kind, target.kind):
-        return False
     scalar, array = (saved, target) if saved.kind == "python" else (target, saved)
+    if array.kind == "key" or scalar.dtype not in _FAMILIES:
+        return False
     dtype = jnp.dtype(array.dtype)
     if not jnp.issubdtype(dtype, _FAMILIES[scalar.dtype]):
         return False
     if scalar is saved and isinstance(scalar.value, int) and scalar.dtype == "int":
-        return jnp.iinfo(dtype).min <= scalar.value <= jnp.iinfo(dtype).max
+        return bool(jnp.iinfo(dtype).min <= scalar.value <= jnp.iinfo(dtype).max)
     return True

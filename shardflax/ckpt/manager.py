@@ -3,50 +3,38 @@
 from __future__ import annotations
 
 import atexit
-import dataclasses
+import itertools
 import operator
 import os
 import sys
-import threading
 import traceback
-import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import orbax.checkpoint as ocp
-
-from shardflax.ckpt import processes, restore
+from shardflax.ckpt.budget import Budget
 from shardflax.ckpt.errors import (
     CheckpointError,
     CheckpointExistsError,
-    CheckpointLeafError,
-    CheckpointMismatchError,
+    CheckpointFolderError,
     CheckpointNotFoundError,
-    CheckpointReadError,
     CheckpointSaveError,
 )
-from shardflax.ckpt.folder import EXTRAS, JSON_FILE, MANIFEST, STATE, StepFolder, expired
-from shardflax.ckpt.leaves import store
-from shardflax.ckpt.manifest import Manifest, check_json
-from shardflax.ckpt.paths import check_names, leaves_by_path, nest
-from shardflax.ckpt.quiet import quiet_orbax
+from shardflax.ckpt.faults import at
+from shardflax.ckpt.folder import StepFolder, expired
+from shardflax.ckpt.handle import SaveHandle
+from shardflax.ckpt.manifest import check_json
+from shardflax.ckpt.match import Options, Patterns
+from shardflax.ckpt.plan import Plan, make_plan
+from shardflax.ckpt.reading import Restored, restore_step
+from shardflax.ckpt.rendezvous import Rendezvous, meet, new_token
+from shardflax.ckpt.saving import Save
+from shardflax.ckpt.staging import Staged, stage
+from shardflax.ckpt.worker import Worker
 
-__all__ = ["CheckpointManager", "Restored"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Restored:
-    """What a checkpoint held: its step, the state, and the extras saved with it.
-
-    >>> Restored(10, {"w": 1.0}, {"epoch": 2}).extras["epoch"]
-    2
-    """
-
-    step: int
-    state: Any
-    extras: dict[str, Any]
+__all__ = ["CheckpointManager"]
 
 
 class CheckpointManager:
@@ -65,7 +53,10 @@ class CheckpointManager:
       save_every: `save` does nothing for steps that this does not divide.
       keep_every: steps that this divides are never deleted.
       read_only: for a second program that looks on: nothing is written, tested or cleaned up.
-      timeout: seconds that processes wait for one another in a save.
+      timeout: seconds that processes wait for one another.
+      staging: how many bytes a process may hold for a save that are not yet written; `save` waits
+        for the writer then.  None for no bound: one copy of what the process holds of the state.
+      on_error: called, on another thread, with the CheckpointError of a save that failed.
 
     Raises CheckpointFolderError if the folder cannot be written to or the processes do not share
     it.  Making a manager removes what a killed run left unfinished in the folder.
@@ -87,33 +78,47 @@ class CheckpointManager:
         save_every: int = 1,
         keep_every: int | None = None,
         read_only: bool = False,
-        timeout: int = 600,
+        timeout: float = 600,
+        staging: int | None = None,
+        on_error: Callable[[CheckpointError], object] | None = None,
     ) -> None:
         for name, value in (("keep", keep), ("save_every", save_every), ("keep_every", keep_every)):
             if value is not None and value < 1:
                 raise ValueError(f"CheckpointManager: {name} must be at least 1, not {value}.")
         self.keep, self.save_every, self.keep_every = keep, save_every, keep_every
-        self.read_only = read_only
+        self.read_only, self.staging, self.on_error = read_only, staging, on_error
         self._folder = StepFolder(_local_path(directory))
         self._own: set[int] = set()
-        self._pending: tuple[int, threading.Thread] | None = None
+        self._numbers, self._restores = itertools.count(1), itertools.count(1)
+        self._pending: SaveHandle | None = None
         self._failure: CheckpointError | None = None
+        self._meeting = meet(timeout)
+        self._token = ""
+        self._seen: list[int] = []
         if not read_only:
-            self._folder.prepare()
-            processes.check_shared(self._folder.root)
-            if processes.is_primary():
-                self._folder.clean()
-            processes.barrier("shardflax.ckpt.clean")
-        with quiet_orbax():
-            self._orbax = ocp.AsyncCheckpointer(
-                _handler(),
-                async_options=ocp.AsyncOptions(
-                    timeout_secs=timeout,
-                    # Otherwise a failure there leaves threads behind that wait for minutes.
-                    create_directories_asynchronously=False,
-                ),
-            )
-        _commit_at_exit(self)
+            self._begin()
+            self._writer = Worker("shardflax-save")
+            self._syncer = Worker("shardflax-sync")
+            _commit_at_exit()
+
+    def _begin(self) -> None:
+        """Prepares the folder, and proves that all processes see the same one."""
+        meeting, folder = self._meeting, self._folder
+        failure: CheckpointFolderError | None = None
+        try:
+            folder.prepare()
+            self._seen = folder.steps()
+        except CheckpointFolderError as error:
+            failure = error
+        if meeting.count > 1:
+            self._token = _check_shared(meeting, folder.root, failure)
+            self._seen = meeting.agree("steps", self._seen, "making a manager")
+        else:
+            self._token = new_token()
+        if failure is not None:
+            raise failure
+        if meeting.primary:
+            folder.clean()
 
     @property
     def directory(self) -> Path:
@@ -124,11 +129,13 @@ class CheckpointManager:
     def pending_step(self) -> int | None:
         """The step that is being saved, or None."""
         pending = self._pending
-        return pending[0] if pending and pending[1].is_alive() else None
+        return None if pending is None or pending.committed.done() else pending.step
 
     def all_steps(self) -> list[int]:
-        """The committed steps, in order, as this process sees the folder."""
-        return self._folder.steps()
+        """The committed steps, in order, as process 0 sees the folder."""
+        if self._meeting.primary or self.read_only:
+            return self._folder.steps()
+        return list(self._seen)
 
     def latest_step(self) -> int | None:
         """The newest committed step, or None."""
@@ -145,86 +152,123 @@ class CheckpointManager:
         *,
         extras: Mapping[str, Any] | None = None,
         force: bool = False,
-    ) -> bool:
-        """Starts saving a state; returns whether it did.
+    ) -> SaveHandle | None:
+        """Starts saving a state; returns a handle, or None if it did not.
 
-        False means that `save_every` does not divide the step (`force` ignores that) or that this
+        None means that `save_every` does not divide the step (`force` ignores that) or that this
         run saved or restored the step already.  On return the state may be donated or changed.
 
-        `state` is a pytree of arrays, typed PRNG keys and numbers; static fields are not stored.
-        `extras` is JSON, committed together with the state.
+        `state` is a pytree of arrays, typed PRNG keys, numbers and strings; static fields are not
+        stored.  `extras` is JSON, committed together with the state.
 
-        Raises the error of an earlier background save; CheckpointLeafError for a leaf that cannot
-        be stored; CheckpointExistsError for a step that another run wrote; CheckpointSaveError if
-        the save cannot start.
+        Raises CheckpointLeafError for a leaf that cannot be stored; CheckpointExistsError for a
+        step that another run wrote.  The error of an earlier background save is raised too, but
+        this one goes on nevertheless.
 
         >>> import tempfile
         >>> with CheckpointManager(tempfile.mkdtemp(), save_every=10) as manager:
         ...     [manager.save(step, {"step": step}) for step in (5, 10, 10)]
-        [False, True, False]
+        [None, SaveHandle(step=10), None]
         """
-        self._raise_failure()
         step = operator.index(step)
         if self.read_only:
             raise CheckpointSaveError(self.directory, step, "the manager is read_only")
         if step < 0:
             raise ValueError(f"CheckpointManager.save: step must not be negative, got {step}.")
         if step in self._own or not (force or self.is_due(step)):
-            return False
-        if self._folder.is_committed(step):
+            self._raise_failure()
+            return None
+        if step in self._seen:
             raise CheckpointExistsError(self.directory, step)
-        args = _save_args(state, check_json(dict(extras or {})))
-        self.wait()
-        self._start(step, args)
-        return True
+        checked = check_json(dict(extras or {}))
+        plan, leaves = make_plan(state)
+        self._settle()
+        handle = self._start(step, plan, leaves, checked)
+        self._raise_failure()
+        return handle
 
-    def _start(self, step: int, args: ocp.args.Composite) -> None:
-        """Begins the save and a thread that sees it through."""
-        try:
-            with quiet_orbax():
-                self._orbax.save(self._folder.step(step), args=args)
-        except Exception as error:
-            self._discard(step)
-            raise CheckpointSaveError(self.directory, step, error) from error
-        self._own.add(step)
-        thread = threading.Thread(
-            target=self._finish, args=(step,), name=f"shardflax-save-{step}", daemon=True
+    def _start(
+        self, step: int, plan: Plan, leaves: list[Any], extras: dict[str, Any]
+    ) -> SaveHandle:
+        """Hands the staged state to the writer."""
+        budget = Budget(self.staging)
+        job = Save(
+            root=self.directory,
+            step=step,
+            number=next(self._numbers),
+            token=self._token,
+            plan=plan,
+            values=_python_values(plan, leaves),
+            extras=extras,
+            meeting=self._meeting,
+            syncer=self._syncer,
+            budget=budget,
         )
-        self._pending = (step, thread)
-        thread.start()
-
-    def _finish(self, step: int) -> None:
-        """Waits for the commit, then applies the keep policy; errors are kept for the next call."""
+        handle = SaveHandle(step)
+        self._own.add(step)
+        self._pending = handle
+        _IN_FLIGHT.add(self)
+        self._writer.submit(lambda: self._run(job, handle))
+        staged: list[Staged] = []
         try:
-            with quiet_orbax():
-                self._orbax.wait_until_finished()
-            if processes.is_primary() and not self._folder.is_committed(step):
-                raise FileNotFoundError("its folder vanished while it was written")
+            for parcel in plan.parcels:
+                budget.take(sum(lot.nbytes for lot in parcel))
+                group = stage(parcel, leaves)
+                job.groups.put(group)
+                staged += [x for x in group if x.moving]
         except BaseException as error:
-            self._own.discard(step)
-            self._discard(step)
-            self._failure = CheckpointSaveError(self.directory, step, error)
-            self._failure.__cause__ = error
+            job.groups.put(error)
+            raise
+        job.groups.put(None)
+        if staged:
+            _when_ready(self._syncer, staged, handle.staged)
+        else:
+            handle.staged.set_result(None)
+        return handle
+
+    def _run(self, job: Save, handle: SaveHandle) -> None:
+        """A save from beginning to end, on the writer's thread."""
+        try:
+            self._seen = job.run(self._after)
+        except BaseException as error:
+            self._own.discard(job.step)
+            failure = CheckpointSaveError(self.directory, job.step, error)
+            failure.__cause__ = error
+            self._fail(failure)
+            handle.committed.set_exception(failure)
+        else:
+            self._expire(job.step)
+            handle.committed.set_result(None)
+        finally:
+            _IN_FLIGHT.discard(self)
+
+    def _after(self, step: int) -> list[int]:
+        """The steps that there will be once one more is committed, for the other processes."""
+        steps = sorted({*self._folder.steps(), step})
+        gone = expired(steps, self.keep, self.keep_every)
+        return [s for s in steps if s not in gone]
+
+    def _expire(self, step: int) -> None:
+        """Deletes what the keep policy lets go."""
+        if not self._meeting.primary:
             return
         try:
-            self._expire()
+            for old in expired(self._folder.steps(), self.keep, self.keep_every):
+                self._folder.delete(old)
+            at("expired")
         except (OSError, CheckpointError) as error:
-            self._failure = CheckpointError(
+            failure = CheckpointError(
                 f"Step {step} is committed in {str(self.directory)!r}, but an older step could not "
                 f"be deleted: {error}."
             )
-            self._failure.__cause__ = error
+            failure.__cause__ = error
+            self._fail(failure)
 
-    def _expire(self) -> None:
-        """Deletes what the keep policy lets go."""
-        if processes.is_primary():
-            for step in expired(self._folder.steps(), self.keep, self.keep_every):
-                self._folder.delete(step)
-
-    def _discard(self, step: int) -> None:
-        """Removes the unfinished folder of a failed save, so that it does not fill the disk."""
-        if processes.is_primary():
-            self._folder.clean(step)
+    def _fail(self, failure: CheckpointError) -> None:
+        """Keeps an error for the next call, and tells who wants to hear of it now."""
+        self._failure = failure
+        if self.on_error is not None:
+            self.on_error(failure)
 
     def _raise_failure(self) -> None:
         """Raises the stored error of a background save, once."""
@@ -232,80 +276,97 @@ class CheckpointManager:
         if failure is not None:
             raise failure
 
-    def wait(self) -> None:
-        """Returns when no save is in flight; raises the error of the last one, if it failed."""
+    def _settle(self) -> None:
+        """Returns when no save is in flight."""
         pending = self._pending
         if pending is not None:
-            pending[1].join()
-            self._pending = None
+            pending.committed.exception()
+
+    def wait(self) -> None:
+        """Returns when no save is in flight; raises the error of the last one, if it failed."""
+        self._settle()
         self._raise_failure()
 
-    def restore(self, target: Any, step: int | None = None) -> Restored:
+    def restore(
+        self,
+        target: Any = None,
+        step: int | None = None,
+        *,
+        cast: Patterns = False,
+        missing: Patterns = False,
+        extra: Patterns = False,
+        rename: Mapping[str, str] | None = None,
+        include: Patterns = True,
+        fallback: bool = False,
+    ) -> Restored:
         """Reads a step (the latest by default) into the types and layout of `target`.
 
         `target` is a pytree like the saved one, of arrays or of `jax.ShapeDtypeStruct`s with
         shardings; which devices and processes wrote the step does not matter.  Boxes may be in
         either or both.  Leaves come back as what they are in the target: a committed JAX array in
-        its sharding, a numpy array on the host, a Python number.
+        its sharding, a numpy array on the host, a Python number.  Without a target, all comes back
+        as numpy arrays in nested dicts.
+
+        Everything must fit, except for what is asked for, each with True or with patterns of
+        paths such as `"params/head"` or `"*/bias"`: `cast` another dtype; `missing` leaves of the
+        target keep the target's value; `extra` saved leaves are ignored; only the leaves of
+        `include` are read.  `rename` maps components of saved paths, `{"encoder": "backbone"}` or
+        `{"Block_*": "layers_*"}`.  Scanned layers become unrolled ones and the other way round.
+
+        With `fallback`, a step that is damaged is passed over for the newest earlier one that is
+        not, in all processes.
 
         Raises CheckpointNotFoundError; CheckpointMismatchError, before any array is read, with
-        every leaf that is missing, left over, or of another shape or dtype (nothing is cast);
-        CheckpointReadError if the step is damaged; the error of an earlier background save.
+        every leaf that does not fit; CheckpointReadError if the step is damaged; the error of an
+        earlier background save.
 
         >>> import tempfile, jax, jax.numpy as jnp
         >>> manager = CheckpointManager(tempfile.mkdtemp())
         >>> manager.save(1, {"w": jnp.ones(2)})
-        True
+        SaveHandle(step=1)
         >>> manager.restore({"w": jax.ShapeDtypeStruct((2,), jnp.float32)}).state["w"].tolist()
         [1.0, 1.0]
         """
         self.wait()
-        step = self._choose(step)
-        try:
-            manifest = Manifest.from_json(self._folder.json(step, MANIFEST))
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointReadError(self.directory, step, error) from error
-        plan, differences = restore.plan(manifest, target)
-        if differences:
-            raise CheckpointMismatchError(self.directory, step, differences)
-        extras = self._folder.json(step, EXTRAS)
-        try:
-            with quiet_orbax():
-                read = self._orbax.restore(
-                    self._folder.step(step),
-                    args=ocp.args.Composite(**{STATE: plan.restore_args()}),
-                )
-            state = plan.assemble(read[STATE])
-        except Exception as error:
-            raise CheckpointReadError(self.directory, step, error) from error
-        self._own.add(step)
-        return Restored(step, state, extras)
+        options = Options(cast, missing, extra, dict(rename or {}), include)
+        steps = self._choose(step, fallback)
+        number = next(self._restores)
+        restored = restore_step(
+            self._folder.root, steps, target, options, self._meeting, f"restore/{number}"
+        )
+        self._own.add(restored.step)
+        return restored
 
-    def _choose(self, step: int | None) -> int:
-        """The step to restore: process 0's latest, or the given one if it is committed."""
-        steps = self._folder.steps()
-        chosen = processes.agree(max(steps, default=-1)) if step is None else operator.index(step)
-        if chosen not in steps:
+    def _choose(self, step: int | None, fallback: bool = False) -> list[int]:
+        """The steps to try, the best first: process 0 says which there are."""
+        steps = self._folder.steps() if self._meeting.primary or self.read_only else self._seen
+        key = f"choose/{next(self._restores)}"
+        steps = self._meeting.agree(key, steps, "choosing a step")
+        newest = max(steps, default=-1) if step is None else operator.index(step)
+        if newest not in steps:
             raise CheckpointNotFoundError(self.directory, step, steps)
-        return chosen
+        return [s for s in reversed(steps) if s <= newest] if fallback else [newest]
 
     def delete(self, step: int) -> None:
         """Deletes a committed step; raises CheckpointNotFoundError if it is not there."""
         self.wait()
-        step = self._choose(step)
-        processes.barrier("shardflax.ckpt.delete")
-        if processes.is_primary():
+        (step,) = self._choose(step)
+        key = f"delete/{next(self._restores)}"
+        self._meeting.together(f"{key}/begin", {}, f"deleting step {step}")
+        if self._meeting.primary:
             self._folder.delete(step)
-        processes.barrier("shardflax.ckpt.deleted")
+        self._meeting.together(f"{key}/end", {}, f"deleting step {step}")
         self._own.discard(step)
+        self._seen = [s for s in self._seen if s != step]
 
     def close(self) -> None:
         """Waits for the save in flight and ends the threads; raises its error if it failed."""
         try:
             self.wait()
         finally:
-            with quiet_orbax():
-                self._orbax.close()
+            if not self.read_only:
+                self._writer.close()
+                self._syncer.close()
 
     def __enter__(self) -> Self:
         """The manager itself."""
@@ -337,53 +398,80 @@ def _local_path(directory: str | os.PathLike[str]) -> Path:
     return Path(name).expanduser().absolute()
 
 
-def _handler() -> ocp.CompositeCheckpointHandler:
-    """The writers of the items of a step, in the format that stock Orbax reads."""
-    return ocp.CompositeCheckpointHandler(
-        **{
-            STATE: ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False),
-            MANIFEST: ocp.JsonCheckpointHandler(filename=JSON_FILE[MANIFEST]),
-            EXTRAS: ocp.JsonCheckpointHandler(filename=JSON_FILE[EXTRAS]),
-        }
+def _check_shared(meeting: Rendezvous, root: Path, failure: CheckpointFolderError | None) -> str:
+    """Proves that all processes see one folder: process 0 leaves a mark, the others look for it.
+
+    Returns a name for this manager's files.  Raises CheckpointFolderError, in each process, if
+    one of them cannot use the folder or does not see it.
+    """
+    token = meeting.agree("token", new_token(), "making a manager")
+    mark = root / f".shared-test-{token}"
+    if meeting.primary and failure is None:
+        mark.touch()
+    meeting.agree("mark", True, "making a manager")
+    said = meeting.together(
+        "shared", {"seen": mark.exists(), "error": str(failure or "")}, "making a manager"
     )
+    if meeting.primary:
+        mark.unlink(missing_ok=True)
+    if failure is not None:
+        raise failure
+    broken = {index: report["error"] for index, report in said.items() if report["error"]}
+    if broken:
+        text = "; ".join(f"process {index}: {error}" for index, error in broken.items())
+        raise CheckpointFolderError(root, "another process cannot use it", text)
+    blind = [index for index, report in said.items() if not report["seen"]]
+    if blind:
+        raise CheckpointFolderError(
+            root,
+            f"processes {', '.join(map(str, blind))} do not see what process 0 writes there",
+            "Give a folder on a file system that all hosts share.",
+        )
+    return token
 
 
-def _save_args(state: Any, extras: dict[str, Any]) -> ocp.args.Composite:
-    """What Orbax is to write; raises CheckpointLeafError."""
-    manifest = Manifest.of(state)
-    leaves = leaves_by_path(state)
-    stored = {
-        path: store(path, leaves[path]) for path, spec in manifest.leaves.items() if spec.on_disk
+def _python_values(plan: Plan, leaves: list[Any]) -> dict[Any, Any]:
+    """The leaves that are not arrays, by path."""
+    return {
+        path: leaf
+        for path, leaf in zip(plan.tree.paths, leaves, strict=True)
+        if isinstance(leaf, bool | int | float | complex | str) and not hasattr(leaf, "dtype")
     }
-    check_names(stored)
-    if not stored:
-        raise CheckpointLeafError("", "the state has no array with elements", "Save a state.")
-    return ocp.args.Composite(
-        **{
-            STATE: ocp.args.PyTreeSave(nest(stored)),
-            MANIFEST: ocp.args.JsonSave(manifest.to_json()),
-            EXTRAS: ocp.args.JsonSave(extras),
-        }
-    )
 
 
-def _commit_at_exit(manager: CheckpointManager) -> None:
+def _when_ready(worker: Worker, staged: list[Staged], future: Future[None]) -> None:
+    """Completes a future when the transfers are done."""
+
+    def wait() -> None:
+        try:
+            for value in staged:
+                value.ready()
+            future.set_result(None)
+        except Exception as error:
+            future.set_exception(error)
+
+    worker.submit(wait)
+
+
+_IN_FLIGHT: set[CheckpointManager] = set()
+"""Managers that are saving; kept here, they live until they are done."""
+
+
+def _commit_at_exit() -> None:
     """Lets a program that ends without `wait` commit its last save.
 
-    A plain atexit hook runs after the thread pools that Orbax writes with are shut down, so the
-    hook goes where `concurrent.futures` puts its own; hooks there run in reverse order.
+    Hooks run in reverse order: ours comes before the shutdown of JAX's, whenever that was
+    registered.
     """
-    register = getattr(threading, "_register_atexit", atexit.register)
-    register(_wait_at_exit, weakref.ref(manager))
+    atexit.unregister(_wait_at_exit)
+    atexit.register(_wait_at_exit)
 
 
-def _wait_at_exit(ref: weakref.ref[CheckpointManager]) -> None:
-    """Waits for the save in flight; a failure can only be printed."""
-    manager = ref()
-    if manager is None:
-        return
-    try:
-        manager.wait()
-    except Exception:
-        print("The last checkpoint was lost at exit; call close() to be sure:", file=sys.stderr)
-        traceback.print_exc()
+def _wait_at_exit() -> None:
+    """Waits for the saves in flight; a failure can only be printed."""
+    for manager in tuple(_IN_FLIGHT):
+        try:
+            manager.wait()
+        except Exception:
+            print("The last checkpoint was lost at exit; call close() to be sure:", file=sys.stderr)
+            traceback.print_exc()

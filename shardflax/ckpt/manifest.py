@@ -1,91 +1,225 @@
-"""The manifest: what a checkpoint holds, readable without touching any device."""
+"""The manifest: what a checkpoint holds, readable without touching any device.
+
+`MANIFEST.json` is written last.  Its first line holds the checksum of the rest, so it is also a
+proof that what it lists was written.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import PurePosixPath
 from typing import Any
 
-from shardflax.ckpt.leaves import LeafSpec, describe, difference
-from shardflax.ckpt.paths import Path, leaves_by_path, show
+import numpy as np
 
-__all__ = ["Manifest", "check_json"]
+from shardflax.ckpt.durable import FileRecord, checksum
+from shardflax.ckpt.leaves import LeafSpec
+from shardflax.ckpt.paths import Path
+from shardflax.ckpt.plan import Stored
+
+__all__ = ["NAME", "Manifest", "check_json"]
 
 FORMAT = "shardflax.ckpt"
-VERSION = 1
+VERSION = 2
+NAME = "MANIFEST.json"
+_HEAD = re.compile(rb'\{"crc32": "([0-9a-f]{8})", "body":\n')
+_LIMIT = 1 << 30
+"""No manifest of a real checkpoint has as many bytes."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """The spec of every leaf of a state, by path.
+    """Every leaf of a state, where it is stored, and every file, with its checksum.
 
-    >>> import jax.numpy as jnp
-    >>> saved = Manifest.of({"w": jnp.ones((2, 3)), "step": 7})
-    >>> Manifest.from_json(saved.to_json()) == saved
+    `leaves` has the specs by path; `stored` those that are arrays with elements; `files` are
+    relative to the folder of the step; `nones` are the paths of None; `mesh` is the sizes of the
+    mesh axes that the state was saved under.
+
+    >>> m = Manifest(3, {("n",): LeafSpec("python", (), "int", value=7)}, {}, {})
+    >>> Manifest.read(m.text()) == m
     True
-    >>> for line in saved.differences(Manifest.of({"w": jnp.ones((2, 4)), "b": jnp.ones(4)})):
-    ...     print(line)
-    missing  b  target float32[4] is not in the checkpoint
-    extra    step  saved int (Python) is not in the target
-    shape    w  saved float32[2,3], target float32[2,4]
+    >>> Manifest.read(m.text().replace(b"7", b"8"))
+    Traceback (most recent call last):
+    ValueError: its checksum is wrong
     """
 
+    step: int
     leaves: Mapping[Path, LeafSpec]
+    stored: Mapping[Path, Stored]
+    files: Mapping[str, FileRecord]
+    nones: tuple[Path, ...] = ()
+    mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    processes: int = 1
+    time: float = 0.0
+
+    def text(self) -> bytes:
+        """The file."""
+        leaves = []
+        for path, spec in self.leaves.items():
+            stored = self.stored.get(path)
+            leaves.append({"path": path, **_spec_json(spec), **(_stored_json(stored))})
+        body = {
+            "format": FORMAT,
+            "version": VERSION,
+            "step": self.step,
+            "time": self.time,
+            "processes": self.processes,
+            "mesh": dict(self.mesh),
+            "leaves": leaves,
+            "nones": self.nones,
+            "files": self.files,
+        }
+        rest = json.dumps(body).encode() + b"}"
+        return b'{"crc32": "' + checksum(rest).encode() + b'", "body":\n' + rest
 
     @classmethod
-    def of(cls, state: Any) -> Manifest:
-        """The manifest of a state; raises CheckpointLeafError for leaves of other types."""
-        return cls({path: describe(path, leaf) for path, leaf in leaves_by_path(state).items()})
-
-    def differences(self, target: Manifest) -> list[str]:
-        """One line for each leaf of either that does not go into the other, by path."""
-        lines = []
-        for path in sorted(self.leaves.keys() | target.leaves.keys()):
-            saved, wanted = self.leaves.get(path), target.leaves.get(path)
-            if saved is None:
-                lines.append(f"missing  {show(path)}  target {wanted} is not in the checkpoint")
-            elif wanted is None:
-                lines.append(f"extra    {show(path)}  saved {saved} is not in the target")
-            elif found := difference(saved, wanted):
-                lines.append(f"{found.kind:7}  {show(path)}  {found.text}")
-        return lines
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON value that `from_json` reads."""
-        leaves = [{"path": list(path), **_spec_json(spec)} for path, spec in self.leaves.items()]
-        return {"format": FORMAT, "version": VERSION, "leaves": leaves}
+    def read(cls, text: bytes) -> Manifest:
+        """Reads `text`; raises ValueError for anything that a manifest must not be."""
+        if not text:
+            raise ValueError("it is empty")
+        head = _HEAD.match(text)
+        if head is None or len(text) > _LIMIT:
+            raise ValueError("it is not a manifest of this library")
+        rest = text[head.end() :]
+        if checksum(rest).encode() != head[1]:
+            raise ValueError("its checksum is wrong")
+        try:
+            body = json.loads(rest[:-1])
+            if body["format"] != FORMAT or body["version"] != VERSION:
+                raise ValueError(
+                    f"it has version {body['version']!r}; this library reads {VERSION}"
+                )
+            return cls._of(body)
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"it is not what a manifest is: {error!r}") from error
 
     @classmethod
-    def from_json(cls, value: Any) -> Manifest:
-        """Reads `to_json`'s value; raises ValueError for anything else."""
-        match value:
-            case {"format": "shardflax.ckpt", "version": 1, "leaves": list(leaves)}:
-                return cls({tuple(leaf["path"]): _spec_of(leaf) for leaf in leaves})
-            case {"format": "shardflax.ckpt", "version": version}:
-                raise ValueError(f"manifest version {version!r}; this library reads {VERSION}")
-            case _:
-                raise ValueError("not a manifest of this library")
+    def _of(cls, body: Mapping[str, Any]) -> Manifest:
+        leaves: dict[Path, LeafSpec] = {}
+        stored: dict[Path, Stored] = {}
+        for entry in body["leaves"]:
+            path = tuple(map(_text, entry["path"]))
+            leaves[path] = spec = _spec_of(entry)
+            if "store" in entry:
+                stored[path] = _stored_of(path, spec, entry)
+        files = {_file_name(n): (_count(s), _text(c)) for n, (s, c) in body["files"].items()}
+        found = cls(
+            step=_count(body["step"]),
+            leaves=leaves,
+            stored=stored,
+            files=files,
+            nones=tuple(tuple(map(_text, path)) for path in body["nones"]),
+            mesh={_text(axis): _count(size) for axis, size in body["mesh"].items()},
+            processes=_count(body["processes"]),
+            time=float(body["time"]),
+        )
+        found._check_sizes()
+        return found
+
+    def _check_sizes(self) -> None:
+        """Refuses arrays that cannot be in the files, before memory is taken for them."""
+        arrays = sum(leaf.leaf.nbytes for leaf in self.stored.values())
+        files = sum(size for size, _ in self.files.values())
+        if arrays > files:
+            raise ValueError(f"its arrays have {arrays:,} bytes, its files {files:,}")
+
+
+def _text(x: Any) -> str:
+    if not isinstance(x, str):
+        raise TypeError(f"{x!r} is not a string")
+    return x
+
+
+def _count(x: Any) -> int:
+    if type(x) is not int or not 0 <= x < 2**63:
+        raise TypeError(f"{x!r} is not a count")
+    return x
+
+
+def _counts(x: Iterable[Any]) -> tuple[int, ...]:
+    found = tuple(map(_count, x))
+    if len(found) > 64:
+        raise TypeError(f"{len(found)} dims")
+    return found
+
+
+def _file_name(name: str) -> str:
+    """A relative name that stays in the folder."""
+    path = PurePosixPath(name)
+    if not name or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
+        raise ValueError(f"it names a file outside of its folder: {name!r}")
+    return name
 
 
 def _spec_json(spec: LeafSpec) -> dict[str, Any]:
     """A spec without its empty fields; a complex value as two numbers."""
-    fields = {k: v for k, v in dataclasses.asdict(spec).items() if v is not None}
-    if isinstance(spec.value, complex):
-        fields["value"] = [spec.value.real, spec.value.imag]
+    fields = {"kind": spec.kind, "shape": spec.shape, "dtype": spec.dtype}
+    if spec.impl is not None:
+        fields["impl"] = spec.impl
+    if spec.kind == "python":
+        value = spec.value
+        fields["value"] = [value.real, value.imag] if isinstance(value, complex) else value
     return fields
 
 
-def _spec_of(leaf: Mapping[str, Any]) -> LeafSpec:
+_PYTHON = {"bool": bool, "int": int, "float": float, "complex": list, "str": str}
+
+
+def _spec_of(entry: Mapping[str, Any]) -> LeafSpec:
     """The inverse of `_spec_json`."""
-    value = leaf.get("value")
+    kind, dtype, value = entry["kind"], _text(entry["dtype"]), entry.get("value")
+    if kind not in ("array", "key", "python"):
+        raise TypeError(f"kind {kind!r}")
+    if kind == "python" and type(value) is not _PYTHON[dtype]:
+        raise TypeError(f"{value!r} is not a {dtype}")
+    impl = entry.get("impl")
     return LeafSpec(
-        kind=leaf["kind"],
-        shape=tuple(leaf["shape"]),
-        dtype=leaf["dtype"],
-        impl=leaf.get("impl"),
+        kind=kind,
+        shape=_counts(entry["shape"]),
+        dtype=dtype,
+        impl=None if impl is None else _text(impl),
         value=complex(*value) if isinstance(value, list) else value,
     )
+
+
+def _stored_json(stored: Stored | None) -> dict[str, Any]:
+    """Where an array is stored, and what its dims are."""
+    if stored is None:
+        return {}
+    store = {"name": stored.name, "shape": stored.shape, "dtype": stored.dtype.name,
+             "chunk": stored.chunk, "public": stored.public}  # fmt: skip
+    return {"store": store, "names": stored.names, "spec": stored.spec}
+
+
+def _stored_of(path: Path, spec: LeafSpec, entry: Mapping[str, Any]) -> Stored:
+    """The inverse of `_stored_json`; what does not fit the spec is refused."""
+    store = entry["store"]
+    found = Stored(
+        path=path,
+        leaf=spec,
+        name=_text(store["name"]),
+        public=bool(store["public"]),
+        shape=_counts(store["shape"]),
+        dtype=np.dtype(spec.stored[1]) if store["dtype"] != "uint8" else np.dtype(np.uint8),
+        chunk=_counts(store["chunk"]),
+        names=_dims(entry["names"]),
+        spec=_dims(entry["spec"]),
+    )
+    if found.shape != spec.stored[0] or len(found.chunk) != len(found.shape):
+        raise ValueError(
+            f"leaf {'/'.join(path)!r} of shape {spec.shape} is stored as {found.shape}"
+        )
+    if 0 in found.chunk or found.dtype.itemsize != spec.stored[1].itemsize:
+        raise ValueError(f"leaf {'/'.join(path)!r} has impossible chunks")
+    return found
+
+
+def _dims(x: Any) -> tuple[Any, ...] | None:
+    """Names or mesh axes of dims, lists turned into tuples."""
+    return None if x is None else tuple(tuple(p) if isinstance(p, list) else p for p in x)
 
 
 def check_json(extras: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
 from typing import Any
+from urllib.parse import quote
 
 import jax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from shardflax.ckpt.errors import CheckpointLeafError
-from shardflax.core.boxes import unbox
+from shardflax.core.boxes import is_box
 
-__all__ = ["Path", "check_names", "leaves_by_path", "nest", "show"]
+__all__ = ["Names", "Path", "Tree", "leaves_by_path", "nest", "show", "storage_names", "tree_of"]
 
 Path = tuple[str, ...]
+Names = tuple[Any, ...] | None
 
 ROOT: Path = ("value",)
 """The path of a state that is one array."""
@@ -28,23 +30,75 @@ def show(path: Path) -> str:
     return "/".join(path)
 
 
-def leaves_by_path(state: Any) -> dict[Path, Any]:
-    """The leaves of a state, boxes taken off, by path.
+class Tree:
+    """The paths of the leaves of a state, boxes left out, and the names that the boxes gave.
+
+    >>> tree_of({"w": 1.0, "n": None}).paths, tree_of({"w": 1.0, "n": None}).nones
+    ((('w',),), (('n',),))
+    """
+
+    def __init__(self, treedef: Any) -> None:
+        flat = jax.tree_util.tree_leaves_with_path(
+            treedef.unflatten(range(treedef.num_leaves)), is_leaf=_ends
+        )
+        self.treedef = treedef
+        found: dict[Path, Names] = {}
+        nones: list[Path] = []
+        for keys, leaf in flat:
+            path = tuple(map(_part, keys)) or ROOT
+            if path in found:
+                raise CheckpointLeafError(
+                    show(path), "two leaves have this path", "Rename one of the two dict keys."
+                )
+            if leaf is None:
+                nones.append(path)
+            elif jax.tree.leaves(leaf):  # a box may hold nothing
+                found[path] = _names(leaf)
+        self.nones = tuple(nones)
+        self.paths = tuple(found)
+        self.names = tuple(found.values())
+        if len(found) != treedef.num_leaves:
+            raise CheckpointLeafError(show(ROOT), "a box holds several arrays", "Box them apart.")
+
+    def zip(self, leaves: list[Any]) -> dict[Path, Any]:
+        """The leaves by path."""
+        return dict(zip(self.paths, leaves, strict=True))
+
+
+@functools.lru_cache(maxsize=64)
+def _tree(treedef: Any) -> Tree:
+    return Tree(treedef)
+
+
+def tree_of(state: Any) -> Tree:
+    """The paths and names of a state; made once for each structure.
 
     Raises CheckpointLeafError where two leaves have one path (dict keys `1` and `"1"`).
+
+    >>> tree_of({"a": 1}) is tree_of({"a": 2})
+    True
+    """
+    return _tree(jax.tree.structure(state))
+
+
+def leaves_by_path(state: Any) -> dict[Path, Any]:
+    """The leaves of a state, boxes taken off, by path.
 
     >>> leaves_by_path({"opt": (1.0, {"mu": 2.0})})
     {('opt', '0'): 1.0, ('opt', '1', 'mu'): 2.0}
     """
-    found: dict[Path, Any] = {}
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(unbox(state)):
-        path = tuple(_part(key) for key in keys) or ROOT
-        if path in found:
-            raise CheckpointLeafError(
-                show(path), "two leaves have this path", "Rename one of the two dict keys."
-            )
-        found[path] = leaf
-    return found
+    return tree_of(state).zip(jax.tree.leaves(state))
+
+
+def _ends(x: Any) -> bool:
+    """True where a path ends: at boxes, and at None, which JAX sees as a node without leaves."""
+    return x is None or is_box(x)
+
+
+def _names(leaf: Any) -> Names:
+    """What a box calls the dims of its value."""
+    names = getattr(leaf, "names", None) if is_box(leaf) else None
+    return tuple(names) if isinstance(names, tuple | list) else None
 
 
 def _part(key: Any) -> str:
@@ -60,36 +114,37 @@ def _part(key: Any) -> str:
             return str(key)
 
 
-def check_names(paths: Iterable[Path]) -> None:
-    """Refuses paths that would share storage: Orbax joins a path with dots into one name.
+def storage_names(paths: tuple[Path, ...]) -> dict[Path, tuple[str, bool]]:
+    """The name that each leaf is stored under, and whether other readers find it there.
 
-    Raises CheckpointLeafError, naming both leaves.
+    Orbax joins a path with dots.  Paths that would share a name then, or of which one would lie
+    inside the other, are stored under escaped names, which only the manifest knows.
 
-    >>> check_names([("a.b",), ("a", "b")])
-    Traceback (most recent call last):
-    shardflax.ckpt.errors.CheckpointLeafError: Cannot save leaf 'a/b': ...
+    >>> storage_names((("a", "b"),))
+    {('a', 'b'): ('a.b', True)}
+    >>> storage_names((("a.b",), ("a", "b")))
+    {('a.b',): ('%/a%2Eb', False), ('a', 'b'): ('%/a/b', False)}
     """
-    taken: dict[str, Path] = {}
-    for path in paths:
-        if not all(path):
-            raise CheckpointLeafError(show(path), "a dict key is empty", "Give it a name.")
-        name = ".".join(path)
-        if name in taken:
-            raise _collision(path, taken[name])
-        taken[name] = path
-    for name, path in taken.items():
-        for end in (i for i, char in enumerate(name) if char == "/"):
-            if name[:end] in taken:
-                raise _collision(path, taken[name[:end]])
+    joined = {path: ".".join(path) for path in paths}
+    owners: dict[str, list[Path]] = {}
+    for path, name in joined.items():
+        owners.setdefault(name, []).append(path)
+    private = {path for found in owners.values() if len(found) > 1 for path in found}
+    for path, name in joined.items():
+        inside = [owners[name[:i]] for i, char in enumerate(name) if char == "/"
+                  if name[:i] in owners]  # fmt: skip
+        if inside or not all(path) or "//" in name or name[0] in "/%" or name[-1] == "/":
+            private.add(path)
+        private.update(other for found in inside for other in found)
+    return {
+        path: (_escaped(path), False) if path in private else (name, True)
+        for path, name in joined.items()
+    }
 
 
-def _collision(path: Path, other: Path) -> CheckpointLeafError:
-    """The error for two leaves that would be stored in one place."""
-    return CheckpointLeafError(
-        show(path),
-        f"it would share its storage with leaf {show(other)!r} (paths {path} and {other})",
-        "Rename the dict key that has a '.' or '/' in it.",
-    )
+def _escaped(path: Path) -> str:
+    """A name that no other path has, with neither a dot nor an empty part."""
+    return "/".join(["%", *(quote(part, safe="").replace(".", "%2E") or "%" for part in path)])
 
 
 def nest(leaves: dict[Path, Any]) -> dict[str, Any]:

@@ -1,90 +1,150 @@
-"""From a manifest and a target state to arrays on the target's devices."""
+"""From a source and a target to arrays on the target's devices."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
-from shardflax.ckpt.leaves import LeafSpec
-from shardflax.ckpt.manifest import Manifest
-from shardflax.ckpt.paths import Path, leaves_by_path, nest, show
-from shardflax.core.boxes import rebox, unbox
+from shardflax.ckpt.leaves import LeafSpec, is_key, key_words
+from shardflax.ckpt.match import Take
+from shardflax.ckpt.paths import Path, nest, tree_of
+from shardflax.ckpt.regions import Box
+from shardflax.ckpt.sources import Later, Source
 
-__all__ = ["Plan", "plan"]
+__all__ = ["load", "load_on_host"]
+
+_Array = np.ndarray[Any, np.dtype[Any]]
+_AHEAD = 256 << 20
+"""Bytes that are read ahead of what is being put on devices."""
+_WASTE = 1.3
+"""A box around all that is wanted is read at once if single reads would read this much more."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """How each saved leaf becomes the target leaf of the same path.
+def load(source: Source, takes: Mapping[Path, Take], target: Any) -> Any:
+    """The target's tree, boxes included, with the values of the source.
 
-    `restore_args()` tells Orbax what to read, and where to; `assemble(arrays)` makes the state.
+    Raises LeafDataError for a leaf that is damaged.
     """
+    tree = tree_of(target)
+    wanted = tree.zip(jax.tree.leaves(target))
+    found = dict(_ahead(_Leaf(source, path, takes[path], leaf) for path, leaf in wanted.items()))
+    return jax.tree.unflatten(tree.treedef, [found[path] for path in tree.paths])
 
-    saved: Mapping[Path, LeafSpec]
-    target: Any
 
-    def restore_args(self) -> ocp.args.PyTreeRestore:
-        """What to read: into the target's sharding where it has one, else to the host."""
-        wanted = leaves_by_path(self.target)
-        read = {
-            path: _restore_arg(spec, wanted[path])
-            for path, spec in self.saved.items()
-            if spec.on_disk
-        }
-        return ocp.args.PyTreeRestore(
-            item=nest(dict.fromkeys(read, 0)), restore_args=nest(dict(read))
-        )
+def load_on_host(source: Source, wanted: Callable[[Path], bool] = lambda path: True) -> Any:
+    """All leaves as numpy arrays (keys as the words of their data), in nested dicts."""
+    host: dict[Path, Any] = dict.fromkeys(source.nones)
+    laters: list[tuple[Path, Later | None, LeafSpec]] = []
+    for path, spec in source.leaves.items():
+        if wanted(path):
+            later = source.read(path, Box.whole(spec.stored[0])) if _reads(spec) else None
+            laters.append((path, later, spec))
+    for path, later, spec in laters:
+        host[path] = _made(spec) if later is None else later()
+    return nest(host)
 
-    def assemble(self, arrays: Any) -> Any:
-        """The target's tree, boxes included, with the values that were read.
 
-        Raises ValueError if an array is not what the manifest says.
-        """
-        read = leaves_by_path(arrays)
-        wanted = leaves_by_path(self.target)
-        leaves = [
-            _place(path, self.saved[path], read.get(path), leaf) for path, leaf in wanted.items()
+def _reads(spec: LeafSpec) -> bool:
+    """True if the data of a leaf is among the arrays."""
+    return spec.kind != "python" and spec.on_disk
+
+
+def _made(spec: LeafSpec) -> Any:
+    """The value of a leaf of which the manifest has it all."""
+    return spec.value if spec.kind == "python" else np.zeros(*spec.stored)
+
+
+class _Leaf:
+    """One leaf on its way: what is read of it, and where that goes."""
+
+    def __init__(self, source: Source, path: Path, take: Take, target: Any) -> None:
+        self.source, self.path, self.take, self.target = source, path, take, target
+        self.reading: list[tuple[Box, Later]] = []
+        self.nbytes = 0
+
+    def start(self) -> None:
+        """Starts the reads that this process needs."""
+        saved, taken = self.take.saved, self.take.taken
+        if saved is None or taken is None or not _reads(saved):
+            return
+        words = key_words(saved.impl) if saved.kind == "key" else ()
+        shape = (*taken.shape(saved.shape), *words)
+        boxes = sorted(set(_boxes(self.target, shape)))
+        if taken.dim is None:
+            boxes = _joined(boxes, self.source.chunk(taken.paths[0]))
+        self.reading = [(box, self._read(box)) for box in boxes]
+        self.nbytes = sum(box.size for box in boxes) * saved.stored[1].itemsize
+
+    def _read(self, box: Box) -> Later:
+        """Starts reading a box of what the saved leaves amount to."""
+        taken = self.take.taken
+        assert taken is not None
+        if taken.dim is None:
+            return self.source.read(taken.paths[0], box)
+        dim = taken.dim
+        if taken.index is not None:
+            later = self.source.read(taken.paths[0], _insert(box, dim, taken.index))
+            return lambda: np.squeeze(later(), dim)
+        inner = Box(_without(box.start, dim), _without(box.stop, dim))
+        several = [
+            self.source.read(taken.paths[i], inner) for i in range(box.start[dim], box.stop[dim])
         ]
-        values = jax.tree.unflatten(jax.tree.structure(unbox(self.target)), leaves)
-        return rebox(self.target, values)
+        return lambda: np.stack([later() for later in several], dim)
+
+    def finish(self) -> Any:
+        """The leaf, on the target's devices."""
+        take, target = self.take, self.target
+        if take.taken is None or take.saved is None:
+            return target
+        if not self.reading:
+            value = (
+                _made(take.saved)
+                if take.taken.dim is None
+                else np.zeros(take.taken.shape(take.saved.shape), take.saved.stored[1])
+            )
+            return _placed([(None, value)], take, target)
+        read: list[tuple[Box | None, Any]] = [
+            (box, self._cast(later())) for box, later in self.reading
+        ]
+        self.reading = []
+        return _placed(read, take, target)
+
+    def _cast(self, array: _Array) -> _Array:
+        return array.astype(jnp.dtype(self.take.target.dtype)) if self.take.cast else array
 
 
-def plan(manifest: Manifest, target: Any) -> tuple[Plan, list[str]]:
-    """The plan, and the differences that forbid it, one line each.
-
-    >>> manifest = Manifest.of({"w": jnp.ones(2)})
-    >>> plan(manifest, {"w": jax.ShapeDtypeStruct((2,), jnp.float32)})[1]
-    []
-    """
-    differences = manifest.differences(Manifest.of(target))
-    differences += [
-        line for path, leaf in leaves_by_path(target).items() if (line := _narrowed(path, leaf))
-    ]
-    return Plan(manifest.leaves, target), differences
-
-
-def _narrowed(path: Path, leaf: Any) -> str | None:
-    """A line if JAX could not make an array of this dtype at all."""
-    if not isinstance(leaf, jax.ShapeDtypeStruct) or _is_key(leaf):
-        return None
-    dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
-    if dtype == leaf.dtype:
-        return None
-    return (
-        f"dtype    {show(path)}  target {leaf.dtype} would become {dtype}: "
-        f"set jax_enable_x64, or give a numpy array as the target"
-    )
+def _ahead(leaves: Iterator[_Leaf]) -> Iterator[tuple[Path, Any]]:
+    """Finishes the leaves in order, while the next ones are already being read."""
+    started: collections.deque[_Leaf] = collections.deque()
+    size = 0
+    for leaf in leaves:
+        leaf.start()
+        started.append(leaf)
+        size += leaf.nbytes
+        while started and size > _AHEAD:
+            first = started.popleft()
+            size -= first.nbytes
+            yield first.path, first.finish()
+    while started:
+        first = started.popleft()
+        yield first.path, first.finish()
 
 
-def _is_key(leaf: Any) -> bool:
-    """True for an array of typed PRNG keys, abstract or not."""
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+def _insert(box: Box, dim: int, index: int) -> Box:
+    """A box with one more dim, of which it is one slice."""
+    start = (*box.start[:dim], index, *box.start[dim:])
+    return Box(start, (*box.stop[:dim], index + 1, *box.stop[dim:]))
+
+
+def _without(numbers: tuple[int, ...], dim: int) -> tuple[int, ...]:
+    return numbers[:dim] + numbers[dim + 1 :]
 
 
 def _sharding(leaf: Any) -> jax.sharding.Sharding | None:
@@ -96,63 +156,93 @@ def _sharding(leaf: Any) -> jax.sharding.Sharding | None:
     return None
 
 
-def _restore_arg(saved: LeafSpec, leaf: Any) -> ocp.RestoreArgs:
-    """How Orbax reads one leaf; the dtype is never given, so that nothing is cast."""
-    sharding = _sharding(leaf)
-    if sharding is None or saved.kind == "python":
-        return ocp.RestoreArgs(restore_type=np.ndarray)
-    return ocp.ArrayRestoreArgs(sharding=sharding)
+def _boxes(target: Any, shape: tuple[int, ...]) -> Iterator[Box]:
+    """The boxes of an array that this process needs for a target."""
+    sharding = _sharding(target)
+    if sharding is None:
+        yield Box.whole(shape)
+        return
+    index: Any
+    for index in sharding.addressable_devices_indices_map(tuple(target.shape)).values():
+        words = (slice(None),) * (len(shape) - len(target.shape))
+        yield Box.of((*index, *words), shape)
 
 
-def _place(path: Path, saved: LeafSpec, value: Any, target: Any) -> Any:
+def _joined(boxes: list[Box], chunk: Sequence[int]) -> list[Box]:
+    """The boxes, or one around them all if that reads much less, because they share chunks."""
+    if len(boxes) < 2:
+        return boxes
+    around = boxes[0]
+    for box in boxes[1:]:
+        around = around.join(box)
+    single = sum(_touched(box, chunk) for box in boxes)
+    return [around] if single > _WASTE * _touched(around, chunk) else boxes
+
+
+def _touched(box: Box, chunk: Sequence[int]) -> int:
+    """How many elements the chunks have that a box lies in."""
+    spans = (-(-b // c) - a // c for a, b, c in zip(box.start, box.stop, chunk, strict=True))
+    return math.prod(spans) * math.prod(chunk)
+
+
+def _placed(read: list[tuple[Box | None, Any]], take: Take, target: Any) -> Any:
     """One leaf in the target's own type, on its devices."""
-    value = _checked(path, saved, _value(saved, value, target))
-    if not isinstance(target, jax.Array | jax.ShapeDtypeStruct):
-        return _on_host(value, target)
-    if saved.kind == "key":
-        return jax.random.wrap_key_data(_on_device(value, target), impl=saved.impl)
-    return _weak(_on_device(value, target), target)
-
-
-def _value(saved: LeafSpec, read: Any, target: Any) -> Any:
-    """What was read, or made from the manifest where that has it all."""
+    saved = take.saved
+    assert saved is not None
     if saved.kind == "python":
-        return np.asarray(saved.value, dtype=getattr(target, "dtype", object))
-    if saved.on_disk:
-        return read
-    if saved.kind == "key":
-        words = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=saved.impl)))
-        return np.zeros((*saved.shape, *words.shape), words.dtype)
-    return np.zeros(saved.shape, jnp.dtype(saved.dtype))
-
-
-def _checked(path: Path, saved: LeafSpec, value: Any) -> Any:
-    """`value`, if the stored array is the one that the manifest promised."""
-    if value is None:
-        raise ValueError(f"leaf {show(path)!r} is in the manifest but not among the arrays")
-    if saved.kind == "array" and (value.shape, value.dtype.name) != (saved.shape, saved.dtype):
-        found = LeafSpec("array", value.shape, value.dtype.name)
-        raise ValueError(f"leaf {show(path)!r} is {found}, the manifest says {saved}")
-    return value
+        value = read[0][1]
+        if not hasattr(target, "dtype"):
+            return _on_host(value, target)
+        read = [(None, np.asarray(value, target.dtype))]
+    if not isinstance(target, jax.Array | jax.ShapeDtypeStruct):
+        return _on_host(read[0][1], target)
+    if is_key(target):
+        return jax.random.wrap_key_data(_on_device(read, target), impl=saved.impl)
+    return _weak(_on_device(read, target), target)
 
 
 def _on_host(value: Any, target: Any) -> Any:
-    """A numpy array, numpy scalar or Python scalar, as the target is."""
+    """A numpy array, numpy scalar, string or Python scalar, as the target is."""
     if isinstance(target, np.ndarray):
-        return np.asarray(value)
+        return np.array(value)  # the caller's own, and writable
     if isinstance(target, np.generic):
         return np.asarray(value)[()]
-    return type(target)(value.item())
+    return value.item() if hasattr(value, "item") else value
 
 
-def _on_device(value: Any, target: Any) -> jax.Array:
+def _on_device(read: list[tuple[Box | None, Any]], target: Any) -> jax.Array:
     """A JAX array, committed to the target's sharding if it has one."""
-    if isinstance(value, jax.Array):
-        return value
     sharding = _sharding(target)
     if sharding is None:
-        return jnp.asarray(value)
-    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+        return jnp.asarray(read[0][1])
+    outer, whole = read[0]
+    if len(read) > 1 or outer is not None:
+        shape = _shape(read, target)
+        return jax.make_array_from_callback(shape, sharding, _Parts(read, shape))
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+
+def _shape(read: list[tuple[Box | None, Any]], target: Any) -> tuple[int, ...]:
+    """The shape of the data of a target: with the words of keys, where it holds some."""
+    words = read[0][1].ndim - len(target.shape)
+    return (*target.shape, *read[0][1].shape[read[0][1].ndim - words :]) if words else target.shape
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """Gives each device its part of what was read."""
+
+    read: list[tuple[Box | None, Any]]
+    shape: tuple[int, ...]
+
+    def __call__(self, index: Any) -> _Array:
+        box = Box.of(index, self.shape)
+        for outer, array in self.read:
+            if outer == box:
+                return array
+        outer, array = self.read[0]
+        assert outer is not None
+        return array[box.within(outer)]
 
 
 def _weak(value: jax.Array, target: Any) -> jax.Array:

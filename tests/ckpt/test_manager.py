@@ -3,10 +3,10 @@
 import dataclasses
 import functools
 import json
-import logging
 import os
 import shutil
 import threading
+import zlib
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -201,8 +201,11 @@ def test_the_tree_on_disk_does_not_depend_on_boxes(folder: Path) -> None:
         manager.save(1, boxed)
         manager.save(2, plain)
         manager.wait()
-        one, two = ((folder / f"{i}/manifest/manifest.json").read_text() for i in (1, 2))
+        one, two = ((folder / f"{i}/state/_METADATA").read_text() for i in (1, 2))
         assert one == two
+        names = [json.loads((folder / f"{i}/MANIFEST.json").read_text())["body"]["leaves"][0]
+                 ["names"] for i in (1, 2)]  # fmt: skip
+        assert names == [["embed", "mlp"], None]
         assert_identical(manager.restore(plain, step=1).state, plain)
         assert_identical(manager.restore(boxed, step=2).state, boxed)
 
@@ -370,14 +373,11 @@ def test_a_dtype_that_jax_would_narrow_is_a_mismatch(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({"a.b": 1.0, "a": {"b": 2.0}}, "share its storage"),
-        ({"a/b": 1.0, "a": 2.0}, "share its storage"),
         ({"n": OrderedDict([(1, 1.0), ("1", 2.0)])}, "Rename"),
-        ({"": 1.0}, "empty"),
-        ({"name": "mlp"}, "'name': it is a str.*extras"),
+        ({"name": b"mlp"}, "'name': it is a bytes.*extras"),
         ({"fn": len}, "'fn'.*static field"),
         ({"w": np.array(["a"])}, "dtype is <U1"),
-        ({"w": None}, "no array"),
+        ({"w": np.zeros(2, np.longdouble)}, "dtype is"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -388,9 +388,13 @@ def test_states_that_cannot_be_stored_are_refused(folder: Path, state: Any, mess
         assert manager.all_steps() == [] and manager.pending_step is None
 
 
-def test_keys_with_dots_and_slashes_are_fine_where_they_do_not_collide(folder: Path) -> None:
+def test_keys_with_dots_and_slashes_are_fine_also_where_they_collide(folder: Path) -> None:
     state = {
         "a.b": jnp.ones(1),
+        "a": {"b": jnp.zeros(1), "b/c": jnp.full(1, 3.0), "c": {"0": jnp.full(1, 4.0)}},
+        "": jnp.full(1, 5.0),
+        "name": "a string",
+        "none": None,
         "c/d": {"e f": jnp.zeros(2)},
         "%": jnp.full(3, 2.0),
         "n": {5: jnp.ones(4)},
@@ -398,6 +402,8 @@ def test_keys_with_dots_and_slashes_are_fine_where_they_do_not_collide(folder: P
     with ckpt.CheckpointManager(folder) as manager:
         manager.save(1, state)
         assert_identical(manager.restore(state).state, state)
+        manager.save(2, {"w": None})
+        assert manager.restore({"w": None}).state == {"w": None}
 
 
 def test_a_single_array_is_a_state(folder: Path) -> None:
@@ -463,8 +469,7 @@ def test_an_error_of_the_background_is_raised_once_at_the_next_call(
     manager = ckpt.CheckpointManager(folder)
     manager.save(5, state)
     assert manager.save(6, state)
-    if manager._pending:
-        manager._pending[1].join()
+    assert manager._pending and manager._pending.committed.exception()
     calls = {
         "save": lambda: manager.save(7, state),
         "wait": manager.wait,
@@ -475,16 +480,17 @@ def test_an_error_of_the_background_is_raised_once_at_the_next_call(
         calls[call]()
     assert caught.value.step == 6 and str(folder) in str(caught.value)
     assert isinstance(caught.value.__cause__, OSError)
-    assert sorted(p.name for p in folder.iterdir()) == ["5"]
+    if call == "save":
+        assert manager.pending_step in (7, None)
+    else:
+        assert sorted(p.name for p in folder.iterdir()) == ["5"]
     if call != "close":
-        assert manager.save(6 + 1, state)
+        assert bool(manager.save(7, state)) is (call != "save")  # which saved before it raised
         assert manager.restore(state).step == 7
         manager.close()
     assert capfd.readouterr() == ("", "")
 
 
-# Orbax closes its event loop while TensorStore may still report a failed write to it.
-@pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
 def test_a_folder_that_goes_away_while_it_is_written_to(folder: Path) -> None:
     state = place({"w": jnp.ones((2048, 2048))}, (2, 4), PartitionSpec("a", "b"))
     manager = ckpt.CheckpointManager(folder)
@@ -515,6 +521,7 @@ def test_leftovers_of_a_killed_run_are_removed_at_the_next_start(folder: Path) -
         manager.save(1, {"w": jnp.ones(3)})
     shutil.copytree(folder / "1", folder / "2.orbax-checkpoint-tmp")
     shutil.copytree(folder / "1", folder / "3.deleting")
+    shutil.copytree(folder / "1", folder / "3.saving-abc-1")
     (folder / "4").mkdir()
     (folder / "notes.txt").touch()
     onlooker = ckpt.CheckpointManager(folder, read_only=True)
@@ -533,7 +540,7 @@ def test_a_damaged_manifest_is_named(folder: Path, text: str) -> None:
     with ckpt.CheckpointManager(folder) as manager:
         manager.save(1, {"w": jnp.ones(3)})
         manager.wait()
-        (folder / "1/manifest/manifest.json").write_text(text)
+        (folder / "1/MANIFEST.json").write_text(text)
         with pytest.raises(ckpt.CheckpointReadError, match="Step 1"):
             manager.restore({"w": jnp.ones(3)})
 
@@ -543,23 +550,11 @@ def test_a_newer_manifest_and_lost_arrays_are_named(folder: Path) -> None:
         for step in (1, 2):
             manager.save(step, {"w": jnp.ones(3)})
         manager.wait()
-        path = folder / "1/manifest/manifest.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 99}))
+        path = folder / "1/MANIFEST.json"
+        body = path.read_bytes().split(b"\n")[1].replace(b'"version": 2', b'"version": 99')
+        path.write_bytes(b'{"crc32": "%08x", "body":\n' % zlib.crc32(body) + body)
         with pytest.raises(ckpt.CheckpointReadError, match="version 99"):
             manager.restore({"w": jnp.ones(3)}, step=1)
         shutil.rmtree(folder / "2" / "state" / "d")
-        with pytest.raises(ckpt.CheckpointReadError, match="Step 2"):
+        with pytest.raises(ckpt.CheckpointReadError, match=r"Step 2.*/state/d/\w+ is missing"):
             manager.restore({"w": jnp.ones(3)})
-
-
-def test_orbax_is_quiet_and_its_log_is_at_hand(
-    folder: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
-) -> None:
-    with caplog.at_level(logging.DEBUG), ckpt.CheckpointManager(folder) as manager:
-        logging.getLogger("absl").setLevel(logging.DEBUG)
-        manager.save(1, {"w": jnp.ones(3)})
-        manager.restore({"w": jnp.ones(3)})
-    logging.getLogger("absl").setLevel(logging.WARNING)
-    names = {record.name for record in caplog.records if "orbax" in record.pathname + record.name}
-    assert "absl" not in names
-    assert capfd.readouterr() == ("", "")

@@ -1,8 +1,7 @@
-"""Property: any tree of storable leaves comes back equal, or is refused before any write."""
+"""Property: any tree of storable leaves comes back equal."""
 
 import dataclasses
 import tempfile
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +10,7 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shardflax.ckpt import CheckpointLeafError, CheckpointManager
+from shardflax.ckpt import CheckpointManager
 
 DTYPES = [
     "bool",
@@ -23,6 +22,8 @@ DTYPES = [
     "float32",
     "float8_e5m2",
     "int4",
+    "uint4",
+    "complex64",
 ]
 
 
@@ -57,10 +58,11 @@ leaves = (
     | st.integers(-(2**70), 2**70)
     | st.floats(allow_nan=False)
     | st.booleans()
+    | st.text(max_size=3)
     | st.none()
     | st.integers(0, 9).map(jax.random.key)
 )
-names = st.text("ab./ 0é%", min_size=1, max_size=3)
+names = st.text("ab./ 0é%", max_size=3)
 trees = st.recursive(
     leaves,
     lambda inner: (
@@ -83,25 +85,13 @@ def form(leaf: Any) -> Any:
     return type(leaf), leaf
 
 
-def dict_keys(state: Any) -> set[str]:
-    """The dict keys on the way to any leaf."""
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state)]
-    return {k.key for path in paths for k in path if isinstance(k, jax.tree_util.DictKey)}
-
-
 @settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )
 @given(tree=trees)
 def test_round_trip(tree: Any) -> None:
-    state = {"state": tree, "anchor": jnp.ones(1)}
     with tempfile.TemporaryDirectory() as folder, CheckpointManager(folder) as manager:
-        try:
-            manager.save(1, state)
-        except CheckpointLeafError:
-            assert list(Path(folder).iterdir()) == []
-            assert any(set("./") & set(name) for name in dict_keys(state))
-            return
-        got = manager.restore(state).state
-    assert jax.tree.structure(got) == jax.tree.structure(state)
-    assert list(map(form, jax.tree.leaves(got))) == list(map(form, jax.tree.leaves(state)))
+        manager.save(1, tree)
+        got = manager.restore(tree).state
+    assert jax.tree.structure(got) == jax.tree.structure(tree)
+    assert list(map(form, jax.tree.leaves(got))) == list(map(form, jax.tree.leaves(tree)))

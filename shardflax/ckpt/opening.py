@@ -1,0 +1,106 @@
+"""Opening a step, whoever wrote it, and checking its files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shardflax.ckpt.durable import FileRecord, checksum_file
+from shardflax.ckpt.foreign import find_item, first_format, open_orbax
+from shardflax.ckpt.manifest import NAME, Manifest
+from shardflax.ckpt.orbax_files import EXTRAS, MARKER, OURS
+from shardflax.ckpt.sources import OurSource, Source
+
+__all__ = ["Opened", "damage", "open_step"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A step that can be read: its arrays, and the JSON beside them; `manifest` if it is ours."""
+
+    source: Source
+    _extras: Path
+    manifest: Manifest | None = None
+
+    def extras(self) -> dict[str, Any]:
+        """The extras; for a step of ours, all files are checked first, but not the arrays."""
+        if self.manifest is not None:
+            found = damage(self._extras.parent.parent, self.manifest.files, data=False)
+            if found:
+                raise ValueError("; ".join(found))
+        elif not self._extras.is_file():
+            return {}
+        return _json(self._extras)
+
+
+def open_step(folder: Path) -> Opened:
+    """Opens a step as far as to know what it holds.
+
+    Raises ValueError, naming the file, if it is damaged or of no known kind.
+    """
+    extras = folder / EXTRAS / f"{EXTRAS}.json"
+    if (folder / NAME).is_file():
+        return Opened(OurSource(folder, manifest := _manifest(folder)), extras, manifest)
+    if _claims_manifest(folder):
+        raise ValueError(f"{folder / NAME} is missing")
+    if (folder / "manifest" / "manifest.json").is_file():
+        return Opened(first_format(folder), extras)
+    item = find_item(folder)
+    if item is None:
+        raise ValueError(f"{folder} holds no checkpoint: neither {NAME} nor Orbax's files")
+    return Opened(open_orbax(item), extras)
+
+
+def _manifest(folder: Path) -> Manifest:
+    try:
+        return Manifest.read((folder / NAME).read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder / NAME}: {error}") from error
+
+
+def damage(folder: Path, files: Mapping[str, FileRecord], data: bool = True) -> list[str]:
+    """What is wrong with the files of a step, a line for each.
+
+    Without `data`, the contents of data files are not read (arrays have checksums of their own,
+    which a restore looks at), only their sizes.
+
+    >>> damage(Path("/nowhere"), {"f": (3, "00000000")})
+    ['/nowhere/f is missing']
+    """
+    lines: list[str] = []
+    for name, (size, crc) in sorted(files.items()):
+        path = folder / name
+        try:
+            found = path.stat().st_size
+            if found != size:
+                lines.append(f"{path} has {found:,} bytes instead of {size:,}")
+            elif (data or not _is_data(name)) and checksum_file(path)[1] != crc:
+                lines.append(f"{path} is damaged (its checksum is wrong)")
+        except FileNotFoundError:
+            lines.append(f"{path} is missing")
+        except OSError as error:
+            lines.append(f"{path}: {error.strerror or error}")
+    return lines
+
+
+def _is_data(name: str) -> bool:
+    return Path(name).parent.name == "d"
+
+
+def _claims_manifest(folder: Path) -> bool:
+    """True if Orbax's marker says that a manifest of ours belongs to the step."""
+    try:
+        about = json.loads((folder / MARKER).read_bytes())
+        return OURS in (about.get("custom_metadata") or {})
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}") from error

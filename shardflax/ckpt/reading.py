@@ -1,0 +1,129 @@
+"""Restoring a step: by one process alone, or by all of them, which agree on what became of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from shardflax.ckpt.errors import (
+    CheckpointMismatchError,
+    CheckpointReadError,
+)
+from shardflax.ckpt.match import Options, Report, covers, match
+from shardflax.ckpt.opening import damage, open_step
+from shardflax.ckpt.paths import show
+from shardflax.ckpt.rendezvous import Rendezvous
+from shardflax.ckpt.restore import load, load_on_host
+
+__all__ = ["Restored", "load_checkpoint", "restore_step"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What a checkpoint held: its step, the state, the extras saved with it, and what was done.
+
+    >>> Restored(10, {"w": 1.0}, {"epoch": 2}).extras["epoch"]
+    2
+    """
+
+    step: int
+    state: Any
+    extras: dict[str, Any]
+    report: Report = dataclasses.field(default=Report((), (), (), (), (), ()))
+
+
+def load_checkpoint(
+    folder: str | Path, target: Any = None, options: Options | None = None
+) -> Restored:
+    """Reads one checkpoint that is not in the folder of a manager, whoever wrote it.
+
+    `folder` is that of a step of ours, of Orbax's, or of one of Orbax's items.  See
+    `CheckpointManager.restore` for the rest; only this process takes part.
+
+    >>> import tempfile, numpy as np
+    >>> from shardflax.ckpt.manager import CheckpointManager
+    >>> root = tempfile.mkdtemp()
+    >>> with CheckpointManager(root) as manager:
+    ...     handle = manager.save(3, {"a": {"b": np.arange(3)}})
+    >>> load_checkpoint(f"{root}/3").state
+    {'a': {'b': array([0, 1, 2])}}
+    """
+    path = Path(folder)
+    step = int(path.name) if path.name.isdigit() else 0
+    return _attempt(path, path.parent, step, target, options or Options())
+
+
+def restore_step(
+    root: Path,
+    steps: Sequence[int],
+    target: Any,
+    options: Options,
+    meeting: Rendezvous,
+    key: str,
+) -> Restored:
+    """The first of some steps that is not damaged, in all processes the same one."""
+    first: CheckpointReadError | None = None
+    for step in steps:
+        restored, failure = None, None
+        try:
+            restored = _attempt(root / str(step), root, step, target, options)
+        except (CheckpointReadError, CheckpointMismatchError) as error:
+            failure = error
+        if isinstance(failure, CheckpointMismatchError):
+            _tell(meeting, f"{key}/{step}", step, {"mismatch": list(failure.differences)})
+            raise failure
+        said = _tell(meeting, f"{key}/{step}", step, {"damaged": str(failure)} if failure else {})
+        others = [(index, value) for index, value in said.items() if value]
+        if restored is not None and not others:
+            return restored
+        first = first or failure or _elsewhere(root, step, *others[0])
+    assert first is not None
+    raise first
+
+
+def _tell(
+    meeting: Rendezvous, key: str, step: int, value: dict[str, Any]
+) -> dict[int, dict[str, Any]]:
+    """What became of the step in each process."""
+    return meeting.together(key, value, f"restoring step {step}")
+
+
+def _elsewhere(root: Path, step: int, index: int, value: dict[str, Any]) -> CheckpointReadError:
+    """The error for a step that only another process could not read.
+
+    Raises CheckpointMismatchError if it does not fit the target there.
+    """
+    if "mismatch" in value:
+        lines = [f"(process {index}) {line}" for line in value["mismatch"]]
+        raise CheckpointMismatchError(root, step, lines)
+    return CheckpointReadError(root, step, f"process {index}: {value['damaged']}")
+
+
+def _attempt(folder: Path, root: Path, step: int, target: Any, options: Options) -> Restored:
+    """Reads one step in this process."""
+    try:
+        opened = open_step(folder)
+    except (ValueError, OSError) as error:
+        raise CheckpointReadError(root, step, error) from error
+    source = opened.source
+    if target is None:
+        loaded = tuple(show(p) for p in source.leaves if covers(options.include, p))
+        report = Report(loaded, (), (), (), (), ())
+        makes: Any = functools.partial(
+            load_on_host, source, functools.partial(covers, options.include)
+        )
+    else:
+        takes, report, differences = match(source, target, options)
+        if differences:
+            raise CheckpointMismatchError(root, step, differences)
+        makes = functools.partial(load, source, takes, target)
+    try:
+        extras = opened.extras()
+        return Restored(step, makes(), extras, report)
+    except Exception as error:
+        found = damage(folder, opened.manifest.files) if opened.manifest else []
+        text = "; ".join([str(error), *found])
+        raise CheckpointReadError(root, step, text) from error

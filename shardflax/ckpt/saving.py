@@ -1,0 +1,327 @@
+"""One save, from staged values to a committed step; all of it on a background thread."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import os
+import queue
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shardflax.ckpt import faults, orbax_files
+from shardflax.ckpt.budget import Budget
+from shardflax.ckpt.durable import FileRecord, sync_folder, write_file
+from shardflax.ckpt.errors import CheckpointAbortedError, CheckpointExistsError, CheckpointPeerError
+from shardflax.ckpt.leaves import LeafSpec, describe
+from shardflax.ckpt.manifest import NAME, Manifest
+from shardflax.ckpt.orbax_files import STATE
+from shardflax.ckpt.paths import Path as LeafPath
+from shardflax.ckpt.paths import storage_names
+from shardflax.ckpt.plan import Plan, Stored
+from shardflax.ckpt.rendezvous import Rendezvous
+from shardflax.ckpt.staging import Staged
+from shardflax.ckpt.store import Store, merge
+from shardflax.ckpt.worker import Worker
+
+__all__ = ["SAVING", "Save", "in_use"]
+
+SAVING = ".saving-"
+"""In the name of a folder that is not committed."""
+_PATIENCE = 10.0
+"""Seconds to wait, after a failure, until the others have stopped writing."""
+
+
+@dataclasses.dataclass
+class Save:
+    """A save: what is to be written, where, and with whom.
+
+    `number` counts the saves of a manager, equally in all processes.  `groups` gives the staged
+    parcels, then None, or what kept them from coming.
+    """
+
+    root: Path
+    step: int
+    number: int
+    token: str
+    plan: Plan
+    values: Mapping[LeafPath, Any]
+    extras: dict[str, Any]
+    meeting: Rendezvous
+    syncer: Worker
+    budget: Budget
+    groups: queue.SimpleQueue[list[Staged] | BaseException | None] = dataclasses.field(
+        default_factory=queue.SimpleQueue
+    )
+    _lock: int | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where it is written until it is committed."""
+        return self.root / f"{self.step}{SAVING}{self.token}-{self.number}"
+
+    def _key(self, what: str) -> str:
+        return f"save/{self.number}/{what}"
+
+    def run(self, steps_after: Callable[[int], list[int]]) -> list[int]:
+        """Writes and commits; raises what went wrong, in all processes.
+
+        Returns the committed steps that process 0 will keep.
+        """
+        faults.at("staged")
+        try:
+            self._begin()
+            report = self._write()
+        except BaseException as error:
+            self._fail(error)
+            raise
+        return self._commit(report, steps_after) if self.meeting.primary else self._follow(report)
+
+    # --- every process
+
+    def _begin(self) -> None:
+        """Process 0 makes the folder; the others hear about it."""
+        self._digest = [self.step, self.plan.digest]
+        if self.meeting.primary:
+            self._began = time.time()
+            self.folder.mkdir()
+            (self.folder / STATE).mkdir()
+            self._lock = _lock(self.folder)
+            sync_folder(self.root)
+            self.meeting.tell(self._key("go"), self._digest)
+        else:
+            said = self.meeting.hear(self._key("go"), by=0, doing=f"beginning step {self.step}")
+            if said != self._digest:
+                raise RuntimeError(
+                    f"process {self.meeting.index} saves step {self.step}, with a tree of digest "
+                    f"{self.plan.digest}; process 0 saves step {said[0]}, with {said[1]}: every "
+                    f"process must save the same steps of the same state"
+                )
+        faults.at("folder")
+
+    def _write(self) -> dict[str, FileRecord]:
+        """Writes this process's parts; the files, by their names in the state's folder."""
+        part = f"ocdbt.process_{self.meeting.index}" if self.meeting.count > 1 else ""
+        store = Store(self.folder / STATE / part, self.syncer)
+        try:
+            if self.meeting.primary:
+                store.write_metadata(self.plan.stored, self._scalars())
+            for group in self._staged():
+                store.write(self.plan.stored, group)
+                if self.meeting.count > 1:
+                    self._check_outcome()
+            faults.at("written")
+            records = store.finish() if self.meeting.primary or self.plan.parcels else {}
+        except BaseException:
+            store.abandon()
+            raise
+        return {f"{part}/{name}".lstrip("/"): record for name, record in records.items()}
+
+    def _staged(self) -> Iterator[list[Staged]]:
+        """The groups as they come; each is let go before the next one is taken."""
+        while (group := self.groups.get()) is not None:
+            if isinstance(group, BaseException):
+                raise RuntimeError(f"the state could not be copied: {group!r}") from group
+            yield group
+            self.budget.give(sum(staged.lot.nbytes for staged in group))
+            del group
+
+    def _check_outcome(self) -> None:
+        """Raises if another process has failed, so that this one stops writing."""
+        outcome = self.meeting.peek(self._key("outcome"))
+        if outcome is not None:
+            raise CheckpointAbortedError(outcome["error"])
+
+    def _fail(self, error: BaseException) -> None:
+        """Lets all others know, and removes what was written."""
+        self.budget.open()
+        text = f"{type(error).__name__}: {error}"
+        try:
+            if not isinstance(error, CheckpointAbortedError | CheckpointPeerError):
+                self.meeting.tell(self._key(f"done/{self.meeting.index}"), {"error": text})
+            elif not self.meeting.primary:
+                self.meeting.tell(self._key(f"done/{self.meeting.index}"), {"stopped": True})
+            if self.meeting.primary:
+                known = isinstance(error, CheckpointPeerError | CheckpointAbortedError)
+                self._abort(str(error) if known else f"process 0: {text}")
+        except Exception as second:
+            error.add_note(f"The other processes could not be told: {second}")
+        finally:
+            if self.meeting.primary:
+                self._remove()
+            self._unlock()
+
+    def _unlock(self) -> None:
+        """The folder is no longer being written to."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    # --- process 0
+
+    def _commit(
+        self, report: dict[str, FileRecord], steps_after: Callable[[int], list[int]]
+    ) -> list[int]:
+        """Waits for the others, completes the folder, and gives it its name."""
+        try:
+            files = self._collect(report)
+            self._complete(files)
+            self._rename()
+        except BaseException as error:
+            self._fail(error)
+            raise
+        self._unlock()
+        faults.at("committed")
+        steps = steps_after(self.step)
+        self.meeting.tell(self._key("outcome"), {"steps": steps})
+        self.meeting.forget(f"save/{self.number - 1}")
+        return steps
+
+    def _collect(self, report: dict[str, FileRecord]) -> dict[str, FileRecord]:
+        """The files of all processes, once all have written theirs."""
+        self.meeting.tell(self._key("done/0"), {"files": report})
+        said = self.meeting.gather(self._key("done"), f"writing step {self.step}", stop=_failed)
+        for index, value in said.items():
+            if "error" in value:
+                raise CheckpointAbortedError(f"process {index}: {value['error']}")
+        faults.at("reported")
+        files = {name: record for value in said.values() for name, record in value["files"].items()}
+        if self.meeting.count > 1:
+            parts = [name.split("/")[0] for name in files if name.endswith("manifest.ocdbt")]
+            files |= merge(self.folder / STATE, sorted(parts), self.syncer)
+        faults.at("merged")
+        return files
+
+    def _complete(self, files: dict[str, FileRecord]) -> None:
+        """Writes everything but the arrays; the manifest last."""
+        stored = [leaf for leaf in self.plan.stored if leaf is not None]
+        scalars = [leaf for leaf, _ in self._scalars()]
+        strings = {p: v for p, v in self.values.items() if isinstance(v, str)}
+        files |= orbax_files.write_item_files(self.folder / STATE, stored, scalars, strings)
+        sync_folder(self.folder / STATE)
+        files = {f"{STATE}/{name}": (size, crc) for name, (size, crc) in files.items()}
+        _check_there(self.folder, files)
+        files |= orbax_files.write_step_files(self.folder, self.extras, self._began)
+        faults.at("described")
+        manifest = Manifest(
+            step=self.step,
+            leaves=self._leaves(),
+            stored={leaf.path: leaf for leaf in stored},
+            files=files,
+            nones=self.plan.tree.nones,
+            mesh=self.plan.mesh,
+            processes=self.meeting.count,
+            time=time.time(),
+        )
+        write_file(self.folder / NAME, manifest.text())
+        sync_folder(self.folder)
+        faults.at("manifest")
+
+    def _rename(self) -> None:
+        """The commit."""
+        faults.at("rename")
+        target = self.root / str(self.step)
+        try:
+            os.rename(self.folder, target)
+        except OSError as error:
+            if target.is_dir() and self.folder.is_dir() and any(target.iterdir()):
+                raise CheckpointExistsError(self.root, self.step) from error
+            raise
+        faults.at("renamed")
+        sync_folder(self.root)
+
+    def _abort(self, why: str) -> None:
+        """Tells the others, and gives them some time to stop writing."""
+        if self.meeting.count == 1:
+            return
+        self.meeting.tell(self._key("outcome"), {"error": why})
+        end = time.monotonic() + min(_PATIENCE, self.meeting.timeout)
+        known = dataclasses.replace(self.meeting, timeout=max(0.0, end - time.monotonic()))
+        with contextlib.suppress(CheckpointPeerError):
+            known.gather(self._key("done"), "stopping", stop=_never)
+
+    def _remove(self) -> None:
+        """Removes the unfinished folder, so that it does not fill the disk."""
+        for _ in range(3):  # a transaction that was abandoned may still write a file
+            shutil.rmtree(self.folder, ignore_errors=True)
+            if not self.folder.exists():
+                return
+            time.sleep(0.1)
+
+    # --- the other processes
+
+    def _follow(self, report: dict[str, FileRecord]) -> list[int]:
+        """Reports, and waits for process 0's word."""
+        self.meeting.tell(self._key(f"done/{self.meeting.index}"), {"files": report})
+        faults.at("reported")
+        outcome = self.meeting.hear(
+            self._key("outcome"), by=0, doing=f"committing step {self.step}"
+        )
+        if "error" in outcome:
+            raise CheckpointAbortedError(outcome["error"])
+        faults.at("committed")
+        return outcome["steps"]
+
+    # --- leaves that are not arrays
+
+    def _leaves(self) -> dict[LeafPath, LeafSpec]:
+        """The specs of all leaves, in their order."""
+        found: dict[LeafPath, LeafSpec] = {}
+        for path, spec in zip(self.plan.tree.paths, self.plan.specs, strict=True):
+            found[path] = describe(path, self.values[path]) if path in self.values else spec
+        return found
+
+    def _scalars(self) -> Sequence[tuple[Stored, Any]]:
+        """The Python numbers, as arrays without dims."""
+        found: list[tuple[Stored, Any]] = []
+        names = storage_names(self.plan.tree.paths) if self.values else {}
+        for path, value in self.values.items():
+            spec = describe(path, value)
+            if spec.on_disk:
+                shape, dtype = spec.stored
+                found.append((Stored(path, spec, *names[path], shape, dtype, ()), value))
+        return found
+
+
+def _failed(value: Any) -> bool:
+    return "error" in value
+
+
+def _never(_: Any) -> bool:
+    return False
+
+
+def _check_there(folder: Path, files: Mapping[str, FileRecord]) -> None:
+    """Raises OSError if a file that was written is no longer there as a whole."""
+    for name, (size, _) in files.items():
+        if (folder / name).stat().st_size != size:
+            raise OSError(f"{folder / name} was changed while the step was saved")
+
+
+def _lock(folder: Path) -> int:
+    """Marks a folder as one that a living process writes to, where the file system can do that."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return descriptor
+
+
+def in_use(folder: Path) -> bool:
+    """True if a living process is writing to an unfinished folder."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False

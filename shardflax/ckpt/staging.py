@@ -1,0 +1,103 @@
+"""Values on their way from the caller's arrays to the writer: copies that are the writer's own.
+
+On the CPU backend a numpy view of a buffer is enough: JAX does not reuse a buffer that numpy looks
+at, also if it is donated.  On accelerators, transfers to pinned host memory are started, which the
+runtime finishes before it lets anybody overwrite the source.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from shardflax.ckpt.leaves import is_key
+from shardflax.ckpt.plan import Lot
+
+__all__ = ["Staged", "stage"]
+
+_PINNED = "pinned_host"
+
+
+@dataclasses.dataclass(frozen=True)
+class Staged:
+    """A lot and the values of its pieces: numpy arrays, or arrays in host memory of JAX."""
+
+    lot: Lot
+    values: tuple[Any, ...]
+
+    @property
+    def moving(self) -> bool:
+        """True if values are still on their way from an accelerator."""
+        return any(isinstance(value, jax.Array) for value in self.values)
+
+    def ready(self) -> None:
+        """Waits until the values no longer need the caller's arrays."""
+        for value in self.values:
+            if isinstance(value, jax.Array):
+                value.block_until_ready()
+
+    def arrays(self) -> list[np.ndarray[Any, np.dtype[Any]]]:
+        """The values in numpy, in order of the pieces."""
+        return [np.asarray(value) for value in self.values]
+
+
+def stage(lots: Sequence[Lot], leaves: Sequence[Any]) -> list[Staged]:
+    """Takes the values of lots out of the caller's hands; starts transfers, waits for none.
+
+    >>> from shardflax.ckpt.plan import make_plan
+    >>> plan, leaves = make_plan({"w": np.arange(3)})
+    >>> stage(plan.parcels[0], leaves)[0].arrays()
+    [array([0, 1, 2])]
+    """
+    data: dict[int, Any] = {}
+    values: list[list[Any]] = []
+    far: list[tuple[list[Any], int]] = []
+    for lot in lots:
+        if lot.leaf not in data:
+            data[lot.leaf] = _data(leaves[lot.leaf])
+        leaf, found = data[lot.leaf], list[Any]()
+        for piece in lot.pieces:
+            if piece.position < 0:
+                found.append(np.array(leaf))
+                continue
+            value = leaf.addressable_data(piece.position)
+            if _on_host(leaf):
+                found.append(np.asarray(value))
+            else:
+                far.append((found, len(found)))
+                found.append(value)
+        values.append(found)
+    _fetch(far)
+    return [Staged(lot, tuple(found)) for lot, found in zip(lots, values, strict=True)]
+
+
+def _data(leaf: Any) -> Any:
+    """The leaf, or the words of its keys."""
+    return jax.random.key_data(leaf) if isinstance(leaf, jax.Array) and is_key(leaf) else leaf
+
+
+def _on_host(array: jax.Array) -> bool:
+    """True if numpy can look at the buffers."""
+    device = next(iter(array.sharding.device_set))
+    return device.platform == "cpu" and array.sharding.memory_kind != _PINNED
+
+
+def _fetch(far: Sequence[tuple[list[Any], int]]) -> None:
+    """Starts the transfer of all values that are on accelerators."""
+    if not far:
+        return
+    sources = [found[i] for found, i in far]
+    kinds = {m.kind for m in next(iter(sources[0].devices())).addressable_memories()}
+    if _PINNED not in kinds or sources[0].sharding.memory_kind == _PINNED:
+        for source in sources:
+            source.copy_to_host_async()
+        copies = [np.array(source) for source in sources]
+    else:
+        targets = [source.sharding.with_memory_kind(_PINNED) for source in sources]
+        copies = jax.device_put(sources, targets)
+    for (found, i), copy in zip(far, copies, strict=True):
+        found[i] = copy
