@@ -9,6 +9,7 @@ import numpy as np
 
 from shardflax.core.boxes import is_box
 from shardflax.core.calls import current_module
+from shardflax.partitioning.overrides import call_paths, is_named
 from shardflax.partitioning.rules import AxisRules, LogicalRules
 
 __all__ = ["is_overridden", "stored_by_path"]
@@ -25,10 +26,8 @@ def stored_by_path(weight: Any, rules: AxisRules) -> Names | None:
     >>> stored_by_path(np.ones(2), AxisRules({})) is None
     True
     """
-    if not rules.param_overrides:
-        return None
     shape = np.shape(weight)
-    found = {names for names, own in _parameters(rules) if own == shape}
+    found = {rules.param_names(path) for path, own in _parameters(rules) if own == shape}
     names = found.pop() if len(found) == 1 else None
     return names if names is None else names[max(len(names) - len(shape), 0) :]
 
@@ -39,24 +38,24 @@ def is_overridden(rules: LogicalRules | None) -> bool:
     >>> is_overridden(AxisRules({}))
     False
     """
-    if not isinstance(rules, AxisRules):
+    module = current_module()
+    if not isinstance(rules, AxisRules) or module is None or module.scope is None:
         return False
-    module = current_module()
-    if rules.activation_overrides and module is not None and module.scope is not None:
-        path = "/".join((*module.path, "__call__"))
-        if rules.activation_names(path) is not None:
+    if rules.activation_overrides:
+        paths = call_paths("/".join((*module.path, "__call__")))
+        if is_named(rules.activation_overrides, paths):
             return True
-    return bool(rules.param_overrides) and any(n is not None for n, _ in _parameters(rules))
+    return any(is_named(rules.param_overrides, (path,)) for path, _ in _parameters(rules))
 
 
-def _parameters(rules: AxisRules) -> list[tuple[Names | None, tuple[int, ...]]]:
-    """Names by path, and shape, of each parameter of the running module itself."""
+def _parameters(rules: AxisRules) -> list[tuple[str, tuple[int, ...]]]:
+    """Path and shape of each parameter of the running module itself, if that matters."""
     module = current_module()
-    if module is None or module.scope is None:
+    if not rules.param_overrides or module is None or module.scope is None:
         return []
     own = module.scope.collection("params")
     return [
-        (rules.param_names("/".join((*module.path, name))), np.shape(_inside(value)))
+        ("/".join((*module.path, name)), np.shape(_inside(value)))
         for name, value in own.items()
         if not isinstance(value, Mapping)
     ]

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from shardflax.core.errors import did_you_mean
 from shardflax.partitioning.errors import OverrideError, Problem
 
-__all__ = ["Overrides", "find_names", "freeze", "merge", "unmatched"]
+__all__ = ["Overrides", "call_paths", "find_names", "freeze", "is_named", "merge", "unmatched"]
 
 Overrides = tuple[tuple[str, Any], ...]
 
@@ -51,7 +51,7 @@ def find_names(overrides: Overrides, paths: tuple[str, ...], what: str) -> Any:
     >>> find_names(freeze({"enc/.*": ("embed",)}, "params"), ("enc/bias",), "params")
     ('embed',)
     """
-    found = [(p, n) for p, n in overrides if any(re.fullmatch(p, path) for path in paths)]
+    found = _matching(overrides, paths)
     if len({names for _, names in found}) > 1:
         said = ", ".join(f"{pattern!r}: {names!r}" for pattern, names in found)
         raise OverrideError(
@@ -59,6 +59,31 @@ def find_names(overrides: Overrides, paths: tuple[str, ...], what: str) -> Any:
             f"one matches, such as {re.escape(paths[0])!r}."
         )
     return found[0][1] if found else None
+
+
+def call_paths(path: str) -> tuple[str, ...]:
+    """What an override may call the method at `path`: a module's `__call__` is the module.
+
+    >>> call_paths("enc/__call__"), call_paths("enc/decode")
+    (('enc/__call__', 'enc'), ('enc/decode',))
+    """
+    module, _, method = path.rpartition("/")
+    return (path, module) if method == "__call__" else (path,)
+
+
+def is_named(overrides: Overrides, paths: tuple[str, ...]) -> bool:
+    """Whether an expression matches one of `paths`, whatever it says; raises nothing.
+
+    >>> is_named((("enc/.*", ("embed",)), ("enc/bias", ())), ("enc/bias",))
+    True
+    """
+    return bool(_matching(overrides, paths))
+
+
+@functools.lru_cache(maxsize=65536)
+def _matching(overrides: Overrides, paths: tuple[str, ...]) -> Overrides:
+    """The overrides for something with these paths."""
+    return tuple((p, n) for p, n in overrides if any(re.fullmatch(p, path) for path in paths))
 
 
 def unmatched(overrides: Overrides, paths: Iterable[str], what: str) -> tuple[Problem, ...]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast, overload
 
 from shardflax.core.errors import did_you_mean
 from shardflax.partitioning.errors import InvalidRuleError, OverrideError
-from shardflax.partitioning.overrides import Overrides, find_names, freeze, merge
+from shardflax.partitioning.overrides import Overrides, call_paths, find_names, freeze, merge
 from shardflax.partitioning.roles import Roles, roles_of
 from shardflax.partitioning.rule_sets import FOLLOWS, Table, check_set, overlaid, united
 from shardflax.partitioning.rule_table import rules_table, rules_text
@@ -263,9 +263,7 @@ class AxisRules(Sequence[tuple[str, tuple[str, ...]]]):
         """
         if not self.activation_overrides:
             return None
-        module, _, method = path.rpartition("/")
-        paths = (path, module) if method == "__call__" else (path,)
-        return find_names(self.activation_overrides, paths, "activations")
+        return find_names(self.activation_overrides, call_paths(path), "activations")
 
     def __or__(self, other: Mapping[str, RuleAxes] | AxisRules) -> AxisRules:
         """These rules with those of `other` in the place of their own, in every set."""
