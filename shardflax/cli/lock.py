@@ -151,6 +151,8 @@ def main(args: Sequence[str]) -> int:
     0
     """
     options = tyro.cli(LockOptions, args=args, prog="shardflax lock", description=_HELP)
+    if options.model is None and options.mesh is not None:
+        raise CommandError("--mesh goes with a model: shardflax lock MODEL --mesh ...")
     known = read_lock(options.file) if options.file.exists() or not _is_new(options) else {}
     asked = _asked(options, known)
     needed = [one.devices for one in asked.values() if one.collectives]
@@ -176,8 +178,6 @@ def _is_new(options: LockOptions) -> bool:
 def _asked(options: LockOptions, known: dict[str, LockEntry]) -> dict[str, _Asked]:
     """The entries to make, by name."""
     if options.model is None:
-        if options.mesh is not None:
-            raise CommandError("--mesh goes with a model: shardflax lock MODEL --mesh ...")
         names = list(known) if options.name is None else [_known(options.name, known, options.file)]
         return {name: _Asked.of(known[name].asked, name) for name in names}
     if options.mesh is None:

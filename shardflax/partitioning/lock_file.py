@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import jax
+from jax.sharding import Mesh
 
 from shardflax.partitioning.communication import Collective
 from shardflax.partitioning.errors import LockDriftError, LockFileError
@@ -188,8 +189,8 @@ def _dump(value: Any, depth: int = 0) -> str:
 
 
 def _platform(layout: Layout) -> str:
-    devices = getattr(layout.mesh, "devices", None)
-    return "no devices" if devices is None else str(devices.flat[0].device_kind)
+    mesh = layout.mesh
+    return str(mesh.devices.flat[0].device_kind) if isinstance(mesh, Mesh) else "no devices"
 
 
 def _locked(leaf: Leaf) -> LockedLeaf:

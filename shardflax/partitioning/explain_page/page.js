@@ -137,8 +137,10 @@ function drawMesh(container, width, paint) {
   const sides = matrixSides(inner.slice(-2));
   const room = data.mesh.slices > 1 ? width - 60 : width;
   const most = perSlice * slices <= 64 ? 32 : perSlice * slices <= 256 ? 24 : perSlice * slices <= 1024 ? 14 : 9;
-  const cell = Math.max(6, Math.min(most, Math.floor((room - 50) / sides.columns) - 2));
+  const share = Math.floor((room - 60) / sides.columns);
+  const cell = Math.max(3, Math.min(most, share - (share > 10 ? 2 : 1)));
   container.style.setProperty("--cell", `${cell}px`);
+  container.style.setProperty("--gap", cell > 8 ? "2px" : "1px");
   const all = el("div", "blocks");
   for (let s = 0; s < slices; s += 1) {
     const start = sliceStart(s);

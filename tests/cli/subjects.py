@@ -1,0 +1,84 @@
+"""What the tests of the command line name by import path."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import shardflax.nn as nn
+from shardflax.partitioning import AxisRules, preset
+from shardflax.programs import Program
+from shardflax.training import TrainState
+
+__all__ = ["MLP", "RULES", "Deep", "broken", "misspelt", "model_alone", "narrow", "pair", "program"]
+
+RULES = AxisRules(preset("fsdp_tp"), title="own rules")
+NUMBER = 3
+
+
+class MLP(nn.Module):
+    """Two layers."""
+
+    width: int = 32
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        h = nn.Dense(self.width, kernel_axes=("embed", "mlp"), use_bias=False, name="up")(x)
+        h = nn.Dense(16, kernel_axes=("mlp", "embed"), use_bias=False, name="down")(nn.relu(h))
+        return nn.with_logical_constraint(h, ("batch", "act_embed"))
+
+
+class Deep(nn.Module):
+    """A hundred layers, two hundred parameters, one name misspelt."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        for i in range(100):
+            names = ("emebd", "mlp") if i == 57 else ("embed", "mlp")
+            x = nn.Dense(16, kernel_axes=names, name=f"layers_{i}")(x)
+        return x
+
+
+def misspelt() -> Any:
+    """A state, made by a model."""
+    return Deep().init(jax.random.key(0), jnp.ones((8, 16)))
+
+
+def pair() -> Any:
+    """A model, and its input."""
+    return MLP(), jax.ShapeDtypeStruct((8, 16), jnp.float32)
+
+
+def model_alone() -> Any:
+    """A model without its input."""
+    return MLP()
+
+
+def broken() -> Any:
+    """A function with a fault of its own."""
+    raise RuntimeError("a fault of the user's")
+
+
+def _program(width: int) -> Program:
+    model, tx = MLP(width), optax.sgd(0.1)
+
+    def init(key: jax.Array) -> TrainState:
+        params = model.init(key, jnp.ones((8, 16)))["params"]
+        return TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+
+    def step(state: TrainState, x: jax.Array) -> Any:
+        loss, grads = jax.value_and_grad(
+            lambda params: jnp.mean(model.apply({"params": params}, x) ** 2)
+        )(state.params)
+        return state.apply_gradients(grads=grads), loss
+
+    batch = jax.ShapeDtypeStruct((8, 16), jnp.float32)
+    return Program(init, step, batch, ("batch", None))
+
+
+program = _program(32)
+narrow = _program(16)
+stateless = Program(program.init)

@@ -1,0 +1,143 @@
+"""`shardflax explain` and the table of commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from shardflax.cli import COMMANDS, main
+
+ROOT = Path(__file__).parent.parent.parent
+SUBJECTS = "tests.cli.subjects"
+TINY = ("explain", "tiny", "--layers", "1")
+
+
+def said(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
+    """Status, output, and errors of a command, which allocates nothing."""
+    before = jax.live_arrays()
+    status = main([str(arg) for arg in args])
+    assert not [x for x in jax.live_arrays() if not any(x is old for old in before)]
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_a_mesh_of_any_size_is_planned(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    page, values = tmp_path / "page.html", tmp_path / "values.json"
+    mesh = "dcn(data=2) ici(fsdp=16,tensor=16)"
+    args = ("explain", "llama3-8b", "--mesh", mesh, "--html", page, "--json", values)
+    status, out, err = said(capsys, *args, "--preset", "fsdp + tp_sp")
+    # There are eight heads for keys: too few for sixteen devices.
+    assert status == 0
+    assert out.startswith("llama3-8b on data=2, fsdp=16, tensor=16 (2 slices) under fsdp + tp_sp\n")
+    assert "kv_heads not tensor: 16 does not divide 8" in out and "512 devices" in out
+    assert f"wrote {page}" in err and page.read_text("utf-8").startswith("<!doctype html>")
+    assert json.loads(values.read_text("utf-8"))["mesh"]["slices"] == 2
+
+
+def test_json_on_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = said(capsys, *TINY, "--mesh", "fsdp=4", "--json", "-", "--optimizer", "sgd")
+    values = json.loads(out)
+    assert status == 0 and values["title"] == "tiny"
+    assert {leaf["path"].split("/")[0] for leaf in values["leaves"]} >= {"params", "opt_state"}
+
+
+def test_problems_are_status_one(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = said(capsys, *TINY, "--mesh", "tensor=8", "--problems-only")
+    assert status == 1
+    lines = out.splitlines()
+    assert len(lines) == 2 and all("is not divisible by 8 (tensor=8" in line for line in lines)
+    status, out, _ = said(capsys, *TINY, "--mesh", "tensor=8")
+    assert status == 1 and "problem: params/layers/attention/out/kernel" in out
+    status, out, _ = said(capsys, *TINY, "--mesh", "tensor=2", "--problems-only")
+    assert status == 0 and "no problems" in out
+
+
+def test_a_misspelt_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    args = ("explain", f"{SUBJECTS}:misspelt", "--mesh", "fsdp=4,tensor=2", "--problems-only")
+    status, out, _ = said(capsys, *args)
+    assert status == 1
+    assert out.count("\n") == 1 and out.startswith("params/layers_57/kernel, shape (16, 16)")
+    assert "did you mean 'embed'?" in out
+
+
+@pytest.mark.parametrize("name", ["pair", "program", "stateless"])
+def test_import_paths(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ("--mesh", "fsdp=4", "--preset", f"{SUBJECTS}:RULES")
+    status, out, _ = said(capsys, "explain", f"{SUBJECTS}:{name}", *args)
+    assert status == 0
+    assert "params/up/kernel" in out and "under own rules" in out
+
+
+WRONG = {
+    "axis": (["tiny", "--mesh", "fspd=4"], "did you mean 'fsdp'?"),
+    "syntax": (["tiny", "--mesh", "fsdp:4"], "cannot read 'fsdp:4'"),
+    "open": (["tiny", "--mesh", "fsdp=-1"], "Write the size"),
+    "preset": (["tiny", "--mesh", "fsdp=4", "--preset", "fsdp_pt"], "did you mean 'fsdp_tp'?"),
+    "model": (["tinny", "--mesh", "fsdp=4"], "did you mean 'tiny'?"),
+    "module": (["no.such:thing", "--mesh", "fsdp=4"], "there is no module 'no'"),
+    "submodule": ([f"{SUBJECTS}.x:thing", "--mesh", "fsdp=4"], f"no module '{SUBJECTS}.x'"),
+    "name": ([f"{SUBJECTS}:pear", "--mesh", "fsdp=4"], "did you mean 'pair'?"),
+    "empty": ([":", "--mesh", "fsdp=4"], "write package.module:name"),
+    "kind": ([f"{SUBJECTS}:NUMBER", "--mesh", "fsdp=4"], "expected a function, or a Program"),
+    "inputs": ([f"{SUBJECTS}:model_alone", "--mesh", "fsdp=4"], "depend on its inputs"),
+    "rules": (["tiny", "--mesh", "a=4", "--preset", f"{SUBJECTS}:NUMBER"], "expected AxisRules"),
+    "mesh-axis": (["tiny", "--mesh", "model=4"], "did you mean 'tensor'?"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_usage_is_one_line_and_status_two(
+    case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args, expected = WRONG[case]
+    status, out, err = said(capsys, "explain", *args)
+    assert (status, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1 and expected in err
+
+
+def test_faults_of_the_model_are_not_ours() -> None:
+    with pytest.raises(RuntimeError, match="a fault of the user's"):
+        main(["explain", f"{SUBJECTS}:broken", "--mesh", "fsdp=4"])
+
+
+def test_wrong_options_are_status_two(capsys: pytest.CaptureFixture[str]) -> None:
+    for args in (["explain"], ["explain", "tiny"], ["explain", "tiny", "--mehs", "fsdp=4"]):
+        with pytest.raises(SystemExit) as stop:
+            main(args)
+        assert stop.value.code == 2
+    assert "--mesh" in capsys.readouterr().err
+
+
+def test_the_table_of_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2 and main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in COMMANDS)
+    assert main(["explian"]) == 2
+    assert "did you mean 'explain'?" in capsys.readouterr().err
+
+
+PROGRAM = """
+import sys
+from shardflax.cli import main
+assert "jax" not in sys.modules, "the table of commands imports nothing"
+status = main(["explain", "tests.cli.subjects:misspelt", "--mesh", "fsdp=64,tensor=8"])
+from jax._src import xla_bridge
+sys.exit(status if not xla_bridge.backends_are_initialized() else 99)
+"""
+
+
+@pytest.mark.multiprocess
+def test_no_device_is_touched() -> None:
+    """In a process of its own: no backend of JAX is ever started, and so nothing allocated."""
+    environment: dict[str, Any] = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", PROGRAM]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 1, done.stderr
+    assert "did you mean 'embed'?" in done.stdout and "512 devices" in done.stdout
