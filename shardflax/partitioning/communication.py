@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from shardflax.partitioning.errors import CollectivesError
 from shardflax.partitioning.hlo import Instruction, Program, parse
+from shardflax.partitioning.megascale import crossings, in_mesh
 from shardflax.partitioning.origin import module_path, shapes_of, source_line, type_bytes
 from shardflax.partitioning.replica_groups import instruction_groups, mesh_axes
 from shardflax.partitioning.slices import slices_of
@@ -101,6 +102,7 @@ def _mesh_of(compiled: Any) -> Mesh:
 
 def _found(program: Program, mesh: Mesh) -> Iterator[Collective]:
     endless = program.endless()
+    size = program.partitions or mesh.size
     for name, count in program.counts().items():
         instructions = program.computations.get(name, [])
         types = {i.name: i.type for i in instructions}
@@ -110,7 +112,8 @@ def _found(program: Program, mesh: Mesh) -> Iterator[Collective]:
                 continue
             if name.startswith("all-reduce-scatter"):  # TPUs: fused with the slice of it
                 kind = "reduce-scatter"
-            groups = [g for g in instruction_groups(instruction, mesh.size) if len(g) > 1]
+            groups = in_mesh(instruction_groups(instruction, size), mesh, size)
+            groups = [g for g in groups if len(g) > 1]
             if not groups:
                 continue
             inputs = sum(type_bytes(types.get(o, "")) for o in instruction.operands)
@@ -126,6 +129,19 @@ def _found(program: Program, mesh: Mesh) -> Iterator[Collective]:
                 source=source_line(program, instruction),
                 backward="transpose(" in instruction.op_name,
                 shape=arrays[0],
+            )
+        for instruction, found in crossings(instructions, mesh):
+            yield Collective(
+                kind=found.kind,
+                axes=mesh_axes(found.groups, mesh),
+                network=_network(found.groups, mesh),
+                bytes=found.bytes,
+                count=count,
+                exact=name not in endless,
+                path=module_path(instruction.op_name),
+                source=source_line(program, instruction),
+                backward="transpose(" in instruction.op_name,
+                shape=found.shape,
             )
 
 
@@ -143,7 +159,7 @@ def _outputs(instruction: Instruction, inputs: int) -> tuple[list[tuple[int, ...
     return shapes[number : 2 * number], size - inputs - counters
 
 
-def _network(groups: list[list[int]], mesh: Mesh) -> str:
+def _network(groups: Sequence[Sequence[int]], mesh: Mesh) -> str:
     """DCN if the devices of some group lie in different slices."""
     slices = slices_of(mesh).ravel()
     return "DCN" if any(len({int(slices[i]) for i in group}) > 1 for group in groups) else "ICI"

@@ -51,9 +51,13 @@ class Instruction:
 
 @dataclass
 class Program:
-    """All computations of a program, and where in the source its instructions come from."""
+    """All computations of a program, and where in the source its instructions come from.
+
+    `partitions` is the number of devices it is for; 0 where it is not said.
+    """
 
     entry: str = ""
+    partitions: int = 0
     computations: dict[str, list[Instruction]] = field(default_factory=dict[str, list[Instruction]])
     tables: dict[str, dict[int, str]] = field(default_factory=dict[str, dict[int, str]])
 
@@ -125,6 +129,8 @@ def parse(text: str) -> Program:
     ('a',)
     """
     program, current, table = Program(), None, None
+    if partitions := re.match(r"HloModule .*\bnum_partitions=(\d+)", text):
+        program.partitions = int(partitions[1])
     for line in text.splitlines():
         if current is None and line in (
             "FileNames",

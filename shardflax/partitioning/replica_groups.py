@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -88,7 +89,7 @@ def ints(text: str) -> list[int]:
     return [int(n) for n in text.split(",") if n]
 
 
-def mesh_axes(groups: list[list[int]], mesh: AnyMesh) -> tuple[str, ...]:
+def mesh_axes(groups: Sequence[Sequence[int]], mesh: AnyMesh) -> tuple[str, ...]:
     """The axes along which the devices of a group differ; device numbers follow the mesh.
 
     >>> from shardflax.partitioning import make_mesh

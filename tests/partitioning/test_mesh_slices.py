@@ -206,6 +206,56 @@ def test_communication_and_mesh_agree() -> None:
         assert set(sent(make_mesh("dcn(data=2,fsdp=2) ici(fsdp=2)")).values()) == {"DCN"}
 
 
+HOST = (
+    'is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="all-gather.9_0",'
+    '_xla_megascale_target="{1,2}x{0:15}",_xla_megascale_transfer_type="ALL_GATHER"}'
+)
+ACROSS = """HloModule jit_step, is_scheduled=true, num_partitions=16
+
+ENTRY %main.1 (p: bf16[128,512]) -> bf16[512,512] {
+  %p = bf16[128,512]{1,0} parameter(0)
+  %token = token[] after-all()
+  %send = (bf16[128,512]{1,0}, u32[], token[]) send(%p, %token), channel_id=2, $HOST
+  %recv = (bf16[256,512]{1,0}, u32[], token[]) recv(%token), channel_id=1, $HOST
+  %sent = token[] send-done(%send), channel_id=2, is_host_transfer=true
+  %done = (bf16[256,512]{1,0}, token[]) recv-done(%recv), channel_id=1, is_host_transfer=true
+  %got = bf16[256,512]{1,0} get-tuple-element(%done), index=0
+  ROOT %all = bf16[512,512]{1,0} all-gather(%got), channel_id=3, replica_groups=[4,4]<=[16], dimensions={0}
+}
+""".replace("$HOST", HOST)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A program that was compiled elsewhere."""
+
+    text: str
+
+    def as_text(self) -> str:
+        return self.text
+
+
+@pytest.mark.parametrize(
+    ("spec", "inside", "across"),
+    [
+        ("dcn(data=2) ici(fsdp=4,tensor=4)", ("tensor",), ("data",)),
+        ("dcn(fsdp=2) ici(data=4,fsdp=4)", ("fsdp",), ("fsdp",)),
+        ("dcn(fsdp=2) ici(fsdp=2,expert=2,tensor=4)", ("tensor",), ("fsdp",)),
+    ],
+)
+def test_a_program_for_several_slices_is_that_of_one(spec: str, inside: Any, across: Any) -> None:
+    """As the TPU compiler writes it: devices of one slice, and the host for what leaves it."""
+    found = collectives(Compiled(ACROSS), make_mesh(spec, tpus(2)))
+    assert [(c.kind, c.axes, c.network, c.bytes, c.shape) for c in found] == [
+        ("all-gather", inside, "ICI", 512 * 512 * 2, (512, 512)),
+        ("all-gather", across, "DCN", 256 * 512 * 2, (256, 512)),
+    ]
+    text = ACROSS.replace("{1,2}x{0:15}", "{0},{1}x{0,3:5}").replace("ALL_GATHER", "ONE_TO_ONE")
+    assert [c.kind for c in collectives(Compiled(text), make_mesh(spec, tpus(2)))][1] == (
+        "collective-permute"
+    )
+
+
 def test_types_in_the_spec() -> None:
     auto, explicit, manual = (jax.sharding.AxisType[n] for n in ("Auto", "Explicit", "Manual"))
     mesh = make_mesh("data=2,fsdp=2:manual,tensor=2:explicit")
