@@ -220,7 +220,7 @@ ENTRY %main.1 (p: bf16[128,512]) -> bf16[512,512] {
   %sent = token[] send-done(%send), channel_id=2, is_host_transfer=true
   %done = (bf16[256,512]{1,0}, token[]) recv-done(%recv), channel_id=1, is_host_transfer=true
   %got = bf16[256,512]{1,0} get-tuple-element(%done), index=0
-  ROOT %all = bf16[512,512]{1,0} all-gather(%got), channel_id=3, replica_groups=[4,4]<=[16], dimensions={0}
+  ROOT %all = bf16[512,512]{1,0} all-gather(%got), replica_groups=[4,4]<=[16], dimensions={0}
 }
 """.replace("$HOST", HOST)
 
