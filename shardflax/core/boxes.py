@@ -62,7 +62,18 @@ def is_box(x: Any) -> bool:
     >>> is_box(1.0)
     False
     """
-    return isinstance(x, AxisMetadata)
+    return _IS_BOX[type(x)]
+
+
+class _ByType(dict[type, bool]):
+    """What is known of each type: `isinstance` asks an abstract class in Python, per array."""
+
+    def __missing__(self, kind: type) -> bool:
+        found = self[kind] = issubclass(kind, AxisMetadata)
+        return found
+
+
+_IS_BOX = _ByType()
 
 
 def map_boxes(fn: Callable[[AxisMetadata], Any], tree: Any) -> Any:

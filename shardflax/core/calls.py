@@ -172,6 +172,9 @@ def run_setup(module: Any) -> None:
         context.stack.pop()
 
 
+_UNNAMED = contextlib.nullcontext()
+
+
 def wrap_method(fn: Callable[..., Any], function_target: bool = False) -> Callable[..., Any]:
     """A method as modules have it; with `function_target`, a function that runs on a module."""
     compact = getattr(fn, "compact", False)
@@ -190,29 +193,29 @@ def wrap_method(fn: Callable[..., Any], function_target: bool = False) -> Callab
             if self.scope is None:
                 raise CallCompactUnboundModuleError(type(self).__name__)
             progress.compact = True
-        context.stack.append(self)
+        stack = context.stack
+        stack.append(self)
+        # One frame a call: each frame more is in the traceback that JAX takes of each operation.
         try:
             if function_target:
                 return fn(self, *args, **kwargs)
             named = context.named
             if not (_Defaults.named if named is None else named):
-                return _call(fn, self, args, kwargs)
-            with jax.named_scope((self.name or type(self).__name__) + suffix):
-                return _call(fn, self, args, kwargs)
+                scope = _UNNAMED
+            else:
+                scope = jax.named_scope((self.name or type(self).__name__) + suffix)
+            with scope:
+                if context.interceptors:
+                    return _intercepted(fn, self, args, kwargs)
+                return fn(self, *args, **kwargs)
         finally:
-            context.stack.pop()
+            stack.pop()
             if outermost:
                 progress.compact = False
                 self.scope.node.rewind()
 
     vars(method)["wrapped"] = True
     return method
-
-
-def _call(fn: Callable[..., Any], module: Any, args: Any, kwargs: Any) -> Any:
-    if context.interceptors:
-        return _intercepted(fn, module, args, kwargs)
-    return fn(module, *args, **kwargs)
 
 
 def _in_name_scope(fn: Callable[..., Any], name: str) -> Callable[..., Any]:

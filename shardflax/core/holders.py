@@ -25,10 +25,10 @@ def is_holder(value: Any) -> bool:
     >>> is_holder([1]), is_holder("text"), is_holder(None)
     (True, False, False)
     """
-    cls = cast("type[Any]", type(value))
-    known = _PLAIN.get(cls)
+    kind: Any = type(value)
+    known = _PLAIN.get(kind)
     if known is None:
-        known = _PLAIN[cls] = not jx.tree_util.all_leaves([value])
+        known = _PLAIN[kind] = not jx.tree_util.all_leaves([value])
     return known
 
 

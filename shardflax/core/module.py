@@ -171,8 +171,12 @@ class Module(Crossable, _Typed):
     def _adopt_fields(self) -> None:
         attrs = self.__dict__
         for name in field_names(type(self)):
-            value = attrs.get(name)
-            if type(value) not in _LEAVES and not _is_leaf(value):
+            value: Any = attrs.get(name)
+            kind: Any = type(value)
+            # Most fields are leaves, or tuples of them (sizes, names): nothing to adopt.
+            if kind in _LEAVES or (kind is tuple and _LEAVES.issuperset(map(type, value))):
+                continue
+            if not _is_leaf(value):
                 attrs[name] = self._adopt(name, value)
 
     def _adopt(self, name: str, value: Any) -> Any:
@@ -320,8 +324,9 @@ class Module(Crossable, _Typed):
         return scope.variable(col, name, init_fn, *init_args, unbox=unbox, **init_kwargs)
 
     def _declares(self, name: str) -> Scope:
-        scope = self._bound()
-        if not (self._progress.compact or self._progress.setup):
+        scope = self.scope or self._bound()
+        progress = self._progress
+        if not (progress.compact or progress.setup):
             raise DeclareOutsideOfCompactError(name, scope.path_text)
         if isinstance(self.__dict__.get(name), Module):
             raise NameInUseError("variable", name, scope.path_text)

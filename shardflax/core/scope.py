@@ -82,7 +82,8 @@ class Store:
 
     def check_write(self, value: Any) -> None:
         """Raises unless `value` may outlive every trace that was entered after the run began."""
-        self.check()
+        if not self.live:
+            raise InvalidScopeError(self.path)
         if staging.current_trace() != self.trace and staging.escapes(value, self.trace):
             raise JaxTransformError(self.path)
 
