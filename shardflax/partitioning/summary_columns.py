@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ from shardflax.partitioning.layout import Layout
 from shardflax.partitioning.rules import LogicalRules
 from shardflax.partitioning.scope import (
     AnyMesh,
+    InitTrace,
+    init_tracing,
     mesh_in_scope,
     rules_in_scope,
     use,
@@ -38,9 +40,11 @@ class TableSharding:
     mesh: AnyMesh
     rules: LogicalRules
 
-    def scope(self) -> AbstractContextManager[Any]:
-        """Puts the mesh and the rules in scope."""
-        return use(self.mesh, self.rules)
+    @contextmanager
+    def scope(self) -> Generator[None]:
+        """Puts the mesh and the rules in scope; what is wrong with names is said in the table."""
+        with use(self.mesh, self.rules), init_tracing(InitTrace()):
+            yield
 
     def lies(self, variables: Any) -> Mapping[tuple[str, ...], tuple[str, str, int]]:
         """Names, spec and bytes per device of each array, by its path with the collection."""
