@@ -234,7 +234,7 @@ def _put(moves: Sequence[_Move], mesh: AnyMesh, donate: bool) -> list[Any]:
 
 def _given_up(x: Any, place: NamedSharding) -> Any:
     """`x` in its place; its old buffers are freed, unless they are those of the new array."""
-    y = jx.device_put(x, place, donate=True)
+    y = jx.device_put(x, place)  # its own donation warns of each buffer that has another size
     if isinstance(x, jax.Array) and not x.is_deleted() and not _buffers(x) & _buffers(y):
         x.delete()
     return y
