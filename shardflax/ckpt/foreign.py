@@ -44,6 +44,8 @@ def find_item(folder: Path) -> Path | None:
 class OrbaxSource(Source):
     """The arrays of an item, found by the names that Orbax gives them."""
 
+    boxed = True
+
     folder: Path
     arrays: Mapping[LeafPath, Any]
     leaves: Mapping[LeafPath, LeafSpec]

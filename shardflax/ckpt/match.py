@@ -80,6 +80,8 @@ def match(
     leaves = tree.zip(jax.tree.leaves(target))
     names: dict[Path, Names] = dict(zip(tree.paths, tree.names, strict=True))
     saved, lines = _renamed(source, options.rename)
+    if source.boxed:
+        saved = {_unboxed(path, leaves): old for path, old in saved.items()}
     specs = {path: source.leaves[old] for path, old in saved.items()}
     found: dict[Path, Take] = {}
     restacked: list[Path] = []
@@ -131,6 +133,11 @@ def _renamed(source: Source, rules: Mapping[str, str]) -> tuple[dict[Path, Path]
         saved[to] = path
     lines += [f"rename   {old}  no saved leaf has it in its path" for old in sorted(idle)]
     return saved, lines
+
+
+def _unboxed(path: Path, target: Mapping[Path, Any]) -> Path:
+    """A path without its last part, where that is the field of a box, as the target shows."""
+    return path[:-1] if path not in target and path[:-1] in target else path
 
 
 def _rule(old: str) -> re.Pattern[str]:

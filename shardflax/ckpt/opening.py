@@ -11,7 +11,7 @@ from typing import Any
 from shardflax.ckpt.durable import FileRecord, checksum_file
 from shardflax.ckpt.foreign import find_item, first_format, open_orbax
 from shardflax.ckpt.manifest import NAME, Manifest
-from shardflax.ckpt.orbax_files import EXTRAS, MARKER, OURS
+from shardflax.ckpt.orbax_files import EXTRAS, JSON_FILE, MARKER, OURS
 from shardflax.ckpt.sources import OurSource, Source
 
 __all__ = ["Opened", "damage", "open_step"]
@@ -41,13 +41,13 @@ def open_step(folder: Path) -> Opened:
 
     Raises ValueError, naming the file, if it is damaged or of no known kind.
     """
-    extras = folder / EXTRAS / f"{EXTRAS}.json"
+    extras = folder / EXTRAS / JSON_FILE
     if (folder / NAME).is_file():
         return Opened(OurSource(folder, manifest := _manifest(folder)), extras, manifest)
     if _claims_manifest(folder):
         raise ValueError(f"{folder / NAME} is missing")
     if (folder / "manifest" / "manifest.json").is_file():
-        return Opened(first_format(folder), extras)
+        return Opened(first_format(folder), extras.with_name(f"{EXTRAS}.json"))
     item = find_item(folder)
     if item is None:
         raise ValueError(f"{folder} holds no checkpoint: neither {NAME} nor Orbax's files")

@@ -12,10 +12,20 @@ from shardflax.ckpt.durable import FileRecord, sync_folder, write_file
 from shardflax.ckpt.paths import Path as LeafPath
 from shardflax.ckpt.plan import Stored
 
-__all__ = ["EXTRAS", "MARKER", "OURS", "STATE", "TREE", "write_item_files", "write_step_files"]
+__all__ = [
+    "EXTRAS",
+    "JSON_FILE",
+    "MARKER",
+    "OURS",
+    "STATE",
+    "TREE",
+    "write_item_files",
+    "write_step_files",
+]
 
 STATE, EXTRAS = "state", "extras"
 """The items of a step, as Orbax calls them: the arrays, and JSON."""
+JSON_FILE = "metadata"
 MARKER = "_CHECKPOINT_METADATA"
 TREE = "_METADATA"
 _HANDLERS = "orbax.checkpoint._src.handlers."
@@ -38,7 +48,8 @@ def write_item_files(
     entries: dict[str, Any] = {}
     for leaf in stored:
         if leaf.public:
-            _add(entries, leaf.path, "jax.Array", write_shape=list(leaf.chunk))
+            # Without a target, Orbax then reads to the host, whatever devices there are.
+            _add(entries, leaf.path, "np.ndarray", write_shape=list(leaf.chunk))
     for leaf in scalars:
         if leaf.public:
             _add(entries, leaf.path, "scalar")
@@ -91,7 +102,7 @@ def write_step_files(
 ) -> dict[str, FileRecord]:
     """Writes the extras and Orbax's marker into the folder of a step; the files."""
     (folder / EXTRAS).mkdir()
-    name = f"{EXTRAS}/{EXTRAS}.json"
+    name = f"{EXTRAS}/{JSON_FILE}"
     records = {name: write_file(folder / name, json.dumps(extras).encode())}
     sync_folder(folder / EXTRAS)
     marker = {

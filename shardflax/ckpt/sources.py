@@ -54,6 +54,8 @@ class Source(abc.ABC):
 
     leaves: Mapping[LeafPath, LeafSpec]
     nones: tuple[LeafPath, ...] = ()
+    boxed = False
+    """True if boxes may have been saved as nodes of the tree."""
 
     @abc.abstractmethod
     def read(self, path: LeafPath, box: Box) -> Later:
