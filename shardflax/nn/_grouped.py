@@ -129,7 +129,7 @@ class Attention:
         if self.implementation is None:
             return self._best(query, key, value, no_kernel)
         if self.implementation == "flash":
-            why = no_kernel or flash.why_not_flash(query, key, value)
+            why = no_kernel or flash.why_not_flash(query, key, value, self.query_axes)
             if why is not None:
                 raise AttentionOptionsError(
                     self.place,
@@ -150,8 +150,10 @@ class Attention:
     def _best(self, query: Array, key: Array, value: Array, no_kernel: str | None) -> str:
         if self.precision is not None or (no_kernel and "dropout" in no_kernel):
             return "reference"
+        device = flash.target_device()
+        if device.platform == "cpu" and query.dtype == jnp.float16:
+            return "reference"  # JAX's has no float16 product with float32 sums there
         if no_kernel is None:
-            device = flash.target_device()
             fits = flash.why_not_flash(query, key, value) is None
             if device.platform == "tpu" and fits and flash.spreads(query, self.query_axes):
                 return "flash"
@@ -207,5 +209,7 @@ def _cudnn_knows(device: Any, query: Array) -> bool:
     """What cuDNN's fused attention is for: half precision, on a GPU from Ampere on."""
     half = query.dtype in (jnp.bfloat16, jnp.float16)
     depth = query.shape[-1]
-    recent = float(getattr(device, "compute_capability", 0)) >= 8.0
+    # A number as text, "8.0" say; AMD's devices have names there.
+    version = str(getattr(device, "compute_capability", "")).partition(".")[0]
+    recent = version.isdigit() and int(version) >= 8
     return half and recent and depth % 8 == 0 and depth <= 128

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from shardflax.nn import _names as names
+from shardflax.nn.errors import AttentionOptionsError
 from shardflax.nn.types import Array, Names
 from shardflax.partitioning.resolve import resolve
 from shardflax.partitioning.rules import AxisRules
@@ -32,8 +33,12 @@ def target_device() -> Any:
     return mesh.devices.flat[0] if isinstance(mesh, Mesh) else jax.devices()[0]
 
 
-def why_not_flash(query: Array, key: Array, value: Array) -> str | None:
+def why_not_flash(
+    query: Array, key: Array, value: Array, query_axes: Names | None = None
+) -> str | None:
     """What keeps these `(batch, length, heads, depth)` from the kernel; None if nothing does.
+
+    `query_axes` are the names of the dims of `query`: each device has whole lengths and depths.
 
     >>> x = jax.ShapeDtypeStruct((2, 100, 4, 64), jnp.bfloat16)
     >>> why_not_flash(x, x, x)
@@ -47,6 +52,15 @@ def why_not_flash(query: Array, key: Array, value: Array) -> str | None:
     if query.shape[-1] % 64 or value.shape[-1] != query.shape[-1]:
         depths = query.shape[-1], value.shape[-1]
         return f"the depths of heads must be one multiple of 64, found {depths[0]} and {depths[1]}"
+    return _cut(query, _spec(query, query_axes))
+
+
+def _cut(query: Array, spec: PartitionSpec | None) -> str | None:
+    """What of the length or the depth is spread, if anything is."""
+    for dim in () if spec is None else (1, 3):
+        if spec[dim] is not None:
+            what = f"dim {dim} of the query, of size {query.shape[dim]}"
+            return f"{what}, is spread over {spec[dim]!r} and must be whole on each device"
     return None
 
 
@@ -135,7 +149,8 @@ def flash_attention(
     spread a kernel over a mesh: under strict rules each device runs it on its part of the batch
     and the heads, which `query_axes` say (names of the dims of `query`).  `window` counts the
     tokens to the left and right that are seen, `softcap` bounds the scores.  `interpret` runs the
-    kernel step by step, on any device.
+    kernel step by step, on any device.  A length or depth that is spread is an
+    `AttentionOptionsError`.
 
     >>> x = jnp.ones((1, 128, 1, 64))
     >>> bool(jnp.allclose(flash_attention(x, x, x, interpret=True), 1.0))
@@ -145,6 +160,8 @@ def flash_attention(
     mesh, spec = mesh_in_scope(), _spec(query, query_axes)
     if mesh is None or spec is None:
         return kernel(query, key, value)
+    if why := _cut(query, spec):
+        raise AttentionOptionsError("flash_attention", f"{why}.")
     if spec[2] is not None and key.shape[2] != query.shape[2]:
         key, value = (_for_each_head(x, query, spec[2], mesh) for x in (key, value))
     return jax.shard_map(

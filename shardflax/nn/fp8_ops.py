@@ -5,8 +5,8 @@ values.  Take gradients to it as to `params`, and put the gradients in its place
 `shardflax.training.TrainState.apply_gradients` does.  It is not laid out over any axis.
 
 A layer stack gives each layer a state of its own (`variable_axes={"_overwrite_with_gradient": 0}`
-beside `params`).  One state for several calls does not work: gradients of a value that is used
-twice are added, and a scale is no sum (Linen's too).
+beside `params`), an `RNN` with that field each step.  One state for several calls does not work:
+gradients of a value that is used twice are added, and a scale is no sum (Linen's too).
 """
 
 from __future__ import annotations

@@ -151,7 +151,7 @@ class LayerBase(Module):
     def __post_init__(self) -> None:
         fields = self.__dict__
         policy = fields.get("dtype")
-        if type(policy) is Policy:
+        if isinstance(policy, Policy):
             fields["dtype"] = policy.compute
             default = getattr(type(self), "param_dtype", None)
             if "param_dtype" in fields and fields["param_dtype"] == default:

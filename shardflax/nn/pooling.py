@@ -26,11 +26,12 @@ def pool(
     """Reduces windows of `inputs` `(*batch, *spatial, features)` by `reduce_fn`, from `init`.
 
     `window_shape` and `strides` (default: 1) have an entry for each spatial dim (an int is a window
-    of one dim, or the stride of all); `padding`, with
-    `init`, is `"SAME"`, `"SAME_LOWER"`, `"VALID"`, an int, or a pair (low, high) for each spatial
-    dim.  There may be no batch dim, or several.  Derivatives are those of XLA's window reduction:
-    they exist for sums, maxima and minima.
+    of one dim, or the stride of all).  `padding`, of elements equal to `init`, is `"SAME"`,
+    `"SAME_LOWER"`, `"VALID"`, an int, or a pair (low, high) for each spatial dim.  There may be no
+    batch dim, or several.  Derivatives are those of XLA's window reduction: they exist for sums,
+    maxima and minima.
 
+    Raises `InputRankError` for inputs with too few dims, `WindowError` for entries that do not
     match, `PaddingError` for a padding that is none.
 
     >>> import jax.numpy as jnp

@@ -5,6 +5,7 @@ The cells are in this namespace too.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -31,6 +32,7 @@ __all__ = [
     "MGUCell",
     "OptimizedLSTMCell",
     "RNNCellBase",
+    "SharedParametersWarning",
     "SimpleCell",
     "flip_sequences",
 ]
@@ -48,7 +50,9 @@ class RNN(Module):
     and the outputs are in the order of the run, or in that of the input with `keep_order`.
 
     The first carry is `initial_carry`, or else the cell's own, drawn from `init_key`.  The
-    other fields are those of `nn.scan`.  Arguments of the call come before fields.
+    other fields are those of `nn.scan`.  Arguments of the call come before fields.  A cell with
+    products in eight bits has a state for each step, so sequences are of one length:
+    `variable_axes={"_overwrite_with_gradient": 0}`.
 
     Raises `InputRankError` for inputs without a time dim and `SequenceError` for `seq_lengths` of
     another shape than the batch, or that are not integers.
@@ -252,6 +256,22 @@ def flip_sequences(
     return _gathered(flip, inputs, jnp.asarray(seq_lengths))
 
 
+_SHARED = (
+    "{}: forward_rnn and backward_rnn are one object, so both directions have the same parameters. "
+    "Give two RNNs, or filter this warning if that is meant."
+)
+
+
+class SharedParametersWarning(UserWarning):
+    """Two parts of a layer are one object: they have the same parameters.
+
+    >>> import shardflax.nn as nn
+    >>> from shardflax.nn.recurrent import SharedParametersWarning
+    >>> issubclass(SharedParametersWarning, UserWarning)
+    True
+    """
+
+
 def _concatenate(a: Array, b: Array) -> Array:
     """Joins the features of both directions."""
     return jnp.concatenate([a, b], axis=-1)
@@ -263,7 +283,8 @@ class Bidirectional(Module):
     Both are `RNN`s, or have their call.  `merge_fn` joins the outputs of each step; by default the
     features of both stand side by side.  Padding (`seq_lengths`) stays at the end.  With
     `return_carry` the result is a pair of both last carries, and the outputs; `initial_carry` is
-    a pair too.  One `RNN` given for both directions shares its parameters between them.
+    a pair too.  One `RNN` given for both directions shares its parameters between them, with a
+    `SharedParametersWarning`: make two, unless that is meant.
 
     >>> import jax, jax.numpy as jnp, shardflax.nn as nn
     >>> layer = nn.Bidirectional(nn.RNN(nn.GRUCell(3)), nn.RNN(nn.GRUCell(4)))
@@ -291,6 +312,8 @@ class Bidirectional(Module):
         keep_order: bool | None = None,
     ) -> Any:
         """`reverse` and `keep_order` are there for the sake of the call of `RNN`, and ignored."""
+        if self.forward_rnn is self.backward_rnn:
+            warnings.warn(_SHARED.format(where(self)), SharedParametersWarning, stacklevel=2)
         return_carry = self.return_carry if return_carry is None else return_carry
         time_major = self.time_major if time_major is None else time_major
         keys = (None, None) if init_key is None else jax.random.split(init_key)

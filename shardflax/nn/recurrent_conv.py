@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import field
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +78,11 @@ class ConvLSTMCell(RNNCellBase):
         of_input = self.kernel_axes or default_names(*spatial, None, None)
         of_state = self.recurrent_kernel_axes or default_names(*spatial, "embed", None)
         gates = layer(name="ih", kernel_axes=of_input)(inputs)
-        gates = gates + layer(name="hh", kernel_axes=of_state)(h)
+        of_h = layer(name="hh", kernel_axes=of_state)(h)
+        # Strides and padding decide which size a state has.
+        for what, found in (("`c` of the carry", c), ("`h` of the carry, convolved,", of_h)):
+            self._check_places(what, jnp.shape(found), gates.shape, jnp.shape(inputs))
+        gates = gates + of_h
         i, g, f, o = jnp.split(gates, 4, axis=-1)
         c = sigmoid(f + 1) * c + sigmoid(i) * tanh(g)
         h = sigmoid(o) * tanh(c)
@@ -93,6 +98,13 @@ class ConvLSTMCell(RNNCellBase):
         for what, state in (("`c` of the carry", c), ("`h` of the carry", h)):
             if jnp.shape(state)[-1:] != expected[-1:] or jnp.ndim(state) > len(expected):
                 raise CarryShapeError(where(self), what, jnp.shape(state), expected, shape)
+
+    @nowrap
+    def _check_places(self, what: str, found: Any, gates: Any, inputs: Any) -> None:
+        """Raises unless a state broadcasts to the batch and the places of the gates."""
+        pairs = zip(reversed(found[:-1]), reversed(gates[:-1]), strict=False)
+        if any(1 not in (a, b) and a != b for a, b in pairs):
+            raise CarryShapeError(where(self), what, found, (*gates[:-1], found[-1]), inputs)
 
     @nowrap
     def initialize_carry(self, rng: Array, input_shape: tuple[int, ...]) -> tuple[Array, Array]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from shardflax.core import Module, compact
 from shardflax.nn.errors import DropoutRateError, MergeParamError, where
+from shardflax.nn.general import canonical_dims
 from shardflax.nn.types import Array
 from shardflax.partitioning.explicit_out import laid_out_like
 
@@ -34,7 +35,8 @@ class Dropout(Module):
 
     Drawn from the stream `rng_collection`, or from the key `rng` of the call.  Along
     `broadcast_dims` one draw serves all elements.  `deterministic` (of the layer or of the call,
-    exactly one of them) turns it off.  A rate outside [0, 1] is a `DropoutRateError`.
+    exactly one of them) turns it off.  A rate outside [0, 1] is a `DropoutRateError`, dims that the
+    input does not have are an `AxesError`.
 
     >>> import jax, jax.numpy as jnp, shardflax.nn as nn
     >>> layer = nn.Dropout(rate=0.5, deterministic=False)
@@ -64,7 +66,8 @@ class Dropout(Module):
         key = self.make_rng(self.rng_collection) if rng is None else rng
         shape = list(inputs.shape)
         for dim in self.broadcast_dims:
-            shape[dim] = 1
+            (known,) = canonical_dims(where(self), "broadcast_dims", dim, inputs.shape)
+            shape[known] = 1
         if self.broadcast_dims:
             kept = jax.random.bernoulli(key, keep, shape)
         else:

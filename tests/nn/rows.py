@@ -93,7 +93,6 @@ ROWS = [
         "GroupedQueryAttention",
         maker("GroupedQueryAttention", 4, num_kv_heads=2),
         hidden,
-        halves=("bfloat16", "narrow"),
         like_flax=False,
     ),
     Row(
@@ -123,7 +122,6 @@ ROWS = [
         "GroupedQueryAttention-decode",
         maker("GroupedQueryAttention", 4, num_kv_heads=2, decode=True),
         hidden,
-        halves=("bfloat16", "narrow"),
         like_flax=False,
     ),
     # Warns of its deprecation in Flax.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 from typing import Any
 
 import flax.linen
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 import shardflax.nn as nn
-from shardflax.nn._grouped import Attention
+from shardflax.nn._grouped import Attention, _cudnn_knows
 from shardflax.nn.errors import AttentionOptionsError
 from shardflax.nn.flash import Flash, why_not_flash
 from shardflax.partitioning import make_mesh, preset, use
@@ -163,6 +164,24 @@ def test_the_kernel_on_a_mesh_gives_the_same() -> None:
     with use(make_mesh("data=2,tensor=4"), preset("tp_sp")):
         found = jax.jit(run)(q, k, k)
     close(found, Attention("here").reference(q, k, k), 1e-4)
+
+
+def test_the_kernel_refuses_a_part_of_the_length() -> None:
+    """Each device would attend to its own part alone."""
+    q = jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.float32)
+    names = ("batch", "length", "act_heads", "act_head_dim")
+    attention = Attention("here", implementation="flash", query_axes=names)
+    with use(make_mesh("data=2,context=4"), preset("cp")):
+        for fn in (attention, functools.partial(nn.flash_attention, query_axes=names)):
+            with pytest.raises(AttentionOptionsError, match=r"dim 1 .* size 256, .* 'context'"):
+                jax.eval_shape(fn, q, q, q)
+
+
+def test_devices_of_amd_have_no_version_of_cudnn() -> None:
+    x = jax.ShapeDtypeStruct((2, 128, 4, 64), jnp.bfloat16)
+    versions = {"8.0": True, "12.1": True, "7.5": False, "gfx942": False}
+    found = {v: _cudnn_knows(SimpleNamespace(compute_capability=v), x) for v in versions}
+    assert found == versions
 
 
 def test_what_the_kernel_does_not_know_is_said() -> None:

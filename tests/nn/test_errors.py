@@ -42,6 +42,14 @@ def general(**kwargs: Any) -> Callable[..., Any]:
     return lambda **k: nn.DenseGeneral(**kwargs, **k)
 
 
+def conv(*args: Any, **kwargs: Any) -> Callable[..., Any]:
+    return lambda **k: nn.Conv(*args, **kwargs, **k)
+
+
+def cell(kind: Any, *args: Any) -> Callable[..., Any]:
+    return lambda **k: kind(3, *args, **k)
+
+
 def einsum(*args: Any) -> Callable[..., Any]:
     return lambda **k: nn.Einsum(*args, **k)
 
@@ -75,6 +83,60 @@ CASES: list[tuple[Any, str]] = [
     (run(mha(num_heads=2), X, None, X), "`inputs_v` without `inputs_k`"),
     (run(mha(num_heads=2), X, jnp.ones((4, 3, 8))), "batch dims must agree"),
     (run(mha(num_heads=2), X, jnp.ones((2, 5, 8)), X), r"lengths \(dim -3\) must agree"),
+    (run(lambda **k: nn.Dropout(0.5, (3,), False, **k), X), r"\(2, 3, 8\): dim 3 does not exist"),
+    (run(lambda **k: nn.GroupNorm(3, **k), X), "Norm 'inner': .*8.*3"),
+    (run(lambda **k: nn.InstanceNorm(feature_axes=5, **k), X), "Norm 'inner': .*dim 5"),
+    (run(lambda **k: nn.RMSNorm(reduction_axes=3, **k), X), "RMSNorm 'inner': .*dim 3"),
+    (run(lambda **k: nn.BatchNorm(False, axis=4, **k), X), "BatchNorm 'inner': .*dim 4"),
+    (
+        run(lambda **k: nn.BatchNorm(False, **k), X, mask=jnp.ones((2, 5, 1))),
+        "BatchNorm 'inner': .*dim -2: 5 against 3",
+    ),
+    (run(conv(6, (3, 3)), X[0]), r"Conv 'inner': inputs have shape \(3, 8\)"),
+    (run(conv(6, 3, feature_group_count=3), X), "Conv 'inner': .*8.*3"),
+    (run(conv(6, 3, mask=jnp.ones((3, 8, 5))), X), "Conv 'inner': .*5.*6"),
+    (run(conv(6, (3,), strides=(1, 2)), X), "Conv 'inner': strides=.* 2 entries"),
+    (run(lambda **k: nn.ConvLocal(6, 3, feature_group_count=2, **k), X), "only 1 is possible"),
+    (run(lambda **k: nn.ConvTranspose(6, (3, 3), **k), X[0]), "ConvTranspose 'inner': .*2 dims"),
+    *(
+        (
+            run(cell(kind), jnp.ones((2, 4)), X[:, 0]),
+            rf"{kind.__name__} 'inner': the carry has shape \(2, 4\), expected \(2, 3\)",
+        )
+        for kind in (nn.SimpleCell, nn.GRUCell, nn.MGUCell)
+    ),
+    *(
+        (
+            run(cell(kind), (jnp.ones((2, 3)), jnp.ones((5, 3))), X[:, 0]),
+            r"Cell 'inner': .*has shape \(5, 3\), expected \(2, 3\)",
+        )
+        for kind in (nn.LSTMCell, nn.OptimizedLSTMCell)
+    ),
+    (
+        run(cell(nn.ConvLSTMCell, (3,)), (jnp.ones((2, 5, 3)), jnp.ones((2, 3, 3))), X),
+        r"ConvLSTMCell 'inner': `c` of the carry has shape \(2, 5, 3\), expected \(2, 3, 3\)",
+    ),
+    (
+        run(lambda **k: nn.RNN(nn.GRUCell(3), **k), X, seq_lengths=jnp.ones((3,), int)),
+        r"RNN 'inner': `seq_lengths` has shape \(3,\), .* \(2,\)",
+    ),
+    (run(lambda **k: nn.RNN(nn.GRUCell(3), **k), X[0, 0]), "RNN 'inner': inputs .*1 dims"),
+    (
+        run(
+            lambda **k: nn.SpectralNorm(nn.Conv(3, 3), error_on_non_matrix=True, **k),
+            X,
+            update_stats=False,
+        ),
+        "SpectralNorm 'inner': .*a matrix",
+    ),
+    (
+        run(lambda **k: nn.WeightNorm(nn.Dense(3), feature_axes=2, **k), X),
+        "WeightNorm 'inner': feature_axes.*dim 2",
+    ),
+    (
+        run(heads(num_heads=1, head_dim=64, implementation="flash"), X),
+        "'inner': implementation='flash' .* lengths must be multiples of 128, found 3",
+    ),
 ]
 
 

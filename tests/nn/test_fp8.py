@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from functools import partial
 from typing import Any
 
 import flax.linen
@@ -164,6 +165,34 @@ def test_every_layer_of_a_stack_has_its_own_state() -> None:
         fresh = {STATE: layer.init(quick_key(0), x)[STATE]}
         x = layer.apply({**one, **fresh}, x)[0]
     np.testing.assert_allclose(found["input_amax_history"][:, 0], sizes, rtol=1e-6)
+
+
+def test_every_step_of_a_loop_has_its_own_state() -> None:
+    class Cell(nn.RNNCellBase):
+        @nn.compact
+        def __call__(self, carry: Any, x: Any) -> Any:
+            y = carry + Fp8Dense(8)(x)
+            return y, y
+
+        @nn.nowrap
+        def initialize_carry(self, rng: Any, input_shape: Any) -> Any:
+            return jnp.zeros(input_shape)
+
+        @property
+        def num_feature_axes(self) -> int:
+            return 1
+
+    Fp8Dense = partial(nn.Dense, dot_general_cls=partial(nn.Fp8DotGeneralOp, 4))
+    rnn = nn.RNN(Cell(), variable_axes={STATE: 0})
+
+    @jax.jit
+    def grads() -> Any:
+        return jax.grad(lambda v: rnn.apply(v, X).sum())(rnn.init(quick_key(0), X))
+
+    found = grads()[STATE]["cell"]["Dense_0"]["Fp8DotGeneralOp_0"]
+    largest = np.abs(X).max((0, 2))
+    np.testing.assert_array_equal(found["input_amax_history"][:, 0], largest)
+    assert found["kernel_scale"].shape == (4, 1)
 
 
 def test_on_a_mesh() -> None:

@@ -53,6 +53,13 @@ def test_a_layer_s_own_parameters_come_first() -> None:
     assert nn.Dense(3, dtype=policy).clone(features=4).param_dtype == jnp.float16
 
 
+def test_a_policy_of_ones_own() -> None:
+    class Mine(nn.Policy):
+        pass
+
+    assert nn.Dense(3, dtype=Mine("bfloat16", param="float16")).param_dtype == jnp.float16
+
+
 def test_reductions() -> None:
     narrow, wide = nn.Policy("bfloat16", reduce="bfloat16"), nn.Policy("bfloat16")
     assert not nn.LayerNorm(dtype=narrow).force_float32_reductions

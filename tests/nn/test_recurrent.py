@@ -13,6 +13,7 @@ import pytest
 
 import shardflax.nn as nn
 from shardflax.nn.errors import CarryShapeError, InputRankError, SequenceError
+from shardflax.nn.recurrent import SharedParametersWarning
 from shardflax.partitioning import init_sharded, make_mesh, preset, use
 from tests.core.harness import quick_key
 from tests.nn.matrix import close, same
@@ -100,6 +101,13 @@ def test_carries_of_several_batch_dims() -> None:
     one, _ = layer.apply(variables, X, seq_lengths=LENGTHS)
     several, _ = layer.apply(variables, X[:, None], seq_lengths=LENGTHS[:, None])
     same(several[:, 0], one)
+
+
+def test_one_rnn_for_both_directions_is_said() -> None:
+    rnn = nn.RNN(nn.GRUCell(3))
+    with pytest.warns(SharedParametersWarning, match="Bidirectional .* the same parameters"):
+        shapes = jax.eval_shape(nn.Bidirectional(rnn, rnn).init, quick_key(0), X)
+    assert [*shapes["params"]] == ["forward_rnn"]
 
 
 def test_cells_shared_and_written_by_users() -> None:
