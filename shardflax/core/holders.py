@@ -25,7 +25,7 @@ def is_holder(value: Any) -> bool:
     >>> is_holder([1]), is_holder("text"), is_holder(None)
     (True, False, False)
     """
-    kind: Any = type(value)
+    kind: Any = type(value)  # pyright: ignore[reportUnknownVariableType]
     known = _PLAIN.get(kind)
     if known is None:
         known = _PLAIN[kind] = not jx.tree_util.all_leaves([value])

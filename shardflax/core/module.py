@@ -172,7 +172,7 @@ class Module(Crossable, _Typed):
         attrs = self.__dict__
         for name in field_names(type(self)):
             value: Any = attrs.get(name)
-            kind: Any = type(value)
+            kind: Any = type(value)  # pyright: ignore[reportUnknownVariableType]
             # Most fields are leaves, or tuples of them (sizes, names): nothing to adopt.
             if kind in _LEAVES or (kind is tuple and _LEAVES.issuperset(map(type, value))):
                 continue

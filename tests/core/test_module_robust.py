@@ -166,6 +166,17 @@ class Nested(nn.Module):
         return Nested(self.depth - 1)(x) if self.depth else x
 
 
+class NestedByName(nn.Module):
+    depth: int
+
+    @nn.compact
+    def run(self, x: Any) -> Any:
+        return NestedByName(self.depth - 1).run(x) if self.depth else x
+
+    def __call__(self, x: Any) -> Any:
+        return self.run(x)
+
+
 class Listed(nn.Module):
     count: int
 
@@ -194,14 +205,15 @@ def calls_of(fn: Callable[[], Any]) -> int:
     return count
 
 
-@pytest.mark.parametrize("cls", [Beside, Nested, Listed])
+@pytest.mark.parametrize("cls", [Beside, Nested, NestedByName, Listed])
 def test_a_thousand_submodules_stay_linear(cls: Any) -> None:
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(20_000)
     try:
         cls(10).apply({}, 1.0)
-        # Some releases of Python 3.12 have a fixed limit on calls from C, of which a level is one.
-        sizes = (100, 200, 400) if cls is Nested else (250, 500, 1000)
+        # Python 3.12.1 itself ends at 498 instances that call one another: see docs/design.md.
+        limited = cls is Nested and sys.version_info >= (3, 12)
+        sizes = (120, 240, 480) if limited else (250, 500, 1000)
         counts = [calls_of(lambda n=n: cls(n).apply({}, 1.0)) for n in sizes]
     finally:
         sys.setrecursionlimit(limit)
