@@ -15,11 +15,11 @@ from shardflax.partitioning.replica_groups import ints
 from shardflax.partitioning.scope import AnyMesh
 from shardflax.partitioning.sharding_text import spec_of_text
 from shardflax.partitioning.spec_check import spec_parts
+from shardflax.partitioning.whole_values import lowered_names, tensor_shape
 
 __all__ = ["Repeated", "repeated_operations"]
 
 _LINE = re.compile(r"^\s*%([\w#]+)(?::\d+)? = (?:\"?)([\w.]+)\"? ?(.*) loc\((#loc\d+)\)$")
-_LOC = re.compile(r'^(#loc\d+) = loc\("([^"]+)"')
 _TENSOR = re.compile(r"tensor<([^<>]*)>")
 _WORK = ("stablehlo.dot_general", "stablehlo.convolution")
 
@@ -113,20 +113,18 @@ def _work(shapes: list[tuple[int, ...]], batch: list[int]) -> float:
 
 def _written(text: str, mesh: AnyMesh) -> dict[str, list[_Whole]]:
     """The products and convolutions of a lowered program by JAX's name of them."""
-    names: dict[str, str] = {}
+    names = lowered_names(text)
     found: list[tuple[str, float, tuple[int, ...], str, int]] = []
     asked: dict[tuple[int, str], PartitionSpec | None] = {}
     function = 0
     for line in text.splitlines():
-        if loc := _LOC.match(line):
-            names[loc[1]] = loc[2]
-        elif "func.func" in line:
+        if "func.func" in line:
             function += 1
         elif (made := _LINE.match(line)) and made[2] == "sdy.sharding_constraint":
             operand, _, sharding = made[3].partition(" ")
             asked[function, operand.lstrip("%")] = spec_of_text(sharding, mesh)
         elif made and made[2] in _WORK:
-            shapes = [_shape(t) for t in _TENSOR.findall(made[3])][-3:]
+            shapes = [tensor_shape(t) for t in _TENSOR.findall(made[3])][-3:]
             batch = re.search(r"batching_dims = \[([\d, ]*)\]", made[3])
             work = _work(shapes, ints(batch[1].replace(" ", "")) if batch else [])
             found.append((made[4], work, shapes[-1], made[1], function))
@@ -135,8 +133,3 @@ def _written(text: str, mesh: AnyMesh) -> dict[str, list[_Whole]]:
         whole = _Whole(work, shape, asked.get((inside, value)))
         written.setdefault(names.get(loc, ""), []).append(whole)
     return written
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    """The shape in `8x16xf32`."""
-    return tuple(int(d) for d in text.split("x")[:-1] if d.isdigit())

@@ -21,6 +21,7 @@ from shardflax.partitioning.paths import Path, keys_of, path_text
 from shardflax.partitioning.scope import free_axes
 from shardflax.partitioning.spec_check import canonical_spec
 from shardflax.partitioning.untyped import jx
+from shardflax.partitioning.whole_values import WholeValue, whole_values
 
 __all__ = ["Replication", "assert_compiled", "check_compiled"]
 
@@ -29,9 +30,9 @@ __all__ = ["Replication", "assert_compiled", "check_compiled"]
 class Replication:
     """One array that lies otherwise than asked, or whole without anybody having said so.
 
-    `what` is `argument`, `result`, `leaf` (of the layout), `operation` or `donation`; `asked` and
-    `found` are specs (None where nothing asks, or no spec says it); `bytes` is what each device
-    holds, `wasted` what it need not.
+    `what` is `argument`, `result`, `leaf` (of the layout), `operation`, `value` or `donation`;
+    `asked` and `found` are specs (None where nothing asks, or no spec says it); `bytes` is what
+    each device holds, `wasted` what it need not.
 
     >>> print(
     ...     Replication("leaf", "params/w", (8, 4), 128, 112, None, jx.P(), "no name", "Name it.")
@@ -71,7 +72,8 @@ def check_compiled(
     - leaves that nothing names, or whose rules gave up every axis, so that they are replicated;
     - other arguments and results that are replicated on every device;
     - with `lowered` (what was compiled): matrix products and convolutions that several devices
-      do in full, though the constraint on the result, or the mesh, would cut them;
+      do in full, though the constraint on the result, or the mesh, would cut them; and other
+      values that every device holds whole, if they have not the shape of a leaf;
     - donated buffers that the program does not use again.
 
     What wastes no more than `above` bytes a device is left out, and so are the paths that a
@@ -100,6 +102,9 @@ def check_compiled(
         program = parse(compiled.as_text())
         for one in repeated_operations(program, text, layout.mesh):
             found.append(_operation(one, layout))
+        known = {shape for leaf in layout.leaves for shape in (leaf.shape, leaf.shape[1:])}
+        for value in whole_values(program, text, known, above):
+            found.append(_value(value, layout))
     kept = [one for one in found if one.wasted > above or one.why == _OTHERWISE]
     kept = [one for one in kept if not any(fnmatch.fnmatch(one.path, p) for p in accept)]
     return sorted(kept, key=lambda one: -one.wasted)
@@ -195,8 +200,8 @@ def _arrays(compiled: Any) -> Iterator[tuple[str, Path, Any, Any]]:
 
 def _named_path(what: str, path: Path) -> Path:
     """The path with a word for what its first number is."""
-    side = ("args", "kwargs")[path[0]] if what == "argument" else what
-    return (side, *(path[1:] if what == "argument" else path))
+    side = "kwargs" if path and path[0] == 1 else "args"
+    return (side, *path[1:]) if what == "argument" else (what, *path)
 
 
 def _leaf_at(path: Path, shape: tuple[int, ...], leaves: dict[Path, Leaf]) -> Leaf | None:
@@ -259,6 +264,20 @@ def _operation(one: Any, layout: Layout) -> Replication:
         found=None,
         why=again,
         cure="Constrain what goes in by its names, so that the axes cut it before.",
+    )
+
+
+def _value(value: WholeValue, layout: Layout) -> Replication:
+    return Replication(
+        what="value",
+        path=value.path,
+        shape=value.shape,
+        bytes=value.bytes,
+        wasted=value.bytes - value.bytes // layout.mesh.size,
+        asked=None,
+        found=PartitionSpec(),
+        why=f"every device holds the whole result of this {value.operation} ({value.source})",
+        cure="Constrain it by its names, here or where it comes from.",
     )
 
 

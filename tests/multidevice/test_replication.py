@@ -127,6 +127,32 @@ def test_products_that_every_device_does_in_full() -> None:
     assert found(P(None, "fsdp"), P("tensor")) == []  # a sum of parts is work that is shared
 
 
+def test_values_that_every_device_holds_whole() -> None:
+    """A sorted table; neither what is cut, nor gathered weights."""
+
+    def score(w: Any, x: Any, table: Any) -> Any:
+        with jax.named_scope("sampling"):
+            return jnp.sort(x @ w) + jax.lax.sort(table)[0]
+
+    rows, whole = (jax.NamedSharding(MESH, spec) for spec in (P("fsdp"), P()))
+    w = jax.ShapeDtypeStruct((32, 32), "float32", sharding=rows)
+    x = jax.ShapeDtypeStruct((8, 32), "float32", sharding=rows)
+    table = jax.ShapeDtypeStruct((40,), "float32", sharding=whole)
+    lowered = jax.jit(score).lower(w, x, table)
+    box = {"w": nn.LogicallyPartitioned(jnp.ones((32, 32)), ("embed", None))}
+    layout = Layout(box, MESH, RULES)
+    compiled = lowered.compile()
+    found = check_compiled(compiled, layout, lowered=lowered, above=0)
+    assert {(f.what, f.path, f.shape) for f in found} == {
+        ("argument", "args/2", (40,)),
+        ("value", "sampling", (40,)),
+    }
+    (one,) = (f for f in found if f.what == "value")
+    assert "every device holds the whole result of this" in one.why
+    assert "(test_replication.py:" in one.why and "by its names" in one.cure
+    assert check_compiled(compiled, layout, lowered=lowered, above=40 * 4) == []
+
+
 def test_donated_buffers_without_a_use() -> None:
     layout = Layout({}, MESH, RULES)
     x = jax.ShapeDtypeStruct((8, 4), "float32", sharding=jax.NamedSharding(MESH, P("fsdp")))
