@@ -13,7 +13,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,6 +22,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from shardflax.core.calls import current_module
 from shardflax.partitioning.defaults import DefaultNames, in_force
 from shardflax.partitioning.errors import (
+    LayoutError,
     NamesRankError,
     NoRulesWarning,
     Problem,
@@ -30,6 +31,8 @@ from shardflax.partitioning.errors import (
     raise_problems,
 )
 from shardflax.partitioning.linen_rules import RulesFallback, linen_axes, undecided_error
+from shardflax.partitioning.names_tree import names_of_leaves
+from shardflax.partitioning.paths import keys_of, path_text
 from shardflax.partitioning.resolve import check_mesh_axes, resolve
 from shardflax.partitioning.rules import AxisRules, LogicalRules
 from shardflax.partitioning.scope import (
@@ -48,7 +51,6 @@ __all__ = [
     "constrain",
     "constrain_box",
     "constrain_spec",
-    "is_names",
     "lower",
     "wanted_spec",
     "with_logical_constraint",
@@ -74,7 +76,8 @@ def with_logical_constraint(
     With no rules at all the call does nothing, and warns once (`NoRulesWarning`).
 
     Raises a `LayoutError` for names of the wrong rank, also where no mesh is in scope; with a
-    mesh, for an axis that it lacks or that does not divide its dim.
+    mesh, for an axis that it lacks or that does not divide its dim; `TreeMismatchError` for a tree
+    of names that is none of `x`.
 
     >>> import jax.numpy as jnp
     >>> from shardflax.partitioning import make_mesh
@@ -92,16 +95,29 @@ def with_logical_constraint(
     if rules is None:
         _warn_no_rules(logical_axis_resources)
 
-    def one(names: Any, part: Any) -> Any:
-        if names is None:
-            return part
+    if not jx.tree_util.all_leaves([x]):
+        return _constrain_tree(x, logical_axis_resources, rules, mesh, fallback)
+    (names,) = names_of_leaves(logical_axis_resources, x)
+    return _constrain(x, names, rules, mesh, fallback)
 
-        def each(leaf: Any) -> Any:
-            return _constrain(leaf, names, rules, mesh, fallback)
 
-        return jx.tree.map(each, part)
-
-    return jx.tree.map(one, logical_axis_resources, x, is_leaf=is_names)
+def _constrain_tree(
+    tree: Any,
+    names: Any,
+    rules: LogicalRules | None,
+    mesh: AnyMesh | None,
+    fallback: RulesFallback,
+) -> Any:
+    """Constrains each leaf of a tree; errors say which."""
+    flat, structure = jx.tree_util.tree_flatten_with_path(tree)
+    done: list[Any] = []
+    for (path, leaf), one in zip(flat, names_of_leaves(names, tree), strict=True):
+        try:
+            done.append(leaf if one is None else _constrain(leaf, one, rules, mesh, fallback))
+        except LayoutError as error:
+            where = path_text(keys_of(path))
+            raise type(error)(f"{where}: {error}", error.problems) from error
+    return jx.tree.unflatten(structure, done)
 
 
 def constrain(x: jax.Array, names: tuple[Any, ...] | None) -> jax.Array:
@@ -153,23 +169,6 @@ def wanted_spec(shape: tuple[int, ...], names: tuple[Any, ...]) -> PartitionSpec
         return None
     spec = PartitionSpec(*linen_axes(said, rules)[0])
     return None if check_spec(shape, spec, dict(free_axes(mesh)), "") else spec
-
-
-def is_names(x: Any) -> bool:
-    """True for one tuple of names, or None, in a tree of them.
-
-    >>> is_names(("embed", None)), is_names([("embed", None)])
-    (True, False)
-    """
-    if x is None or isinstance(x, PartitionSpec):
-        return True
-    return isinstance(x, tuple) and all(_is_name(name) for name in cast(tuple[Any, ...], x))
-
-
-def _is_name(x: Any) -> bool:
-    if x is None or isinstance(x, str) or x is PartitionSpec.UNCONSTRAINED:
-        return True
-    return isinstance(x, tuple) and all(isinstance(n, str) for n in cast(tuple[Any, ...], x))
 
 
 def _constrain(

@@ -11,8 +11,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from shardflax.core.boxes import is_box
-from shardflax.core.errors import did_you_mean
-from shardflax.partitioning.constraints import is_names, lower
+from shardflax.partitioning.constraints import lower
 from shardflax.partitioning.errors import (
     MeshScopeError,
     NamesRankError,
@@ -24,6 +23,7 @@ from shardflax.partitioning.errors import (
 )
 from shardflax.partitioning.layout import Layout
 from shardflax.partitioning.linen_rules import linen_axes
+from shardflax.partitioning.names_tree import names_of_leaves, tree_problems
 from shardflax.partitioning.paths import Path, keys_of, path_text
 from shardflax.partitioning.resolve import MeshAxes, resolve
 from shardflax.partitioning.rules import AxisRules, LogicalRules
@@ -85,7 +85,7 @@ def reshard(
         rules = rules_in_scope() if rules is None else rules
         flat, structure = jx.tree_util.tree_flatten_with_path(tree)
         mesh = mesh or mesh_in_scope(None, next((leaf for _, leaf in flat), None))
-        said = _each(names, tree)
+        said = names_of_leaves(names, tree)
         axes = None if mesh is None else free_axes(mesh)
         moves = [
             _move(keys_of(path), leaf, one, rules, axes)
@@ -148,42 +148,12 @@ def _spec(
     return (spec if problems else canonical_spec(spec, sizes)), problems
 
 
-def _each(names: Any, tree: Any) -> list[Any]:
-    """The names of each leaf of `tree`, out of one tuple for all or a tree of tuples."""
-    said, structure = jx.tree.flatten(names, is_leaf=is_names)
-    try:
-        parts = structure.flatten_up_to(tree)
-    except ValueError as error:
-        raise_problems(list(_mismatch(_paths(names, is_names), _paths(tree), "names")))
-        raise TreeMismatchError(f"the tree of names is none of this tree: {error}") from error
-    return [one for one, part in zip(said, parts, strict=True) for _ in jx.tree.leaves(part)]
-
-
-def _paths(tree: Any, is_leaf: Any = None) -> list[Path]:
-    return [keys_of(path) for path, _ in jx.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)]
-
-
-def _mismatch(said: list[Path], there: list[Path], what: str) -> Iterator[Problem]:
-    """What the `said` paths, each for a leaf or all below it, lack of those `there`, or add."""
-    prefixes = {path[:n] for path in there for n in range(len(path) + 1)}
-    for path in said:
-        if path not in prefixes:
-            hint = did_you_mean(path_text(path), map(path_text, there))
-            text = f"the {what} have a leaf there, and the tree has none: {hint}"
-            yield Problem(TreeMismatchError, text, where=path_text(path))
-    known = set(said)
-    for path in there:
-        if not any(path[:n] in known for n in range(len(path) + 1)):
-            text = f"the {what} say nothing of this leaf. Say None for a replicated one."
-            yield Problem(TreeMismatchError, text, where=path_text(path))
-
-
 def _by_layout(tree: Any, layout: Layout) -> Iterator[_Move]:
     """The moves of the leaves of `tree`, boxed or not, to their places in `layout`."""
     flat = jx.tree_util.tree_leaves_with_path(tree, is_leaf=is_box)
     paths = [keys_of(path) for path, _ in flat]
     leaves = {leaf.path: leaf for leaf in layout.leaves}
-    raise_problems(list(_mismatch(list(leaves), paths, "layout's leaves")))
+    raise_problems(list(tree_problems(list(leaves), paths, "layout's leaves")))
     for path, (_, box) in zip(paths, flat, strict=True):
         x, leaf = jx.tree.leaves(box)[0], leaves[path]
         shape = tuple(np.shape(x))

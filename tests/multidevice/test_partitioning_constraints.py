@@ -19,6 +19,7 @@ from shardflax.partitioning import (
     NamesRankError,
     NoRulesWarning,
     Partitioned,
+    TreeMismatchError,
     UnknownAxisError,
     UnknownNameError,
     at_use,
@@ -190,6 +191,19 @@ def test_trees_of_arrays_and_of_names() -> None:
             assert spec(out["a"]) == spec(out["b"][0]) == ("fsdp", "tensor")
         out = with_logical_constraint(tree, {"a": None, "b": [P("batch", None)]})
         assert out["a"] is tree["a"] and spec(out["b"][0]) == ("fsdp",)
+
+
+def test_in_a_tree_errors_say_which_leaf() -> None:
+    tree = {"a": jnp.ones((8, 8)), "b": [jnp.ones((4, 2)), jnp.ones(3)]}
+    with logical_axis_rules(STRICT):
+        with pytest.raises(NamesRankError, match=r"b/1: .*2 names"):
+            with_logical_constraint(tree, NAMES)
+        with pytest.raises(UnknownNameError, match=r"a: .*no rule for the name 'x'"):
+            with_logical_constraint(tree, {"a": ("x", None), "b": None})
+        with pytest.raises(TreeMismatchError, match="b/0: the names say nothing of this leaf"):
+            with_logical_constraint(tree, {"a": NAMES})
+        with pytest.raises(TreeMismatchError, match="c: the names have a leaf there"):
+            with_logical_constraint(tree["a"], {"c": NAMES})
 
 
 def test_names_and_rank_are_checked_without_a_mesh() -> None:
