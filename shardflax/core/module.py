@@ -174,9 +174,8 @@ class Module(Crossable, _Typed):
             value: Any = attrs.get(name)
             kind: Any = type(value)  # pyright: ignore[reportUnknownVariableType]
             # Most fields are leaves, or tuples of them (sizes, names): nothing to adopt.
-            if kind in _LEAVES or (kind is tuple and _LEAVES.issuperset(map(type, value))):
-                continue
-            if not _is_leaf(value):
+            leaves = kind in _LEAVES or (kind is tuple and _LEAVES.issuperset(map(type, value)))
+            if not leaves and not _is_leaf(value):
                 attrs[name] = self._adopt(name, value)
 
     def _adopt(self, name: str, value: Any) -> Any:
@@ -325,8 +324,7 @@ class Module(Crossable, _Typed):
 
     def _declares(self, name: str) -> Scope:
         scope = self.scope or self._bound()
-        progress = self._progress
-        if not (progress.compact or progress.setup):
+        if not (self._progress.compact or self._progress.setup):
             raise DeclareOutsideOfCompactError(name, scope.path_text)
         if isinstance(self.__dict__.get(name), Module):
             raise NameInUseError("variable", name, scope.path_text)
