@@ -16,6 +16,7 @@ from shardflax.nn.errors import InputDtypeError, InputRankError, InputShapeError
 from shardflax.nn.policy import LayerBase
 from shardflax.nn.types import Array, Dtype, Initializer, Names
 from shardflax.partitioning import default_names
+from shardflax.partitioning.alike import laid_out_like
 
 __all__ = ["Embed"]
 
@@ -131,4 +132,5 @@ def _one_hot_rows(ids: Array, table: Array, out_sharding: Any = None) -> Array:
     if not jnp.issubdtype(table.dtype, jnp.inexact):
         return rows
     inside = (ids >= 0) & (ids < count)
+    inside = laid_out_like(inside, rows)
     return jnp.where(inside[..., None], rows, jnp.asarray(jnp.nan, table.dtype))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from shardflax.partitioning.alike import laid_out_like
 from shardflax.training.errors import LossInputError
 
 __all__ = ["cross_entropy"]
@@ -38,6 +39,7 @@ def cross_entropy(
     (2.0794, 6.0)
     """
     _check(logits, targets, weights)
+    targets = laid_out_like(targets, logits)
     logits = logits.astype(jnp.float32)
     top = jnp.max(jax.lax.stop_gradient(logits), axis=-1)
     log_z = top + jnp.log(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1))
@@ -46,7 +48,7 @@ def cross_entropy(
     known = (targets >= 0) & (targets < logits.shape[-1])
     if weights is None:
         weights = jnp.ones(targets.shape, jnp.float32)
-    weights = weights.astype(jnp.float32)
+    weights = laid_out_like(weights.astype(jnp.float32), logits)
     total = jnp.sum(weights)
 
     def mean(values: jax.Array) -> jax.Array:
