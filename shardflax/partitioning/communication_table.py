@@ -25,13 +25,12 @@ def communication_text(found: Iterable[Collective]) -> str:
     `times` is per call of the program, `bytes` what a device sends or gets each time, `in all`
     their product; the sums of each network stand below.
 
-    >>> gather = Collective(
-    ...     "all-gather", ("fsdp",), "ICI", 2048, 3, True, "layers/up", "model.py:4"
-    ... )
+    >>> where = ("layers/up", "model.py:4")
+    >>> gather = Collective("all-gather", ("fsdp",), "ICI", 2048, 3, True, *where)
     >>> print(communication_text([gather, gather]))
-    collective  axes  network  module  source      pass     times    bytes    in all
-    ----------  ----  -------  ------  ----------  -------  -----  -------  --------
-    all-gather  fsdp  ICI      layers  model.py:4  forward      6  2.0 KiB  12.0 KiB
+    collective  axes  network  module     source      pass     times    bytes    in all
+    ----------  ----  -------  ---------  ----------  -------  -----  -------  --------
+    all-gather  fsdp  ICI      layers/up  model.py:4  forward      6  2.0 KiB  12.0 KiB
     ICI: 12.0 KiB in 6 collectives.
     """
     found = _merged(found)

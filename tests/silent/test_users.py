@@ -10,7 +10,7 @@ those about saving, restoring and speed alone are in tests/ckpt and benchmarks.
 - 3, an indivisible dim:
   silent/test_elsewhere.py::test_a_kernel_of_17_columns_over_an_axis_of_2
 - 7, initialising a big model:
-  multidevice/test_partitioning_init.py::test_nothing_is_materialised_unsharded
+  multidevice/test_partitioning_init.py::test_peak_memory
 - 9, names and stacked dims:
   core/test_metadata.py::test_names_follow_dims_of_stacks
 - 9, nested names are distinct:
