@@ -27,6 +27,7 @@ __all__ = [
     "needed",
     "policy_names",
     "run_equation",
+    "run_simple",
     "show_frames",
     "with_checkpoint_names",
 ]
@@ -198,10 +199,26 @@ def run_equation(jaxpr: Any, eqn: Any, values: Sequence[Any]) -> list[Any]:
     given = {v: x for v, x in zip(eqn.invars, values, strict=True) if isinstance(v, _core.Var)}
     info = _debug(jaxpr, len(given), len(used))
     alone = jaxpr.replace(
-        constvars=[], invars=[*given], outvars=used, eqns=[eqn], effects=eqn.effects, debug_info=info
+        constvars=[],
+        invars=[*given],
+        outvars=used,
+        eqns=[eqn],
+        effects=eqn.effects,
+        debug_info=info,
     )
     made = iter(jx.core.eval_jaxpr(alone, [], *given.values()))
     return [None if isinstance(v, _core.DropVar) else next(made) for v in eqn.outvars]
+
+
+def run_simple(eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """The same for an equation without a jaxpr inside, with no regard to where it was traced.
+
+    >>> jaxpr = jax.make_jaxpr(lambda x: x + 1)(1.0).jaxpr
+    >>> float(run_simple(jaxpr.eqns[0], [2.0, 1.0])[0])
+    3.0
+    """
+    out = eqn.primitive.bind(*values, **eqn.params)
+    return list(out) if eqn.primitive.multiple_results else [out]
 
 
 def _needs_inputs(jaxpr: Any, outvars: list[Any]) -> bool:

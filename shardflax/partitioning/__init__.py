@@ -54,6 +54,7 @@ from shardflax.partitioning.importers import (
     from_t5x,
 )
 from shardflax.partitioning.init import abstract_layout, init_sharded
+from shardflax.partitioning.init_plan import InitPlan, plan_init
 from shardflax.partitioning.layout import Layout
 from shardflax.partitioning.leaf import Leaf
 from shardflax.partitioning.linen_rules import RulesFallback
@@ -111,6 +112,7 @@ __all__ = [
     "Explanation",
     "ImportedRules",
     "IndivisibleDimError",
+    "InitPlan",
     "InvalidRuleError",
     "Layout",
     "LayoutError",
@@ -188,6 +190,7 @@ __all__ = [
     "mesh_picture",
     "named",
     "networks",
+    "plan_init",
     "preset",
     "read_lock",
     "reshard",

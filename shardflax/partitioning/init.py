@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jax.sharding import Mesh
 
 from shardflax.core.boxes import is_box
-from shardflax.partitioning.errors import raise_problems
+from shardflax.partitioning.init_plan import plan_init
 from shardflax.partitioning.layout import Layout
 from shardflax.partitioning.override_outputs import unmatched_outputs
 from shardflax.partitioning.rules import LogicalRules
-from shardflax.partitioning.scope import InitTrace, init_tracing, use
+from shardflax.partitioning.scope import AnyMesh, InitTrace, init_tracing, use
 from shardflax.partitioning.untyped import jx
 
 __all__ = ["abstract_layout", "init_sharded", "unboxed"]
 
 
 def init_sharded(
-    init_fn: Callable[..., Any], *args: Any, mesh: Mesh, rules: LogicalRules
+    init_fn: Callable[..., Any],
+    *args: Any,
+    mesh: Mesh,
+    rules: LogicalRules,
+    names: Mapping[str, tuple[Any, ...]] | None = None,
+    print_plan: bool = False,
+    progress: bool | None = None,
 ) -> tuple[Any, Layout]:
     """Initialises a train state directly in its layout; nothing exists unsharded at any time.
 
-    `init_fn(*args)` returns any tree of (boxed) arrays.  It is traced abstractly under
-    `use(mesh, rules)`; every leaf's layout is resolved and checked; then it is compiled with the
-    layout as its output sharding.  The state comes back unboxed, with its `Layout`.  The numbers
-    do not depend on the mesh.
+    `init_fn(*args)` returns any tree of (boxed) arrays.  It is traced once, abstractly, under
+    `use(mesh, rules)`; every leaf's layout is resolved and checked (`names` are those of
+    `Layout`); then the arrays are made one after the other, by programs with the layout as output
+    sharding.  What an array does not depend on is not computed for it (no forward pass), and equal
+    parameters share a program.  The state comes back unboxed, with its `Layout`.  The numbers do
+    not depend on the mesh.
+
+    `print_plan` prints what will be made before it is made (see `plan_init`, which gives the plan
+    alone).  `progress` draws a line on stderr; None does so on terminals, after a second.
 
     Raises a `LayoutError` that lists everything wrong, by path, before anything is allocated.
 
@@ -44,21 +55,18 @@ def init_sharded(
     >>> layout.bytes_per_device
     64
     """
-    layout = abstract_layout(init_fn, *args, mesh=mesh, rules=rules)
-    raise_problems(layout.problems)
-
-    # Only the leaves go through jit: what is static in a state (an optimizer made in `init_fn`,
-    # say) is another object at each trace, and JAX would not take the two trees for the same.
-    def placed(*inputs: Any) -> list[Any]:
-        return jx.tree.leaves(layout.place(unboxed(init_fn(*inputs))))
-
-    with use(mesh, rules), init_tracing(InitTrace()):
-        leaves = jx.jit(placed, out_shardings=jx.tree.leaves(layout.shardings))(*args)
-    return layout.rebuild(leaves), layout
+    plan = plan_init(init_fn, *args, mesh=mesh, rules=rules, names=names)
+    if print_plan:
+        print(plan)
+    return plan.run(progress), plan.layout
 
 
 def abstract_layout(
-    init_fn: Callable[..., Any], *args: Any, mesh: Mesh, rules: LogicalRules
+    init_fn: Callable[..., Any],
+    *args: Any,
+    mesh: AnyMesh,
+    rules: LogicalRules,
+    names: Mapping[str, tuple[Any, ...]] | None = None,
 ) -> Layout:
     """The layout that `init_sharded` would use, problems included; allocates and raises nothing.
 
@@ -77,7 +85,7 @@ def abstract_layout(
     with use(mesh, rules), init_tracing(InitTrace()) as trace:
         boxed = jx.eval_shape(init_fn, *args)
     trace.problems.extend(unmatched_outputs(rules, trace))
-    return Layout(boxed, mesh, rules, trace)
+    return Layout(boxed, mesh, rules, trace, names=names)
 
 
 def unboxed(tree: Any) -> Any:

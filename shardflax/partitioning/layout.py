@@ -162,12 +162,13 @@ class Layout:
 
     def place(self, state: Any) -> Any:
         """`state` (unboxed, inside a trace) laid out; where axes are auto, `jit` does that."""
-        if AxisType.Explicit not in self.mesh.axis_types:
-            return state
-        values = jx.tree.leaves(state)
-        return self._tree(
-            lower(x, leaf.spec, self.mesh) for x, leaf in zip(values, self.leaves, strict=True)
-        )
+        values = enumerate(jx.tree.leaves(state))
+        return self._tree(self.place_leaf(number, value) for number, value in values)
+
+    def place_leaf(self, number: int, value: Any) -> Any:
+        """The same for one leaf, by its number in `leaves`."""
+        explicit = AxisType.Explicit in self.mesh.axis_types
+        return lower(value, self.leaves[number].spec, self.mesh) if explicit else value
 
     def rebuild(self, leaves: Iterable[Any]) -> Any:
         """A tree like the state, from its leaves in order."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 from typing import Any
 
 import jax
@@ -24,12 +26,14 @@ from shardflax.partitioning import (
     logical_axis_rules,
     make_mesh,
     named,
+    plan_init,
     preset,
     use,
     with_logical_partitioning,
     with_partitioning,
 )
 from shardflax.training import TrainState
+from tests.core.harness import quick_key
 
 INITS = jax.nn.initializers
 KEY = jax.random.key(0)
@@ -96,27 +100,112 @@ def test_a_misspelt_name_has_its_class_and_path() -> None:
         )
 
 
+def layers(key: jax.Array, count: int = 100, bad: int = -1) -> Any:
+    """A train state of equal layers, one name of one of them misspelt if asked for."""
+    params = {}
+    for i in range(count):
+        names = ("embed", "mpl") if i == bad else ("embed", "mlp")
+        init_fn = named(INITS.truncated_normal(), names)
+        params[f"layer_{i}"] = {
+            "kernel": init_fn(jax.random.fold_in(key, i), (8, 16)),
+            "scale": named(INITS.ones, ("norm",))(key, (8,)),
+        }
+    plain = jax.tree.map(lambda x: x, unbox(params))
+    return {"params": params, "opt_state": TX.init(plain), "ema": plain, "step": 0}
+
+
 @pytest.mark.parametrize("types", ["auto", "explicit"])
-def test_nothing_is_materialised_unsharded(types: str) -> None:
-    """The init works in a few shards' memory (threefry's), not in the whole array's."""
+def test_equal_parameters_share_a_program(types: str) -> None:
+    mesh = make_mesh("fsdp=4,tensor=2", axis_types=types)
+    plan = plan_init(layers, quick_key(0), mesh=mesh, rules=preset("fsdp_tp"))
+    # A kernel, a scale, zeros like each of them, a count and a step.
+    assert (plan.programs, plan.steps) == (6, 2 * 100 * 4 + 2)
+    state = plan.run()
+    programs = {id(step.program): step.program for step in plan._programs.steps}
+    assert [program._cache_size() for program in programs.values()] == [1] * 6
+    with logical_axis_rules(()):
+        expected = jax.jit(lambda key: unbox(layers(key, 2)))(quick_key(0))
+    for i in range(2):
+        name = f"layer_{i}"
+        np.testing.assert_array_equal(
+            state["params"][name]["kernel"], expected["params"][name]["kernel"]
+        )
+        for part in ("params", "ema"):
+            kernel = state[part][name]["kernel"]
+            assert kernel.sharding.spec == P("fsdp", "tensor")
+            np.testing.assert_array_equal(kernel, expected[part][name]["kernel"])
+    first = state["params"]["layer_0"]["kernel"], state["ema"]["layer_0"]["kernel"]
+    one, two = (x.addressable_shards[0].data.unsafe_buffer_pointer() for x in first)
+    assert one != two  # a step may donate both
+
+
+def test_loops_effects_and_arguments() -> None:
+    """A loop is one program for all that it makes; an init that prints is not cut at all."""
+    kernel = named(INITS.normal(), ("embed", "mlp"))
+
+    def stacked(key: jax.Array, scale: jax.Array, said: bool) -> Any:
+        def body(carry: jax.Array, key: jax.Array) -> Any:
+            return carry + 1, (kernel(key, (8, 8)).value, carry)
+
+        last, (kernels, counts) = jax.lax.scan(body, scale, jax.random.split(key, 3))
+        if said:
+            jax.debug.print("made {}", last)
+        return {"kernels": kernels, "counts": counts, "last": last, "scale": scale, "key": key}
+
+    args, mesh = (quick_key(1), jnp.float32(2.0)), make_mesh("data=8")
+    for said in (False, True):
+        fn = functools.partial(stacked, said=said)
+        plan = plan_init(fn, *args, mesh=mesh, rules=preset("dp"))
+        assert plan.steps == (1 if said else 3)
+        state, expected = plan.run(), jax.jit(fn)(*args)
+        assert state["key"] == args[0]
+        for name in ("kernels", "counts", "last", "scale"):
+            np.testing.assert_array_equal(state[name], expected[name])
+
+
+@pytest.mark.parametrize("types", ["auto", "explicit"])
+def test_peak_memory(types: str) -> None:
+    """The state, and what the initializer of one array works in: a few shards, for threefry."""
     mesh = make_mesh("fsdp=8", axis_types=types)
-    rules = preset("fsdp")
     kernel = named(INITS.normal(), ("embed", "mlp"))
 
     def big(key: jax.Array) -> Any:
-        return {"w": kernel(key, (1024, 512))}
+        shapes = {"a": (1024, 512), "b": (512, 512), "c": (512, 1024)}
+        return {k: kernel(jax.random.fold_in(key, i), s) for i, (k, s) in enumerate(shapes.items())}
 
-    layout = abstract_layout(big, KEY, mesh=mesh, rules=rules)
-    assert layout.bytes_per_device == 1024 * 512 * 4 // 8
+    plan = plan_init(big, KEY, mesh=mesh, rules=preset("fsdp"))
+    assert plan.layout.bytes_per_device == 5 * 512 * 512 * 4 // 8
+    memory: list[Any] = [one.memory_analysis() for one in plan.compiled()]
+    sizes = sorted(one.output_size_in_bytes for one in memory)
+    assert sizes == sorted(leaf.bytes_per_device for leaf in plan.layout.leaves)
+    for one in memory:
+        assert one.temp_size_in_bytes <= 4 * one.output_size_in_bytes
 
-    def placed(key: jax.Array) -> Any:
-        return layout.place({"w": big(key)["w"].value})
 
-    with use(mesh, rules):
-        compiled = jax.jit(placed, out_shardings=layout.shardings).lower(KEY).compile()
-    memory: Any = compiled.memory_analysis()
-    assert memory.output_size_in_bytes == layout.bytes_per_device
-    assert memory.temp_size_in_bytes <= 4 * layout.bytes_per_device
+def test_a_misspelt_name_is_refused_before_anything_is_made(monkeypatch: Any) -> None:
+    gc.collect()
+    mesh, before = make_mesh("fsdp=4,tensor=2"), len(jax.live_arrays())
+    key, traced = jax.ShapeDtypeStruct((), KEY.dtype), []
+    monkeypatch.setattr(jax, "jit", traced.append)
+    with pytest.raises(UnknownNameError) as error:
+        init_sharded(functools.partial(layers, bad=57), key, mesh=mesh, rules=preset("fsdp_tp"))
+    assert len(error.value.problems) == 4  # the kernel, its moments, its average
+    assert "params/layer_57/kernel" in str(error.value) and "did you mean 'mlp'" in str(error.value)
+    assert not traced and len(jax.live_arrays()) == before
+
+
+def test_a_plan_is_printed_first_and_progress_last(capsys: Any) -> None:
+    mesh, rules = make_mesh("fsdp=4,tensor=2"), preset("fsdp_tp")
+    key, fn = quick_key(0), functools.partial(layers, count=2)
+    with pytest.raises(UnknownNameError):
+        init_sharded(functools.partial(fn, bad=1), key, mesh=mesh, rules=rules, print_plan=True)
+    assert capsys.readouterr() == ("", "")
+    _, layout = init_sharded(fn, key, mesh=mesh, rules=rules, print_plan=True, progress=True)
+    out, err = capsys.readouterr()
+    assert "Plan of an init on fsdp=4, tensor=2" in out and "18 arrays, 18 runs of 6 prog" in out
+    assert "  64 B  ema/layer_0/kernel  float32(8, 16) fsdp,tensor" in out
+    assert "whole on every device:\n  32 B  ema/layer_0/scale  float32(8,)" in out
+    assert "18/18 arrays" in err and layout.bytes_per_device == 2 * 4 * (64 + 32) + 8
 
 
 def test_names_that_only_constraints_use_count_as_used() -> None:
