@@ -58,7 +58,11 @@ class _Tap:
         self._filters = [pid for pid in self._filters if _runs(pid)]
         with contextlib.suppress(OSError):  # no stderr, or no processes: compiling goes first
             self._stderr = os.dup(2)
-            process = _start_filter(self._stderr)
+            try:
+                process = _start_filter(self._stderr)
+            except OSError:
+                os.close(self._stderr)
+                raise
             assert process.stdin is not None
             with process.stdin as into:
                 os.dup2(into.fileno(), 2)
