@@ -171,7 +171,7 @@ class AxisRules(Sequence[tuple[str, tuple[str, ...]]]):
 
     @property
     def eval(self) -> AxisRules:
-        """The rules for evaluation: `use(mesh, rules.eval)`."""
+        """The rules for evaluation: `use(mesh, rules, "eval")`."""
         return self._set("eval")
 
     def _set(self, kind: str) -> AxisRules:

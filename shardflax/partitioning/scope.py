@@ -8,13 +8,13 @@ import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from shardflax.core.staging import entered_mesh
-from shardflax.partitioning.errors import Problem, raise_problems
+from shardflax.partitioning.errors import InvalidRuleError, Problem, raise_problems
 from shardflax.partitioning.resolve import MeshAxes, check_mesh_axes
 from shardflax.partitioning.rules import AxisRules, LogicalRules
 from shardflax.partitioning.untyped import jx
@@ -140,24 +140,42 @@ def _outputs_laid_out(rules: LogicalRules) -> contextlib.AbstractContextManager[
 
 
 @contextmanager
-def use(mesh: AnyMesh | None, rules: LogicalRules) -> Generator[None]:
+def use(
+    mesh: AnyMesh | None, rules: LogicalRules, which: Literal["compute", "eval"] = "compute"
+) -> Generator[None]:
     """Puts a mesh and rules in scope: constraints inside follow that mesh.
 
     The mesh is JAX's (`jax.set_mesh`; inside `jax.jit`, `jax.sharding.use_abstract_mesh`).  With
     strict rules the two are checked against each other.  `mesh` None sets the rules alone.
 
+    Activations, and weights at their use, follow the set `which` of strict rules; parameters lie
+    as they are stored in either case.
+
     Raises `UnknownAxisError` for an axis that a rule names and the mesh lacks, or a mesh axis
-    that looks like a slip.
+    that looks like a slip; `InvalidRuleError` for another set, or for "eval" of plain pairs.
 
     >>> from shardflax.partitioning import make_mesh, preset
     >>> with use(make_mesh("fsdp=4,tensor=2"), preset("fsdp_tp")):
     ...     jax.sharding.get_abstract_mesh().axis_names
     ('fsdp', 'tensor')
     """
+    rules = _for(rules, which)
     if mesh is not None and isinstance(rules, AxisRules):
         raise_problems(check_mesh_axes(rules, dict(mesh.shape)))
     with logical_axis_rules(rules), _enter(mesh):
         yield
+
+
+def _for(rules: LogicalRules, which: str) -> LogicalRules:
+    """The rules, with those for evaluation in the place of those for compute, if asked for."""
+    if which == "compute":
+        return rules
+    if which != "eval" or not isinstance(rules, AxisRules):
+        raise InvalidRuleError(
+            f"use(..., which={which!r}): expected 'compute', or, with AxisRules, 'eval'. Layouts "
+            f"of parameters and of the optimizer's state are those of the Layout."
+        )
+    return rules.with_sets(compute=rules.eval)
 
 
 @contextmanager

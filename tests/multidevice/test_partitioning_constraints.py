@@ -14,6 +14,7 @@ from shardflax.partitioning import (
     AxisConflictError,
     AxisRules,
     IndivisibleDimError,
+    InvalidRuleError,
     LayoutError,
     LogicallyPartitioned,
     NamesRankError,
@@ -355,9 +356,12 @@ def test_weights_at_their_use_follow_the_compute_rules() -> None:
         grad = jax.jit(jax.grad(lambda w: (at_use(w, names) ** 2).sum()))(weight)
         assert spec(at_use(weight, names)) == (None, "tensor")
         assert spec(grad) == ("fsdp", "tensor")
-    with use(make_mesh("data=2,fsdp=2,tensor=2"), rules.eval):
+    with use(make_mesh("data=2,fsdp=2,tensor=2"), rules, "eval"):
         assert spec(constrain(jnp.ones((8, 8)), names)) == (None, "fsdp")
-        assert used_spec(weight, names) is None
+        assert used_spec(weight, names) == P(None, "fsdp")
+    for wrong in [("optimizer", rules), ("eval", [("embed", "fsdp")])]:
+        with pytest.raises(InvalidRuleError, match=f"which='{wrong[0]}'"), use(None, *wrong[::-1]):
+            raise AssertionError("not reached")
     small = rules.with_min_size(65)
     with use(make_mesh("data=2,fsdp=2,tensor=2"), small):
         assert used_spec(weight, names) is None
