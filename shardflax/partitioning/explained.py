@@ -13,9 +13,9 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from shardflax.partitioning.leaf import Leaf
 from shardflax.partitioning.mesh import make_abstract_mesh
 from shardflax.partitioning.mesh_spec import parse_mesh_spec
-from shardflax.partitioning.resolve import DimRecord
+from shardflax.partitioning.resolve import DimRecord, MeshAxes
 from shardflax.partitioning.rules import AxisRules, LogicalRules
-from shardflax.partitioning.scope import AnyMesh, axis_kinds
+from shardflax.partitioning.scope import AnyMesh, axis_kinds, free_axes
 from shardflax.partitioning.slices import networks
 from shardflax.partitioning.spec_check import spec_axes
 
@@ -27,6 +27,8 @@ __all__ = [
     "explain_leaf",
     "mesh_of_spec",
 ]
+
+_Spec = tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -184,45 +186,61 @@ def explain_leaf(leaf: Leaf, mesh: AnyMesh, rules: LogicalRules) -> LeafExplaine
     >>> explain_leaf(leaf, mesh, rules).dims[1].losses
     (('fsdp', "taken by dim 0 'embed'"),)
     """
-    spec = tuple(tuple(map(str, spec_axes(entry))) for entry in leaf.spec)
-    spec += ((),) * (len(leaf.shape) - len(spec))
-    sizes = [[mesh.shape[axis] for axis in axes] for axes in spec]
-    records = leaf.dims or _records(leaf, spec, mesh, rules)
-    whole = math.prod(leaf.shape) * int(leaf.dtype.itemsize)
+    axes = free_axes(mesh)
+    if leaf.dims or not leaf.shape:
+        dims, spec = _lies(leaf.shape, leaf.spec, leaf.dims, axes)
+    else:
+        records = _records(leaf, _entries(leaf.spec, len(leaf.shape)), axes, rules)
+        dims, spec = _lies(leaf.shape, leaf.spec, records, axes)
     return LeafExplained(
         leaf.where,
-        str(leaf.dtype),
+        _dtype(leaf.dtype),
         leaf.origin,
-        tuple(
-            _dim(size, record, math.prod(parts))
-            for size, record, parts in zip(leaf.shape, records, sizes, strict=True)
-        ),
+        dims,
         spec,
-        whole,
+        math.prod(leaf.shape) * int(leaf.dtype.itemsize),
         leaf.bytes_per_device,
         leaf.parts,
         leaf.names is not None,
-        tuple(problem.text for problem in leaf.problems),
+        tuple([problem.text for problem in leaf.problems]),
         leaf.rule_set,
     )
 
 
+@functools.lru_cache(maxsize=256)
+def _dtype(dtype: Any) -> str:
+    return str(dtype)
+
+
 @functools.lru_cache(maxsize=65536)
+def _lies(
+    shape: tuple[int, ...], spec: PartitionSpec, records: tuple[DimRecord, ...], axes: MeshAxes
+) -> tuple[tuple[DimExplained, ...], _Spec]:
+    """The dims, and the axes of each.  Models have thousands of leaves, of which few are unlike."""
+    entries, sizes = _entries(spec, len(shape)), dict(axes)
+    parts = [math.prod(sizes[axis] for axis in entry) for entry in entries]
+    dims = map(_dim, shape, records, parts)
+    return tuple(dims), entries
+
+
+def _entries(spec: PartitionSpec, rank: int) -> _Spec:
+    """The axes of each dim."""
+    entries = tuple(tuple(map(str, spec_axes(entry))) for entry in spec)
+    return entries + ((),) * (rank - len(entries))
+
+
 def _dim(size: int, record: DimRecord, parts: int) -> DimExplained:
     """The parts that a dim is cut into are those of its spec: one, if the leaf has problems."""
     name = "unconstrained" if record.name is PartitionSpec.UNCONSTRAINED else record.name
     return DimExplained(size, name, record.rule, record.taken, record.given_up, size // parts)
 
 
-_Spec = tuple[tuple[str, ...], ...]
-
-
-def _records(leaf: Leaf, spec: _Spec, mesh: AnyMesh, rules: LogicalRules) -> tuple[DimRecord, ...]:
+def _records(leaf: Leaf, spec: _Spec, axes: MeshAxes, rules: LogicalRules) -> tuple[DimRecord, ...]:
     """What strict rules would have recorded, for a leaf that they did not resolve."""
     if leaf.names is None or len(leaf.names) != len(leaf.shape):
         return (DimRecord(None, None),) * len(leaf.shape)
     pairs = [] if isinstance(rules, AxisRules) else [(name, _flat(axes)) for name, axes in rules]
-    large = {axis for axis, size in mesh.shape.items() if size > 1}
+    large = {axis for axis, size in axes if size > 1}
     dims = range(len(leaf.names))
     return tuple(_record(dim, leaf.names, spec, pairs, large) for dim in dims)
 
