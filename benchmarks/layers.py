@@ -154,7 +154,7 @@ CASES = (
     case("RNN", lambda s: nn.RNN(nn.LSTMCell(s["width"])), hidden),
     case(
         "Bidirectional",
-        lambda s: nn.Bidirectional(*[nn.RNN(nn.GRUCell(s["width"])) for _ in range(2)]),
+        lambda s: nn.Bidirectional(nn.RNN(nn.GRUCell(s["width"])), nn.RNN(nn.GRUCell(s["width"]))),
         hidden,
     ),
     case(ATTENTION, lambda s: nn.MultiHeadDotProductAttention(4), hidden),

@@ -57,8 +57,8 @@ def why_not_flash(
 
 def _cut(query: Array, spec: PartitionSpec | None) -> str | None:
     """What of the length or the depth is spread, if anything is."""
-    for dim in () if spec is None else (1, 3):
-        if spec[dim] is not None:
+    for dim in (1, 3):
+        if spec is not None and spec[dim] is not None:
             what = f"dim {dim} of the query, of size {query.shape[dim]}"
             return f"{what}, is spread over {spec[dim]!r} and must be whole on each device"
     return None

@@ -209,13 +209,14 @@ def _constrain_strict(
     """Constrains one array under strict rules.
 
     While an init is traced its activations are dead code (and often of batch size 1): their names
-    and rank are checked and recorded, nothing is constrained.
+    and rank are checked and recorded.  Nothing is constrained; but on explicit axes they lose what
+    they have from the weights, or two of them could not meet.
     """
     trace, shape = init_trace(), tuple(np.shape(x))
     if trace is not None:
         trace.names.update(name for name in names if isinstance(name, str))
         trace.problems.extend(_located(resolve(names, rules, shape).problems))
-        return x
+        return _whole(x)
     target = mesh_in_scope(mesh, x)
     if target is not None:
         raise_problems(_mesh_problems(rules, tuple(target.shape.items())))
@@ -232,6 +233,15 @@ def _located(problems: Sequence[Problem]) -> list[Problem]:
     inside = "" if scope is None else f" (in the module {scope.path_text})"
     where = f"constraint at {_caller()[0]}{inside}"
     return [replace(problem, where=where) for problem in problems]
+
+
+def _whole(x: Any) -> Any:
+    """`x` without explicit axes in its type."""
+    sharding = jx.typeof(x).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types or not any(sharding.spec):
+        return x
+    spec = PartitionSpec(*[None] * np.ndim(x))
+    return jx.sharding.reshard(x, NamedSharding(sharding.mesh, spec))
 
 
 def constrain_spec(x: Any, spec: PartitionSpec, mesh: AnyMesh | None, what: str) -> Any:
@@ -284,7 +294,7 @@ def lower(x: Any, spec: PartitionSpec, mesh: AnyMesh, what: str = "a layout") ->
     traced = isinstance(x, jx.core.Tracer)
     explicit, auto = _by_type(spec, axis_kinds(mesh))
     mesh = devices_of(mesh, traced)
-    if not traced and isinstance(mesh, AbstractMesh):
+    if not traced and isinstance(mesh, AbstractMesh) and not _staged():
         raise no_devices(what, spec, mesh.shape)
     try:
         if explicit is not None and auto is not None and not traced:
@@ -294,6 +304,11 @@ def lower(x: Any, spec: PartitionSpec, mesh: AnyMesh, what: str = "a layout") ->
         if "spmd_axis_name" in str(error) or "has duplicate entries" in str(error):
             raise mapped_over(what, spec) from error
         raise
+
+
+def _staged() -> bool:
+    """Whether operations are traced here, those on what a jitted function closes over too."""
+    return isinstance(jx.numpy.add(0, 0), jx.core.Tracer)
 
 
 def _lower(

@@ -178,7 +178,7 @@ def test_the_kernel_refuses_a_part_of_the_length() -> None:
 
 
 def test_devices_of_amd_have_no_version_of_cudnn() -> None:
-    x = jax.ShapeDtypeStruct((2, 128, 4, 64), jnp.bfloat16)
+    x = jnp.zeros((1, 1, 1, 64), jnp.bfloat16)
     versions = {"8.0": True, "12.1": True, "7.5": False, "gfx942": False}
     found = {v: _cudnn_knows(SimpleNamespace(compute_capability=v), x) for v in versions}
     assert found == versions
