@@ -11,7 +11,14 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import shardflax.nn as nn
-from shardflax.partitioning import batch_sharding, constrain, make_mesh, preset, use
+from shardflax.partitioning import (
+    abstract_layout,
+    batch_sharding,
+    constrain,
+    make_mesh,
+    preset,
+    use,
+)
 from shardflax.partitioning.alike import laid_out_like
 from shardflax.training import cross_entropy
 
@@ -43,6 +50,29 @@ def test_a_table_whose_rows_lie_over_more_axes_than_the_ids() -> None:
         ids = jax.device_put(IDS, batch_sharding(mesh, rules))
         rows = jax.eval_shape(embed.apply, variables, ids)
     assert rows.sharding.spec == P("data", ("context", "tensor"), None)
+
+
+def test_an_init_whose_weights_cut_one_dim_in_two_ways() -> None:
+    """Two outputs of one width: `embed` over two axes in one kernel, over one in the other."""
+
+    class Twice(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            def down(name: str) -> nn.Dense:
+                return nn.Dense(8, use_bias=False, kernel_axes=(name, "embed"), name=name)
+
+            return down("heads")(x) + down("mlp")(x)
+
+    mesh = make_mesh("fsdp=2,fsdp2=2,data=2", axis_types="explicit")
+    layout = abstract_layout(
+        lambda key: Twice().init(key, jnp.ones((1, 4))),
+        jax.random.key(0),
+        mesh=mesh,
+        rules=preset("fsdp2d"),
+    )
+    layout.check()
+    assert layout.leaf("params/heads/kernel").spec == P(None, ("fsdp", "fsdp2"))
+    assert layout.leaf("params/mlp/kernel").spec == P("fsdp2", "fsdp")
 
 
 def test_elsewhere_nothing_happens() -> None:
