@@ -56,6 +56,9 @@ def _unknown(command: str) -> int:
 
 
 def _run(module: str, args: list[str]) -> int:
+    if "jax" not in sys.modules:
+        # Commands look at shapes and files: accelerators are left to whoever is running on them.
+        os.environ["JAX_PLATFORMS"] = "cpu"
     command: Any = importlib.import_module(module)
     from shardflax.core.errors import FlaxError
 

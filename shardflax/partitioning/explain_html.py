@@ -19,18 +19,20 @@ def page(values: Mapping[str, Any]) -> str:
     """
     folder = files("shardflax.partitioning").joinpath("explain_page")
     text = {name: folder.joinpath(name).read_text(encoding="utf-8") for name in _FILES}
+    script = "\n".join(text[name] for name in _FILES if name.endswith(".js"))
     parts = {
         "TITLE": html.escape(str(values.get("title") or "layout")),
         "STYLE": text["page.css"],
         "DATA": _embedded(values),
-        "SCRIPT": text["page.js"],
+        "SCRIPT": script,
     }
     before, *rest = text["page.html"].split("{{")
     pieces = (piece.split("}}", 1) for piece in rest)
     return before + "".join(parts[name] + after for name, after in pieces)
 
 
-_FILES = ("page.html", "page.css", "page.js")
+# Scripts in the order in which they stand in the page: later ones use earlier ones.
+_FILES = ("page.html", "page.css", "values.js", "mesh.js", "table.js", "panel.js")
 
 
 def _embedded(values: Mapping[str, Any]) -> str:

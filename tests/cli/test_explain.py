@@ -124,12 +124,19 @@ def test_the_table_of_commands(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 PROGRAM = """
-import sys
+import os, sys
 from shardflax.cli import main
 assert "jax" not in sys.modules, "the table of commands imports nothing"
 status = main(["explain", "tests.cli.subjects:misspelt", "--mesh", "fsdp=64,tensor=8"])
 from jax._src import xla_bridge
-sys.exit(status if not xla_bridge.backends_are_initialized() else 99)
+assert not xla_bridge.backends_are_initialized()
+# Who reads goes away (`| head`): the status of SIGPIPE, and no traceback.
+read, write = os.pipe()
+os.close(read)
+os.dup2(write, sys.stdout.fileno())
+assert main(["explain", "llama3-8b", "--mesh", "fsdp=4", "--json", "-"]) == 141
+assert os.environ["JAX_PLATFORMS"] == "cpu"
+sys.exit(status)
 """
 
 
@@ -137,7 +144,9 @@ sys.exit(status if not xla_bridge.backends_are_initialized() else 99)
 def test_no_device_is_touched() -> None:
     """In a process of its own: no backend of JAX is ever started, and so nothing allocated."""
     environment: dict[str, Any] = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment["JAX_PLATFORMS"] = "tpu"  # commands leave accelerators alone
     command = [sys.executable, "-c", PROGRAM]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 1, done.stderr
+    assert done.stderr == ""
     assert "did you mean 'embed'?" in done.stdout and "512 devices" in done.stdout
