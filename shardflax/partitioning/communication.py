@@ -101,15 +101,17 @@ def _mesh_of(compiled: Any) -> Mesh:
 
 
 def _found(program: Program, mesh: Mesh) -> Iterator[Collective]:
-    endless = program.endless()
+    endless, fused = program.endless(), program.fused()
     size = program.partitions or mesh.size
+    begun: set[str] = set()
     for name, count in program.counts().items():
         instructions = program.computations.get(name, [])
         types = {i.name: i.type for i in instructions}
         for instruction in instructions:
             kind = instruction.op.removesuffix("-start")
-            if kind not in _KINDS:
+            if kind not in _KINDS or _goes_on(instruction, name in fused, begun):
                 continue
+            said = instruction if instruction.op_name else fused.get(name, instruction)
             if name.startswith("all-reduce-scatter"):  # TPUs: fused with the slice of it
                 kind = "reduce-scatter"
             groups = in_mesh(instruction_groups(instruction, size), mesh, size)
@@ -125,9 +127,9 @@ def _found(program: Program, mesh: Mesh) -> Iterator[Collective]:
                 bytes=max(inputs, outputs),
                 count=count,
                 exact=name not in endless,
-                path=module_path(instruction.op_name),
-                source=source_line(program, instruction),
-                backward="transpose(" in instruction.op_name,
+                path=module_path(said.op_name),
+                source=source_line(program, said),
+                backward="transpose(" in said.op_name,
                 shape=arrays[0],
             )
         for instruction, found in crossings(instructions, mesh):
@@ -143,6 +145,20 @@ def _found(program: Program, mesh: Mesh) -> Iterator[Collective]:
                 backward="transpose(" in instruction.op_name,
                 shape=found.shape,
             )
+
+
+def _goes_on(instruction: Instruction, in_fusion: bool, begun: set[str]) -> bool:
+    """True for a part of a collective that has been met.
+
+    TPUs cut one into a start, a done, and pieces fused with what runs meanwhile; each of these
+    fusions shows the whole, and all have one channel.
+    """
+    channel = instruction.attribute(r"channel_id=(\d+)")
+    if not in_fusion or channel is None:
+        return False
+    met = channel in begun
+    begun.add(channel)
+    return met
 
 
 def _outputs(instruction: Instruction, inputs: int) -> tuple[list[tuple[int, ...]], int]:

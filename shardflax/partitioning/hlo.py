@@ -19,6 +19,7 @@ _CALLED = re.compile(
     r"(?:\{([^}]*)\}|%?([\w.\-]+))"
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CONDITION = r"condition=%?([\w.\-]+)"
 _TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
 _ROW = re.compile(r"^(\d+) (?:\"(.*)\"|\{(.*)\})$")
 
@@ -66,7 +67,8 @@ class Program:
         counts: Counter[str] = Counter({self.entry: 1})
         for name in self._callers_first():
             for instruction in self.computations[name]:
-                for called, trips in _calls(instruction):
+                for called, looped in _calls(instruction):
+                    trips = (self.trips(name, instruction) or 1) if looped else 1
                     counts[called] += counts[name] * trips
         return dict(counts)
 
@@ -75,10 +77,42 @@ class Program:
         found: set[str] = set()
         for name in self._callers_first():
             for instruction in self.computations[name]:
-                unknown = instruction.op == "while" and not instruction.attribute(_TRIPS.pattern)
+                unknown = instruction.op == "while" and not self.trips(name, instruction)
                 if unknown or name in found:
                     found.update(called for called, _ in _calls(instruction))
         return found
+
+    def trips(self, name: str, loop: Instruction) -> int | None:
+        """How often a loop of the computation `name` runs, or None if nothing tells.
+
+        Compilers for TPUs do not write it down: there, it is the bound of a counter of JAX's own
+        loops (`fori_loop`, `scan`), which begins at 0 and counts by one.
+        """
+        known = loop.attribute(_TRIPS.pattern)
+        if known:
+            return int(known)
+        test = {i.name: i for i in self.computations.get(loop.attribute(_CONDITION) or "", ())}
+        root = next((i for i in test.values() if i.root), None)
+        if root is None or not root.op_name.endswith("cond/lt"):
+            return None
+        if root.op != "compare" or root.attribute("direction=(LT)") is None:
+            return None
+        counter, bound = (test.get(operand) for operand in root.operands)
+        place = counter and counter.attribute(r"index=(\d+)")
+        if place is None or bound is None or bound.op != "constant" or not bound.inside.isdigit():
+            return None
+        here = {i.name: i for i in self.computations[name]}
+        begin = here.get(loop.operands[0])
+        while begin is not None and begin.op in ("tuple", "copy", "bitcast"):
+            at = int(place) if begin.op == "tuple" else 0
+            begin = here.get(begin.operands[at]) if at < len(begin.operands) else None
+        from_zero = begin is not None and begin.op == "constant" and begin.inside == "0"
+        return int(bound.inside) if from_zero else None
+
+    def fused(self) -> dict[str, Instruction]:
+        """The computations that are fusions, each with (one of) the instructions that run it."""
+        every = (i for found in self.computations.values() for i in found if i.op == "fusion")
+        return {called: i for i in every for called, _ in _calls(i)}
 
     def _callers_first(self) -> list[str]:
         order: list[str] = []
@@ -171,11 +205,10 @@ def _closing(text: str, start: int) -> int:
     return len(text)
 
 
-def _calls(instruction: Instruction) -> Iterator[tuple[str, int]]:
-    trips = int(instruction.attribute(_TRIPS.pattern) or 1) if instruction.op == "while" else 1
+def _calls(instruction: Instruction) -> Iterator[tuple[str, bool]]:
+    """The computations that an instruction calls, and whether it does so in a loop."""
     if instruction.op in ("async-update", "async-done"):
         return  # what the start has called already
     for kind, several, one in _CALLED.findall(instruction.attributes):
-        names = re.findall(r"%?([\w.\-]+)", several) if several else [one]
-        for name in names:
-            yield name, trips if kind in ("body", "condition") else 1
+        for name in re.findall(r"%?([\w.\-]+)", several) if several else [one]:
+            yield name, kind in ("body", "condition") and instruction.op == "while"

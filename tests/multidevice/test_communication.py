@@ -265,3 +265,72 @@ ENTRY %main (a: f32[8]) -> f32[4] {
         ("reduce-scatter", 32, 1, (4,)),
         ("reduce-scatter", 32, 1, (8,)),
     ]
+
+
+PIECES = """HloModule m
+
+%start (p: f32[4]) -> f32[8] {
+  %p = f32[4]{0} parameter(0)
+  %g.1 = f32[8]{0} all-gather(%p), channel_id=7, replica_groups=[1,2]<=[2], dimensions={0}
+  ROOT %s = (f32[4]{0}, f32[8]{0}) custom-call(%g.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%piece (q: f32[4]) -> f32[8] {
+  %q = f32[4]{0} parameter(0)
+  %g.2 = f32[8]{0} all-gather(%q), channel_id=7, replica_groups=[1,2]<=[2], dimensions={0}
+  ROOT %m = f32[8]{0} multiply(%g.2, %g.2)
+}
+
+%all-reduce-scatter.1 (r: f32[8]) -> f32[4] {
+  %r = f32[8]{0} parameter(0)
+  ROOT %a = f32[8]{0} all-reduce(%r), channel_id=8, replica_groups=[1,2]<=[2], to_apply=%add
+}
+
+%body (b: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %b = (s32[], f32[4]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%b), index=0
+  %x = f32[4]{0} get-tuple-element(%b), index=1
+  %f.1 = (f32[4]{0}, f32[8]{0}) fusion(%x), kind=kCustom, calls=%start
+  %f.2 = f32[8]{0} fusion(%x), kind=kCustom, calls=%piece
+  %f.3 = f32[4]{0} fusion(%f.2), kind=kCustom, calls=%all-reduce-scatter.1, METADATA
+  ROOT %t = (s32[], f32[4]{0}) tuple(%i, %f.3)
+}
+
+%condition (b: (s32[], f32[4])) -> pred[] {
+  %bound = s32[] constant(12)
+  %b = (s32[], f32[4]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%b), index=0
+  ROOT %lt = pred[] compare(%i, %bound), direction=LT, metadata={op_name="jit(f)/while/cond/lt"}
+}
+
+ENTRY %main (x: f32[4]) -> (s32[], f32[4]) {
+  %x = f32[4]{0} parameter(0)
+  %zero = s32[] constant(0)
+  %copied = s32[] copy(%zero)
+  %state = (s32[], f32[4]{0}) tuple(%copied, %x)
+  ROOT %loop = (s32[], f32[4]{0}) while(%state), condition=%condition, body=%body
+}""".replace("METADATA", 'metadata={op_name="jit(f)/while/body/layers/up/dot_general"}')
+
+
+def test_what_a_tpu_cuts_into_pieces_is_one() -> None:
+    """Its compiler fuses pieces of a collective with other work, and counts no loops for us."""
+    found = [*_found(parse(PIECES), make_mesh("data=2", jax.devices()[:2]))]
+    assert sorted((c.kind, c.bytes, c.count, c.exact, c.path) for c in found) == [
+        ("all-gather", 32, 12, True, ""),
+        ("reduce-scatter", 32, 12, True, "layers/up"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("what", "instead"),
+    [
+        ("constant(0)", "parameter(1)"),  # it may begin anywhere
+        ("direction=LT", "direction=GT"),  # it ends otherwise
+        ("cond/lt", "cond/other"),  # no loop of JAX's
+        ("constant(12)", "parameter(1)"),  # no bound that is known
+    ],
+)
+def test_a_loop_that_may_run_otherwise_is_not_counted(what: str, instead: str) -> None:
+    text = PIECES.replace(what, instead)
+    found = [*_found(parse(text), make_mesh("data=2", jax.devices()[:2]))]
+    assert {(c.count, c.exact) for c in found} == {(1, False)}
