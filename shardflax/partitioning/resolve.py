@@ -94,18 +94,22 @@ def resolve(
 def check_mesh_axes(rules: AxisRules, axes: Mapping[str, int]) -> tuple[Problem, ...]:
     """What is wrong between `rules` and a mesh as a whole, whatever the arrays.
 
-    An axis of a rule that the mesh lacks (the presets' own axes count as size 1 there), and a
-    mesh axis that no rule names and that looks like a slip for one that some rule does.
+    An axis of a rule, in any set, that the mesh lacks (the presets' own axes count as size 1
+    there), and a mesh axis that no rule names and that looks like a slip for one that some rule
+    does.
 
     >>> [str(p) for p in check_mesh_axes(AxisRules({"a": "fsdp"}), {"fspd": 2})]
     ["no rule names the mesh axis 'fspd' (size 2): did you mean 'fsdp'?"]
     """
-    problems = [
+    every = (rules, *(one for _, one in rules.sets))
+    lacking = dict.fromkeys(
         _lacks(name, axis.rstrip("?"), rule, tuple(axes))
-        for name, rule in rules.entries
+        for one in every
+        for name, rule in one.entries
         for axis in rule
         if axis.rstrip("?") not in axes and axis.rstrip("?") not in KNOWN_AXES
-    ]
+    )
+    problems = list(lacking)
     for axis in sorted(set(axes) - rules.axes):
         absent = [a for a in rules.axes if a not in axes]
         meant = AXIS_ALIASES.get(axis)

@@ -93,6 +93,9 @@ def test_rules_against_a_mesh() -> None:
     assert check_mesh_axes(DEFAULT_RULES, {"data": 8, "rows": 2}) == ()
     (problem,) = check_mesh_axes(AxisRules({"embed": "fspd"}), {"fsdp": 8})
     assert "'fspd', which the mesh (fsdp) lacks: did you mean 'fsdp'?" in str(problem)
+    sets = AxisRules({"embed": "rows"}).with_sets(optimizer={"embed": "rows fspd"})
+    (problem,) = check_mesh_axes(sets, {"fsdp": 4, "rows": 2})
+    assert "the rule 'embed': 'rows fspd' names the axis 'fspd'" in str(problem)
     (problem,) = check_mesh_axes(DEFAULT_RULES, {"data": 4, "model": 2})
     assert str(problem) == "no rule names the mesh axis 'model' (size 2): did you mean 'tensor'?"
 
