@@ -96,7 +96,7 @@ class CheckpointLeafError(CheckpointError):
 class CheckpointMismatchError(CheckpointError):
     """The checkpoint is not of the state that should take it.
 
-    `differences` has one line per leaf.
+    `differences` has one line per leaf; `step` is None for a file of weights.
 
     >>> print(CheckpointMismatchError("/data/run", 20, ["missing  w"]))
     Step 20 of '/data/run' does not fit the target state: 1 difference.
@@ -105,7 +105,7 @@ class CheckpointMismatchError(CheckpointError):
     """
 
     def __init__(
-        self, directory: str | os.PathLike[str], step: int, differences: Sequence[str]
+        self, directory: str | os.PathLike[str], step: int | None, differences: Sequence[str]
     ) -> None:
         self.directory, self.step = os.fspath(directory), step
         self.differences = tuple(differences)
@@ -113,7 +113,7 @@ class CheckpointMismatchError(CheckpointError):
         super().__init__(
             "\n".join(
                 [
-                    f"Step {step} of {self.directory!r} does not fit the target state: "
+                    f"{_which(self.directory, step)} does not fit the target state: "
                     f"{count} difference{'s' if count > 1 else ''}.",
                     *(f"  {line}" for line in differences),
                     "Nothing was read. Restore with the model and optimizer that wrote the "
@@ -161,18 +161,21 @@ class CheckpointSaveError(CheckpointError):
 
 
 class CheckpointReadError(CheckpointError):
-    """A committed step cannot be read back.
+    """A committed step, or a file of weights (`step` is None then), cannot be read.
 
     >>> CheckpointReadError("/data/run", 20, "the manifest is empty").step
     20
     """
 
     def __init__(
-        self, directory: str | os.PathLike[str], step: int, cause: BaseException | str
+        self, directory: str | os.PathLike[str], step: int | None, cause: BaseException | str
     ) -> None:
         self.directory, self.step = os.fspath(directory), step
         why = cause if isinstance(cause, str) else f"{type(cause).__name__}: {cause}"
-        super().__init__(
-            f"Step {step} of {self.directory!r} cannot be read: {why}. "
-            f"Restore an earlier step with `restore(target, step=...)`."
-        )
+        cure = "" if step is None else " Restore an earlier step with `restore(target, step=...)`."
+        super().__init__(f"{_which(self.directory, step)} cannot be read: {why}.{cure}")
+
+
+def _which(where: str, step: int | None) -> str:
+    """A step of a folder, or a file."""
+    return repr(where) if step is None else f"Step {step} of {where!r}"

@@ -19,7 +19,7 @@ from shardflax.ckpt.manifest import NAME
 from shardflax.ckpt.orbax_files import MARKER, TREE
 from shardflax.ckpt.saving import SAVING, in_use
 
-__all__ = ["StepFolder", "expired"]
+__all__ = ["StepFolder", "expired", "is_busy"]
 
 _UNFINISHED = (SAVING, ".orbax-checkpoint-tmp", ".deleting")
 
@@ -96,13 +96,25 @@ class StepFolder:
 
         What a living process is still writing stays.
         """
-        found = [
+        found = [path for path in self.unfinished() if not is_busy(path)]
+        for path in found:
+            shutil.rmtree(path, ignore_errors=True)
+        return [path.name for path in found]
+
+    def unfinished(self) -> list[Path]:
+        """The folders of saves and deletes that are going on, or were interrupted."""
+        return sorted(
             path
             for path in self.root.iterdir()
             if any(part in path.name for part in _UNFINISHED)
             and path.name.partition(".")[0].isdigit()
-            and not (SAVING in path.name and in_use(path))
-        ]
-        for path in found:
-            shutil.rmtree(path, ignore_errors=True)
-        return [path.name for path in found]
+        )
+
+
+def is_busy(path: Path) -> bool:
+    """True if a living process is writing to the folder of a save.
+
+    >>> is_busy(Path("/nowhere/3.saving-1"))
+    False
+    """
+    return SAVING in path.name and in_use(path)

@@ -183,8 +183,10 @@ class CheckpointManager:
         checked = check_json(dict(extras or {}))
         plan, leaves = make_plan(state)
         self._settle()
+        failure, self._failure = self._failure, None
         handle = self._start(step, plan, leaves, checked)
-        self._raise_failure()
+        if failure is not None:
+            raise failure
         return handle
 
     def _start(

@@ -20,7 +20,7 @@ from shardflax.ckpt.leaves import LeafSpec
 from shardflax.ckpt.paths import Path
 from shardflax.ckpt.plan import Stored
 
-__all__ = ["NAME", "Manifest", "check_json"]
+__all__ = ["NAME", "Manifest", "check_json", "spec_json", "spec_of"]
 
 FORMAT = "shardflax.ckpt"
 VERSION = 2
@@ -60,7 +60,7 @@ class Manifest:
         leaves = []
         for path, spec in self.leaves.items():
             stored = self.stored.get(path)
-            leaves.append({"path": path, **_spec_json(spec), **(_stored_json(stored))})
+            leaves.append({"path": path, **spec_json(spec), **(_stored_json(stored))})
         body = {
             "format": FORMAT,
             "version": VERSION,
@@ -102,7 +102,7 @@ class Manifest:
         stored: dict[Path, Stored] = {}
         for entry in body["leaves"]:
             path = tuple(map(_text, entry["path"]))
-            leaves[path] = spec = _spec_of(entry)
+            leaves[path] = spec = spec_of(entry)
             if "store" in entry:
                 stored[path] = _stored_of(path, spec, entry)
         files = {_file_name(n): (_count(s), _text(c)) for n, (s, c) in body["files"].items()}
@@ -154,8 +154,12 @@ def _file_name(name: str) -> str:
     return name
 
 
-def _spec_json(spec: LeafSpec) -> dict[str, Any]:
-    """A spec without its empty fields; a complex value as two numbers."""
+def spec_json(spec: LeafSpec) -> dict[str, Any]:
+    """A spec as JSON, without its empty fields; a complex value as two numbers.
+
+    >>> spec_json(LeafSpec("python", (), "int", value=7))
+    {'kind': 'python', 'shape': (), 'dtype': 'int', 'value': 7}
+    """
     fields = {"kind": spec.kind, "shape": spec.shape, "dtype": spec.dtype}
     if spec.impl is not None:
         fields["impl"] = spec.impl
@@ -168,8 +172,12 @@ def _spec_json(spec: LeafSpec) -> dict[str, Any]:
 _PYTHON = {"bool": bool, "int": int, "float": float, "complex": list, "str": str}
 
 
-def _spec_of(entry: Mapping[str, Any]) -> LeafSpec:
-    """The inverse of `_spec_json`."""
+def spec_of(entry: Mapping[str, Any]) -> LeafSpec:
+    """The inverse of `spec_json`; raises TypeError or KeyError for what is no spec.
+
+    >>> spec_of({"kind": "array", "shape": [2], "dtype": "int8"})
+    LeafSpec(kind='array', shape=(2,), dtype='int8', impl=None, value=None)
+    """
     kind, dtype, value = entry["kind"], _text(entry["dtype"]), entry.get("value")
     if kind not in ("array", "key", "python"):
         raise TypeError(f"kind {kind!r}")

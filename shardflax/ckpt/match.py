@@ -16,7 +16,7 @@ from shardflax.ckpt.paths import Names, Path, show, tree_of
 from shardflax.ckpt.restack import Taken, find_stacked
 from shardflax.ckpt.sources import Source
 
-__all__ = ["Options", "Patterns", "Report", "Take", "covers", "match"]
+__all__ = ["Options", "Patterns", "Report", "Take", "covers", "match", "renamed"]
 
 Patterns = bool | str | Sequence[str]
 """True for all leaves, or patterns of paths: `"params/head"`, `"*/bias"`."""
@@ -79,7 +79,7 @@ def match(
     tree = tree_of(target)
     leaves = tree.zip(jax.tree.leaves(target))
     names: dict[Path, Names] = dict(zip(tree.paths, tree.names, strict=True))
-    saved, lines = _renamed(source, options.rename)
+    saved, lines = renamed(source, options.rename)
     if source.boxed:
         saved = {_unboxed(path, leaves): old for path, old in saved.items()}
     specs = {path: source.leaves[old] for path, old in saved.items()}
@@ -115,8 +115,13 @@ def match(
     return found, _report(found, restacked, saved, used), lines
 
 
-def _renamed(source: Source, rules: Mapping[str, str]) -> tuple[dict[Path, Path], list[str]]:
-    """The saved paths by their new names; a rule that does nothing is a mistake."""
+def renamed(source: Source, rules: Mapping[str, str]) -> tuple[dict[Path, Path], list[str]]:
+    """The saved paths by their new names, and a line for each rule that does nothing.
+
+    >>> from shardflax.ckpt.tree_source import TreeSource
+    >>> renamed(TreeSource({"a": 1, "b_0": 2}), {"b_*": "c/*", "d": "e"})
+    ({('a',): ('a',), ('c', '0'): ('b_0',)}, ['rename   d  no saved leaf has it in its path'])
+    """
     saved: dict[Path, Path] = {}
     idle, lines = set(rules), list[str]()
     compiled = [(old, _rule(old), new) for old, new in rules.items()]

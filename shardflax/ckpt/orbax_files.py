@@ -28,6 +28,7 @@ STATE, EXTRAS = "state", "extras"
 JSON_FILE = "metadata"
 MARKER = "_CHECKPOINT_METADATA"
 TREE = "_METADATA"
+_ARRAYS = "array_metadatas"
 _HANDLERS = "orbax.checkpoint._src.handlers."
 _ITEMS = {
     STATE: _HANDLERS + "pytree_checkpoint_handler.PyTreeCheckpointHandler",
@@ -62,17 +63,19 @@ def write_item_files(
         "store_array_data_equal_to_fill_value": True,
         "custom_metadata": None,
     }
-    content: dict[str, Any] = {
-        TREE: tree,
-        "_strings.json": {".".join(path): text for path, text in strings.items()},
-        "array_metadatas/process_0": {"array_metadatas": [_array(x) for x in stored if x.public]},
-    }
-    (folder / "array_metadatas").mkdir()
+    content: dict[str, Any] = {TREE: tree}
+    if strings:
+        content["_strings.json"] = {".".join(path): text for path, text in strings.items()}
+    arrays = [_array(leaf) for leaf in stored if leaf.public and leaf.leaf.kind == "key"]
+    if arrays:
+        (folder / _ARRAYS).mkdir()
+        content[f"{_ARRAYS}/process_0"] = {"array_metadatas": arrays}
     records = {
         name: write_file(folder / name, json.dumps(value).encode())
         for name, value in content.items()
     }
-    sync_folder(folder / "array_metadatas")
+    if arrays:
+        sync_folder(folder / _ARRAYS)
     return records
 
 
@@ -85,8 +88,8 @@ def _add(entries: dict[str, Any], path: LeafPath, kind: str, **more: Any) -> Non
 
 
 def _array(leaf: Stored) -> dict[str, Any]:
-    """What Orbax knows about an array: that it is keys, above all."""
-    extra = {"random_key_impl": leaf.leaf.impl} if leaf.leaf.kind == "key" else None
+    """What Orbax must know about an array that is keys."""
+    extra = {"random_key_impl": leaf.leaf.impl}
     return {
         "array_metadata": {
             "param_name": leaf.name,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from shardflax.ckpt.durable import FileRecord
 from shardflax.ckpt.errors import (
     CheckpointMismatchError,
     CheckpointReadError,
@@ -17,8 +19,9 @@ from shardflax.ckpt.opening import damage, open_step
 from shardflax.ckpt.paths import show
 from shardflax.ckpt.rendezvous import Rendezvous
 from shardflax.ckpt.restore import load, load_on_host
+from shardflax.ckpt.sources import Source
 
-__all__ = ["Restored", "load_checkpoint", "restore_step"]
+__all__ = ["Restored", "load_checkpoint", "restore_source", "restore_step"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +111,26 @@ def _attempt(folder: Path, root: Path, step: int, target: Any, options: Options)
         opened = open_step(folder)
     except (ValueError, OSError) as error:
         raise CheckpointReadError(root, step, error) from error
-    source = opened.source
+    files = opened.manifest.files if opened.manifest else {}
+    return restore_source(opened.source, root, step, target, options, opened.extras, folder, files)
+
+
+def restore_source(
+    source: Source,
+    root: Path,
+    step: int | None,
+    target: Any,
+    options: Options,
+    extras: Callable[[], dict[str, Any]],
+    folder: Path = Path(),
+    files: Mapping[str, FileRecord] = MappingProxyType({}),
+) -> Restored:
+    """What a source offers, as the target; `files` of `folder` are looked at if it is damaged.
+
+    >>> from shardflax.ckpt.tree_source import TreeSource
+    >>> restore_source(TreeSource({"a": 1}), Path("x"), None, {"a": 0}, Options(), dict).state
+    {'a': 1}
+    """
     if target is None:
         loaded = tuple(show(p) for p in source.leaves if covers(options.include, p))
         report = Report(loaded, (), (), (), (), ())
@@ -121,9 +143,8 @@ def _attempt(folder: Path, root: Path, step: int, target: Any, options: Options)
             raise CheckpointMismatchError(root, step, differences)
         makes = functools.partial(load, source, takes, target)
     try:
-        extras = opened.extras()
-        return Restored(step, makes(), extras, report)
+        found = extras()
+        return Restored(step or 0, makes(), found, report)
     except Exception as error:
-        found = damage(folder, opened.manifest.files) if opened.manifest else []
-        text = "; ".join([str(error), *found])
+        text = "; ".join([str(error), *damage(folder, files)])
         raise CheckpointReadError(root, step, text) from error

@@ -60,13 +60,14 @@ class Store:
         self._keys: Any = ts.KvStore.open(self._spec, context=self._context).result()
         self._records: dict[str, Future[FileRecord]] = {}
         self._empty = True
+        self._queued: list[tuple[str, bytes]] = []
 
     def write(self, stored: Sequence[Stored | None], group: Sequence[Staged]) -> None:
         """Writes a group in one transaction, or more if a lot is larger than a group."""
         for part in _transactions(stored, group):
             transaction = ts.Transaction(atomic=True)
             keys = self._keys.with_transaction(transaction)
-            writes: list[Any] = []
+            writes = [keys.write(key, value) for key, value in self._take_queued()]
             for leaf, box, array, small in part:
                 if small:
                     writes += _write_small(keys, leaf, box, array)
@@ -102,16 +103,18 @@ class Store:
     def write_metadata(
         self, stored: Sequence[Stored | None], scalars: Sequence[tuple[Stored, Any]]
     ) -> None:
-        """Writes the metadata of all arrays, and the scalars, which are process 0's."""
-        transaction = ts.Transaction(atomic=True)
-        keys, writes = self._keys.with_transaction(transaction), list[Any]()
+        """Writes the metadata of all arrays, and the scalars, with the next transaction."""
         for leaf in itertools.chain(stored, (leaf for leaf, _ in scalars)):
             if leaf is not None:
                 content = metadata_file(leaf.shape, leaf.dtype, leaf.chunk)
-                writes.append(keys.write(f"{leaf.name}/zarr.json", content))
+                self._queued.append((f"{leaf.name}/zarr.json", content))
         for leaf, value in scalars:
-            writes += _write_small(keys, leaf, Box((), ()), np.asarray(value, leaf.dtype))
-        self._commit(transaction, writes)
+            chunk = encode(np.asarray(value, leaf.dtype), ())
+            self._queued.append((f"{leaf.name}/{chunk_key(())}", chunk))
+
+    def _take_queued(self) -> list[tuple[str, bytes]]:
+        queued, self._queued = self._queued, []
+        return queued
 
     def _sync_new(self) -> None:
         """Lets the data files that the last transaction made be synced in the background."""
@@ -122,6 +125,10 @@ class Store:
 
     def finish(self) -> dict[str, FileRecord]:
         """Waits until everything is on the disk; the files, by their names in the folder."""
+        if self._queued:
+            transaction = ts.Transaction(atomic=True)
+            keys = self._keys.with_transaction(transaction)
+            self._commit(transaction, [keys.write(k, v) for k, v in self._take_queued()])
         records = {f"d/{name}": record.result() for name, record in self._records.items()}
         if (self.folder / "d").is_dir():
             sync_folder(self.folder / "d")

@@ -141,7 +141,7 @@ def test_files_are_told_apart_by_their_contents(saved: Path) -> None:
     own = path.read_bytes()
     path.write_bytes((saved / "1/state/manifest.ocdbt").read_bytes())
     try:
-        with pytest.raises(ckpt.CheckpointReadError, match="manifest.ocdbt"):
+        with pytest.raises(ckpt.CheckpointReadError, match=r"manifest\.ocdbt"):
             ckpt.load_checkpoint(saved / "2", TARGET)
     finally:
         path.write_bytes(own)

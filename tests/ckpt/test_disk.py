@@ -1,0 +1,235 @@
+"""The disk: full, read-only, gone; and what is on it before a step can be seen."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from shardflax import ckpt
+from shardflax.ckpt import faults
+
+ROOT = Path(__file__).parents[2]
+
+FULL = """
+import json, resource, signal, sys
+import numpy as np
+from shardflax.ckpt import CheckpointManager, CheckpointSaveError, load_checkpoint
+folder, how = sys.argv[1:]
+if how == "limit":
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, 3 << 20))
+small, large = ({"w": np.arange(n)} for n in (1000, 1 << 20))
+told = []
+manager = CheckpointManager(folder, on_error=told.append)
+manager.save(1, small)
+handle = manager.save(2, large)
+failure = handle.committed.exception()
+left = sorted(p.name for p in manager.directory.iterdir())
+try:
+    manager.save(3, small)
+    raised = None
+except CheckpointSaveError as error:
+    raised = error
+manager.wait()
+same = (load_checkpoint(f"{folder}/3").state["w"] == small["w"]).all()
+manager.close()
+assert raised is failure is told[0] and same
+print(json.dumps([str(failure), left, manager.all_steps()]))
+"""
+
+
+def small_disk(folder: Path) -> tuple[list[str], str]:
+    """A command that runs the next one with a disk of 4 MiB, or with a limit on sizes of files."""
+    mount = f'mount -t tmpfs -o size=4m tmpfs {folder} && exec "$@"'
+    prefix = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, "sh"]
+    if (
+        shutil.which("unshare")
+        and subprocess.run([*prefix, "true"], capture_output=True).returncode == 0
+    ):
+        return prefix, "tmpfs"
+    return [], "limit"
+
+
+def test_a_full_disk_costs_one_step_and_nothing_else(tmp_path: Path) -> None:
+    prefix, how = small_disk(tmp_path)
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*prefix, sys.executable, "-c", FULL, str(tmp_path), how],
+        cwd=ROOT, env=env, text=True, capture_output=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    error, left, steps = json.loads(done.stdout.strip().splitlines()[-1])
+    assert "Saving step 2" in error and re.search("No space left|File too large", error)
+    assert left == ["1"] and steps == [1, 3]
+
+
+def test_the_folder_of_the_run_vanishes_and_comes_back(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    manager = ckpt.CheckpointManager(folder)
+    end = faults.listen(lambda point: point == "group" and shutil.rmtree(folder))
+    manager.save(1, {"w": jnp.ones(4)})
+    with pytest.raises(ckpt.CheckpointSaveError, match="step 1"):
+        manager.wait()
+    end()
+    shutil.rmtree(folder, ignore_errors=True)
+    manager.save(2, {"w": jnp.ones(4)})
+    with pytest.raises(ckpt.CheckpointSaveError, match="No such file"):
+        manager.wait()
+    folder.mkdir()
+    manager.save(3, {"w": jnp.ones(4)})
+    manager.close()
+    assert manager.all_steps() == [3]
+
+
+def test_files_that_vanish_while_a_step_is_saved_are_missed(tmp_path: Path) -> None:
+    def lose(point: str) -> None:
+        if point == "merged":
+            (path,) = (p for p in tmp_path.glob("*/state/d/*") if p.stat().st_size > 4096)
+            path.unlink()
+
+    manager = ckpt.CheckpointManager(tmp_path)
+    end = faults.listen(lose)
+    manager.save(1, {"w": np.arange(5000)})
+    with pytest.raises(ckpt.CheckpointSaveError, match="state/d"):
+        manager.wait()
+    end()
+    assert list(tmp_path.iterdir()) == []
+    manager.close()
+
+
+def test_two_runs_in_one_folder_do_not_destroy_each_other(tmp_path: Path) -> None:
+    """The second one begins while the first is saving, and both save step 5."""
+    there, gate = threading.Event(), threading.Event()
+    first = ckpt.CheckpointManager(tmp_path)
+    end = faults.listen(lambda point: point == "written" and (there.set() or gate.wait(30)))
+    first.save(5, {"w": np.arange(3)})
+    assert there.wait(30)
+    second = ckpt.CheckpointManager(tmp_path)
+    assert list(tmp_path.glob("5.saving*")), "what a living process writes is not cleaned up"
+    end()
+    second.save(5, {"w": np.arange(3) + 1})
+    second.close()
+    gate.set()
+    with pytest.raises(ckpt.CheckpointSaveError, match="Step 5 is already in") as caught:
+        first.close()
+    assert isinstance(caught.value.__cause__, ckpt.CheckpointExistsError)
+    assert ckpt.load_checkpoint(tmp_path / "5").state["w"].tolist() == [1, 2, 3]
+    assert [p.name for p in tmp_path.iterdir()] == ["5"]
+
+
+STATE = {"w": np.arange(1 << 18), "b": np.arange(7), "name": "x", "step": 3}
+
+
+def entries(step: Path) -> set[str]:
+    """The files and folders of a step, by their names in it."""
+    return {str(path.relative_to(step)) for path in (step, *step.rglob("*"))}
+
+
+def check_order(events: list[tuple[str, str]], root: Path) -> None:
+    """Everything was synced before the rename, the folder of the run after it.
+
+    Events are ("fsync", path) and ("rename", source).
+    """
+    renamed = next(i for i, (what, path) in enumerate(events) if what == "rename")
+    source = Path(events[renamed][1])
+    before = {path for what, path in events[:renamed] if what == "fsync"}
+    missing = {name for name in entries(root / "3") if str(source / name) not in before}
+    assert not missing
+    manifest = max(i for i, e in enumerate(events) if e == ("fsync", str(source / "MANIFEST.json")))
+    others = [
+        i
+        for i, (_, path) in enumerate(events[:renamed])
+        if path.startswith(f"{source}/") and (root / "3" / Path(path).relative_to(source)).is_file()
+    ]
+    assert max(others) == manifest
+    assert ("fsync", str(root)) in events[renamed:]
+
+
+def test_all_is_on_the_disk_before_a_step_can_be_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[tuple[str, str]] = []
+    fsync, rename = os.fsync, os.rename
+
+    def synced(descriptor: int) -> None:
+        events.append(("fsync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def renamed(source: Any, target: Any) -> None:
+        events.append(("rename", str(source)))
+        rename(source, target)
+
+    with ckpt.CheckpointManager(tmp_path) as manager:
+        monkeypatch.setattr(os, "fsync", synced)
+        monkeypatch.setattr(os, "rename", renamed)
+        manager.save(3, STATE)
+        manager.wait()
+    check_order(events, tmp_path)
+
+
+def strace_says(log: Path) -> list[tuple[str, str]]:
+    """The same events from the system calls of a process."""
+    events: list[tuple[str, str]] = []
+    for line in log.read_text(errors="replace").splitlines():
+        if found := re.search(r"fsync\(\d+<([^>]*)>\)\s+= 0", line):
+            events.append(("fsync", found[1]))
+        elif found := re.search(r'rename\w*\((?:AT_FDCWD\S*, )?"([^"]*\.saving[^"/]*)"', line):
+            events.append(("rename", found[1]))
+    return events
+
+
+if shutil.which("strace"):
+
+    def test_the_kernel_says_so_too(tmp_path: Path) -> None:
+        code = (
+            "import sys, numpy as np\n"
+            "from shardflax.ckpt import CheckpointManager\n"
+            "state = {'w': np.arange(1 << 18), 'b': np.arange(7), 'name': 'x', 'step': 3}\n"
+            "CheckpointManager(sys.argv[1]).save(3, state)\n"
+        )
+        log, run = tmp_path / "log", tmp_path / "run"
+        trace = [
+            "strace",
+            "-f",
+            "-y",
+            "-o",
+            str(log),
+            "-e",
+            "trace=fsync,rename,renameat,renameat2",
+        ]
+        done = subprocess.run(
+            [*trace, sys.executable, "-c", code, str(run)],
+            cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+            timeout=120, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        check_order(strace_says(log), run)
+
+
+def counts() -> tuple[int, int]:
+    """Threads and open files of this process."""
+    return threading.active_count(), len(os.listdir("/proc/self/fd"))
+
+
+def test_many_saves_and_managers_leave_nothing_behind(tmp_path: Path) -> None:
+    before = None
+    for number in range(12):
+        with ckpt.CheckpointManager(tmp_path / "run", keep=1) as manager:
+            for step in (2 * number, 2 * number + 1):
+                manager.save(step, {"w": np.arange(9), "v": jnp.ones(3)})
+            manager.restore({"w": np.arange(9), "v": jnp.ones(3)})
+        if number == 4:
+            before = counts()
+    assert before is not None
+    after = counts()
+    assert after[0] <= before[0] and after[1] <= before[1] + 3
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["23"]
