@@ -122,7 +122,8 @@ def check_mesh_axes(rules: AxisRules, axes: Mapping[str, int]) -> tuple[Problem,
 
 def _lacks(name: str, axis: str, rule: Sequence[str], axes: Sequence[str]) -> Problem:
     """The problem of a rule whose axis the mesh lacks."""
-    hint = did_you_mean(axis, {*axes, *KNOWN_AXES})
+    meant = AXIS_ALIASES.get(axis)
+    hint = f"did you mean {meant!r}?" if meant else did_you_mean(axis, {*axes, *KNOWN_AXES})
     text = (
         f"the rule {name!r}: '{' '.join(rule)}' names the axis {axis!r}, which the mesh "
         f"({', '.join(axes) or 'no axes'}) lacks: {hint}"

@@ -13,6 +13,8 @@ from shardflax.partitioning import (
     PRESETS,
     AxisRules,
     UnknownPresetError,
+    batch_axes,
+    make_mesh,
     preset,
     resolve,
 )
@@ -113,3 +115,9 @@ def test_decode_takes_rows_of_any_number() -> None:
 def test_misspelt_preset(name: str, text: str) -> None:
     with pytest.raises(UnknownPresetError, match=text):
         preset(name)
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_the_batch_of_a_preset_is_its_role(name: str) -> None:
+    mesh = make_mesh("data=2,fsdp=2,expert=2")
+    assert batch_axes(mesh, preset(name)) == preset(name).roles.on(mesh.shape).batch

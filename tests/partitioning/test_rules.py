@@ -93,6 +93,8 @@ def test_rules_against_a_mesh() -> None:
     assert check_mesh_axes(DEFAULT_RULES, {"data": 8, "rows": 2}) == ()
     (problem,) = check_mesh_axes(AxisRules({"embed": "fspd"}), {"fsdp": 8})
     assert "'fspd', which the mesh (fsdp) lacks: did you mean 'fsdp'?" in str(problem)
+    (problem,) = check_mesh_axes(AxisRules({"mlp": "model"}), {"tensor": 8})
+    assert "which the mesh (tensor) lacks: did you mean 'tensor'?" in str(problem)
     sets = AxisRules({"embed": "rows"}).with_sets(optimizer={"embed": "rows fspd"})
     (problem,) = check_mesh_axes(sets, {"fsdp": 4, "rows": 2})
     assert "the rule 'embed': 'rows fspd' names the axis 'fspd'" in str(problem)
