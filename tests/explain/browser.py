@@ -80,7 +80,8 @@ class Browser:
         self.resize(width, height)
         self.prefer(theme)
         self._call("Page.navigate", url=page.as_uri())
-        self("new Promise((r) => document.readyState === 'complete' ? r() : onload = r)")
+        there = f"location.href.startsWith({json.dumps(page.as_uri())})"
+        self.wait_for(f"{there} && document.readyState === 'complete'")
 
     def resize(self, width: int, height: int) -> None:
         """Changes the size of the window."""
