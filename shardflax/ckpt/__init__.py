@@ -1,5 +1,7 @@
 """Checkpoints: asynchronous, atomic, verified, restored into the current layout."""
 
+from shardflax.ckpt.compare import Comparison, Unlike, compare_checkpoints
+from shardflax.ckpt.convert import Converted, convert_checkpoint
 from shardflax.ckpt.errors import (
     CheckpointAbortedError,
     CheckpointError,
@@ -13,15 +15,27 @@ from shardflax.ckpt.errors import (
     CheckpointSaveError,
 )
 from shardflax.ckpt.handle import SaveHandle
+from shardflax.ckpt.inspect import (
+    CheckpointInfo,
+    LeafInfo,
+    StepInfo,
+    inspect_checkpoint,
+    list_steps,
+)
+from shardflax.ckpt.leftovers import Leftover, find_leftovers, remove_leftovers
 from shardflax.ckpt.manager import CheckpointManager
 from shardflax.ckpt.match import Options, Report
+from shardflax.ckpt.msgpack_files import load_msgpack, save_msgpack
 from shardflax.ckpt.reading import Restored, load_checkpoint
+from shardflax.ckpt.safetensors_files import load_safetensors, save_safetensors
+from shardflax.ckpt.verify import Verification, verify_checkpoint
 
 __all__ = [
     "CheckpointAbortedError",
     "CheckpointError",
     "CheckpointExistsError",
     "CheckpointFolderError",
+    "CheckpointInfo",
     "CheckpointLeafError",
     "CheckpointManager",
     "CheckpointMismatchError",
@@ -29,9 +43,27 @@ __all__ = [
     "CheckpointPeerError",
     "CheckpointReadError",
     "CheckpointSaveError",
+    "Comparison",
+    "Converted",
+    "LeafInfo",
+    "Leftover",
     "Options",
     "Report",
     "Restored",
     "SaveHandle",
+    "StepInfo",
+    "Unlike",
+    "Verification",
+    "compare_checkpoints",
+    "convert_checkpoint",
+    "find_leftovers",
+    "inspect_checkpoint",
+    "list_steps",
     "load_checkpoint",
+    "load_msgpack",
+    "load_safetensors",
+    "remove_leftovers",
+    "save_msgpack",
+    "save_safetensors",
+    "verify_checkpoint",
 ]

@@ -12,7 +12,8 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -40,16 +41,16 @@ __all__ = [
 
 INDEX = ".safetensors.index.json"
 """The end of the name of the file that says which tensor is in which of several files."""
-_OURS = "shardflax.leaves"
+_OURS, _NONES, _EXTRAS = "shardflax.leaves", "shardflax.nones", "shardflax.extras"
 
 
 @dataclasses.dataclass
 class SafetensorsSource(Source):
-    """The tensors of one file, or of several; `metadata` are those of the files, without ours."""
+    """The tensors of one file, or of several; `metadata` are those of the files, and the extras."""
 
     tensors: Mapping[LeafPath, tuple[Path, Tensor]]
     leaves: Mapping[LeafPath, LeafSpec]
-    metadata: Mapping[str, str]
+    metadata: Mapping[str, Any]
     nones: tuple[LeafPath, ...] = ()
 
     def chunk(self, path: LeafPath) -> tuple[int, ...]:
@@ -101,7 +102,7 @@ def _source(
 ) -> SafetensorsSource:
     paths = _paths(found)
     ours = json.loads(metadata.pop(_OURS, "{}"))
-    nones = tuple(tuple(map(str, path)) for path in ours.pop("nones", ()))
+    nones = tuple(tuple(map(str, path)) for path in json.loads(metadata.pop(_NONES, "[]")))
     leaves, tensors = dict[LeafPath, LeafSpec](), dict[LeafPath, tuple[Path, Tensor]]()
     for name, (file, tensor) in found.items():
         spec, path = LeafSpec("array", tensor.shape, tensor.dtype), paths[name]
@@ -117,7 +118,8 @@ def _source(
         leaves[path] = spec
     if len(tensors) < len(found):
         raise ValueError("two tensors have one path")
-    return SafetensorsSource(tensors, leaves, metadata, nones)
+    extras = dict(json.loads(metadata.pop(_EXTRAS, "{}")))
+    return SafetensorsSource(tensors, leaves, {**metadata, **extras}, nones)
 
 
 def _noted(entry: Any) -> tuple[LeafPath, LeafSpec]:
@@ -211,8 +213,19 @@ def save_safetensors(
     write_safetensors(Path(path), TreeSource(tree), metadata or {})
 
 
-def write_safetensors(path: Path, source: Source, metadata: Mapping[str, str]) -> None:
-    """Writes what a source offers; see `save_safetensors`."""
+def write_safetensors(
+    path: Path,
+    source: Source,
+    metadata: Mapping[str, str],
+    extras: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Writes what a source offers, and JSON among the metadata; see `save_safetensors`.
+
+    >>> file = Path(tempfile.mkdtemp(), "w.safetensors")
+    >>> write_safetensors(file, TreeSource({"w": 1}), {}, {"seen": 64})
+    >>> open_safetensors(file).metadata
+    {'seen': 64}
+    """
     names = _names(source)
     tensors = {name: _form(source, path) for name, path in names.items() if _on_disk(source, path)}
     ours: dict[str, Any] = {
@@ -220,9 +233,11 @@ def write_safetensors(path: Path, source: Source, metadata: Mapping[str, str]) -
         for name, leaf in names.items()
         if source.leaves[leaf].kind != "array" or tuple(name.split(".")) != leaf
     }
-    if source.nones:
-        ours["nones"] = source.nones
     noted = {_OURS: json.dumps(ours)} if ours else {}
+    if extras:
+        noted[_EXTRAS] = json.dumps(dict(extras))
+    if source.nones:
+        noted[_NONES] = json.dumps(source.nones)
     head, begins = header_bytes(tensors, {**metadata, **noted})
     with tempfile.NamedTemporaryFile(
         dir=path.parent, prefix=f".{path.name}.", delete=False
@@ -253,7 +268,7 @@ def _names(source: Source) -> dict[str, LeafPath]:
     names: dict[str, LeafPath] = {}
     for path in source.leaves:
         name = ".".join(path)
-        if name in names or name in ("__metadata__", "nones"):
+        if name in names or name == "__metadata__":
             raise CheckpointLeafError(
                 show(path), f"its name would be {name!r}, which is taken", "Rename it."
             )
@@ -276,12 +291,12 @@ def _form(source: Source, path: LeafPath) -> tuple[str, tuple[int, ...]]:
     return dtype.name, shape
 
 
-def _write(file: BinaryIO, source: Source, path: LeafPath) -> None:
+def _write(file: Any, source: Source, path: LeafPath) -> None:
     """The data of one leaf."""
     spec = source.leaves[path]
     if spec.kind == "python":
         file.write(np.asarray(spec.value).tobytes())
     elif spec.on_disk:
-        for box in pieces(source, path):
+        for box in pieces(source, path, ordered=True):
             array = source.read(path, box)()
             file.write(array.astype(spec.stored[1], copy=False).tobytes())

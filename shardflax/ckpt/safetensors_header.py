@@ -171,7 +171,7 @@ def header_bytes(
     KeyError for a dtype that the format lacks.
 
     >>> header_bytes({"a": ("int8", (3,)), "b": ("float32", ())}, {})[1]
-    {'b': 112, 'a': 116}
+    {'b': 120, 'a': 124}
     """
     body: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
     offsets: dict[str, int] = {}

@@ -21,6 +21,8 @@ __all__ = ["RenamedSource", "TreeSource", "pieces", "with_names"]
 
 _PIECE = 32 << 20
 """Bytes of a leaf that are in memory at once, where all of it is gone through."""
+_MOST_PIECE = 8 * _PIECE
+"""The same where chunks would be read several times otherwise."""
 
 
 class TreeSource(Source):
@@ -99,28 +101,39 @@ def with_names(source: Source, rules: Mapping[str, str] | None) -> Source:
     return RenamedSource(source, old)
 
 
-def pieces(source: Source, path: LeafPath) -> Iterator[Box]:
-    """A leaf's data in layers of some megabytes, in the order of a contiguous file.
+def pieces(
+    source: Source, path: LeafPath, chunk: tuple[int, ...] | None = None, ordered: bool = False
+) -> Iterator[Box]:
+    """A leaf's data in boxes of some megabytes, cut between chunks (the source's, by default).
+
+    If `ordered`, they follow one another as in a contiguous file, and can be somewhat larger.
 
     >>> [box.shape for box in pieces(TreeSource({"w": np.ones((2, 3))}), ("w",))]
     [(2, 3)]
     """
     shape, dtype = source.leaves[path].stored
-    yield from _layers(Box.whole(shape), 0, source.chunk(path), dtype.itemsize)
+    return _boxes(Box.whole(shape), 0, chunk or source.chunk(path), dtype.itemsize, ordered)
 
 
-def _layers(box: Box, dim: int, chunk: tuple[int, ...], itemsize: int) -> Iterator[Box]:
-    """Cuts along the first dim, between chunks, and along the next where that is not enough."""
+def _boxes(
+    box: Box, dim: int, chunk: tuple[int, ...], itemsize: int, ordered: bool
+) -> Iterator[Box]:
+    """Cuts along one dim, and along the next where that is not enough."""
     if box.size * itemsize <= _PIECE or dim == len(box.shape):
         yield box
         return
     row = box.size // box.shape[dim] * itemsize
     rows = max(1, _PIECE // row)
-    step = rows // chunk[dim] * chunk[dim] or rows
+    step = rows // chunk[dim] * chunk[dim] or chunk[dim]
+    if ordered and step * row > _MOST_PIECE:
+        step = rows
     for start in range(box.start[dim], box.stop[dim], step):
         stop = min(start + step, box.stop[dim])
         layer = Box(
             (*box.start[:dim], start, *box.start[dim + 1 :]),
             (*box.stop[:dim], stop, *box.stop[dim + 1 :]),
         )
-        yield from _layers(layer, dim + 1, chunk, itemsize) if row > _PIECE else iter([layer])
+        if ordered and step > 1:
+            yield layer
+        else:
+            yield from _boxes(layer, dim + 1, chunk, itemsize, ordered)

@@ -17,6 +17,7 @@ __all__ = ["COMMANDS", "main"]
 
 # name -> (module, what it does)
 COMMANDS: dict[str, tuple[str, str]] = {
+    "ckpt": ("shardflax.cli.ckpt", "list, show, compare, verify and convert checkpoints"),
     "explain": ("shardflax.cli.explain", "how every leaf of a train state lies on a mesh"),
     "lock": ("shardflax.cli.lock", "write layouts and collectives down, and check them"),
 }

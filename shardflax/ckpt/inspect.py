@@ -1,0 +1,262 @@
+"""What is in a checkpoint, and which steps are in a folder: read from small files, no device."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shardflax.ckpt.errors import CheckpointError
+from shardflax.ckpt.folder import StepFolder, is_busy
+from shardflax.ckpt.leaves import LeafSpec
+from shardflax.ckpt.locate import Found, find_checkpoint
+from shardflax.ckpt.manifest import NAME
+from shardflax.ckpt.paths import Names
+from shardflax.ckpt.paths import Path as LeafPath
+
+__all__ = [
+    "CheckpointInfo",
+    "LeafInfo",
+    "StepInfo",
+    "about",
+    "disk_bytes",
+    "inspect_checkpoint",
+    "list_steps",
+    "when",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafInfo:
+    """One leaf: what it is, what its dims are called, and how it was cut when it was saved.
+
+    `names` has a logical name, or None, for each dim; `axes` the mesh axes.  Both are None where
+    nothing was recorded.
+    """
+
+    path: LeafPath
+    spec: LeafSpec
+    names: Names = None
+    axes: tuple[Any, ...] | None = None
+
+    @property
+    def layout(self) -> str:
+        """Each dim as `name:axes`; empty if there is nothing to say.
+
+        >>> spec = LeafSpec("array", (4, 8), "float32")
+        >>> LeafInfo(("w",), spec, ("embed", None), (("data", "fsdp"), "tensor")).layout
+        'embed:data+fsdp, :tensor'
+        """
+        dims = range(len(self.spec.shape))
+        cut = [*(self.axes or ()), *(None for _ in dims)]
+        named = self.names if self.names and len(self.names) == len(dims) else (None,) * len(dims)
+        parts = [_text(named[d]) + (f":{_text(cut[d])}" if cut[d] else "") for d in dims]
+        return ", ".join(part or "-" for part in parts) if any(parts) else ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The leaf as JSON."""
+        value = {} if self.spec.kind != "python" else {"value": _plain(self.spec.value)}
+        return {
+            "path": list(self.path),
+            "kind": self.spec.kind,
+            "dtype": self.spec.dtype,
+            "shape": list(self.spec.shape),
+            "bytes": self.spec.nbytes,
+            "names": self.names,
+            "axes": self.axes,
+            **value,
+        }
+
+
+def _text(part: Any) -> str:
+    """A name or axis, or several, or none."""
+    if isinstance(part, tuple | list):
+        return "+".join(map(str, part))
+    return "" if part is None else str(part)
+
+
+def _plain(value: Any) -> Any:
+    return [value.real, value.imag] if isinstance(value, complex) else value
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint holds, and how it was written.
+
+    `format` is "shardflax", "orbax", "safetensors" or "flax msgpack"; `time` is in seconds since
+    1970, 0 if it is not known.
+    """
+
+    path: Path
+    format: str
+    step: int | None
+    leaves: tuple[LeafInfo, ...]
+    nones: tuple[LeafPath, ...]
+    extras: Mapping[str, Any]
+    mesh: Mapping[str, int]
+    processes: int
+    time: float
+    bytes_on_disk: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all leaves."""
+        return sum(leaf.spec.nbytes for leaf in self.leaves)
+
+    @property
+    def written(self) -> str:
+        """When and by whom, as users read it.
+
+        >>> CheckpointInfo(Path("x"), "orbax", 3, (), (), {}, {"data": 8}, 2, 0.0, 0).written
+        'by 2 processes on data=8'
+        """
+        parts = [when(self.time)] if self.time else []
+        if self.processes:
+            parts.append(f"by {self.processes} process{'es' if self.processes > 1 else ''}")
+        if self.mesh:
+            parts.append("on " + ", ".join(f"{axis}={size}" for axis, size in self.mesh.items()))
+        return " ".join(parts)
+
+    def to_json(self) -> str:
+        """All of it as JSON."""
+        values = dataclasses.asdict(dataclasses.replace(self, leaves=()))
+        values |= {"path": str(self.path), "bytes": self.nbytes, "mesh": dict(self.mesh)}
+        values["leaves"] = [leaf.to_json() for leaf in self.leaves]
+        return json.dumps(values, indent=1)
+
+
+def inspect_checkpoint(path: str | os.PathLike[str], step: int | None = None) -> CheckpointInfo:
+    """What a checkpoint holds, whoever wrote it; of the arrays nothing is read.
+
+    `path` is what `find_checkpoint` takes.  Raises CheckpointNotFoundError; CheckpointReadError.
+
+    >>> import tempfile
+    >>> from shardflax.ckpt.manager import CheckpointManager
+    >>> with CheckpointManager(tempfile.mkdtemp()) as manager:
+    ...     handle = manager.save(3, {"a": 1, "b": 2.5}, extras={"seen": 64})
+    >>> info = inspect_checkpoint(manager.directory)
+    >>> [(leaf.path, str(leaf.spec)) for leaf in info.leaves], info.extras
+    ([(('a',), 'int (Python)'), (('b',), 'float (Python)')], {'seen': 64})
+    """
+    return about(find_checkpoint(path, step))
+
+
+def about(found: Found) -> CheckpointInfo:
+    """What a checkpoint that was found holds.
+
+    >>> import tempfile
+    >>> from shardflax.ckpt.msgpack_files import save_msgpack
+    >>> save_msgpack(file := f"{tempfile.mkdtemp()}/checkpoint_1", {"a": 1})
+    >>> about(find_checkpoint(file)).format
+    'flax msgpack'
+    """
+    manifest, source = found.manifest, found.source
+    stored = manifest.stored if manifest else {}
+    leaves = tuple(
+        LeafInfo(path, spec, source.names(path), stored[path].spec if path in stored else None)
+        for path, spec in source.leaves.items()
+    )
+    return CheckpointInfo(
+        path=found.path,
+        format=found.format,
+        step=found.step,
+        leaves=leaves,
+        nones=tuple(source.nones),
+        extras=found.extras(),
+        mesh=manifest.mesh if manifest else {},
+        processes=manifest.processes if manifest else 0,
+        time=manifest.time if manifest else found.path.stat().st_mtime,
+        bytes_on_disk=disk_bytes(found.path),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class StepInfo:
+    """A step of a run, or what is left of one.
+
+    `state` is "committed", "unfinished", "saving" (by a living process), or what is wrong.
+    """
+
+    name: str
+    path: Path
+    state: str
+    format: str
+    nbytes: int
+    time: float
+
+    @property
+    def committed(self) -> bool:
+        """True if it can be restored, as far as can be seen without reading it."""
+        return self.state == "committed"
+
+
+def list_steps(folder: str | os.PathLike[str]) -> list[StepInfo]:
+    """The steps in the folder of a run, in order; last what was not finished.
+
+    Raises CheckpointFolderError if there is no such folder.
+
+    >>> import tempfile
+    >>> from shardflax.ckpt.manager import CheckpointManager
+    >>> with CheckpointManager(tempfile.mkdtemp()) as manager:
+    ...     handle = manager.save(3, {"a": 1})
+    >>> [(step.name, step.state) for step in list_steps(manager.directory)]
+    [('3', 'committed')]
+    """
+    steps = StepFolder(Path(folder).expanduser())
+    committed = steps.steps()
+    found = [_step_info(steps.step(step)) for step in committed]
+    numbered = (path for path in steps.root.iterdir() if path.is_dir() and path.name.isdecimal())
+    bare = sorted(path for path in numbered if int(path.name) not in committed)
+    for path in [*bare, *steps.unfinished()]:
+        state = "saving" if is_busy(path) else "unfinished"
+        found.append(StepInfo(path.name, path, state, "", disk_bytes(path), _mtime(path)))
+    return found
+
+
+def _step_info(path: Path) -> StepInfo:
+    """A committed step, which may be damaged all the same."""
+    state, kind, time = "committed", "", _mtime(path)
+    try:
+        found = find_checkpoint(path) if (path / NAME).is_file() else None
+        kind = "shardflax" if found else "orbax"
+        if found and found.manifest:
+            time = found.manifest.time
+    except CheckpointError:
+        state = "damaged"
+    return StepInfo(path.name, path, state, kind, disk_bytes(path), time)
+
+
+def _mtime(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def disk_bytes(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder; what vanishes meanwhile is not counted.
+
+    >>> disk_bytes(Path("/nowhere"))
+    0
+    """
+    files = [path] if path.is_file() else (p for p in path.rglob("*") if p.is_file())
+    total = 0
+    for file in files:
+        try:
+            total += file.stat().st_size
+        except OSError:
+            continue
+    return total
+
+
+def when(time: float) -> str:
+    """Seconds since 1970 as local date and time.
+
+    >>> len(when(1e9))
+    19
+    """
+    return datetime.datetime.fromtimestamp(time).isoformat(" ", "seconds")

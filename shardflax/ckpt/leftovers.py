@@ -1,0 +1,88 @@
+"""What killed runs left in the folder of a run, and its removal."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from shardflax.ckpt.folder import StepFolder, is_busy
+from shardflax.ckpt.inspect import disk_bytes
+
+__all__ = ["Leftover", "find_leftovers", "remove_leftovers"]
+
+_MARKS = (".write-test-", ".shared-test-")
+"""Files that a manager makes while it is made."""
+_FRESH = 3600.0
+"""Seconds for which such a file may be in use."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Leftover:
+    """A folder or file that is of no use any more, why, its size, and when it was changed.
+
+    >>> Leftover(Path("3.saving-a"), "a save that did not end", 10, 0.0).nbytes
+    10
+    """
+
+    path: Path
+    why: str
+    nbytes: int
+    time: float
+
+
+def find_leftovers(folder: str | os.PathLike[str]) -> list[Leftover]:
+    """What `remove_leftovers` would remove; never a committed step, nor what is being written.
+
+    Raises CheckpointFolderError if there is no such folder.
+
+    >>> import tempfile
+    >>> root = Path(tempfile.mkdtemp())
+    >>> (root / "3.saving-1a2b-1").mkdir()
+    >>> [(x.path.name, x.why) for x in find_leftovers(root)]
+    [('3.saving-1a2b-1', 'a save that did not end')]
+    """
+    steps = StepFolder(Path(folder).expanduser())
+    steps.steps()  # raises if there is no folder
+    found = [_leftover(path, _why(path)) for path in steps.unfinished() if not is_busy(path)]
+    marks = (p for p in steps.root.iterdir() if p.name.startswith(_MARKS) and p.is_file())
+    old = (x for x in map(_mark, sorted(marks)) if time.time() - x.time > _FRESH)
+    return [*found, *old]
+
+
+def remove_leftovers(found: Sequence[Leftover]) -> list[Leftover]:
+    """Removes what was found, except for what a living process writes to again; what is gone.
+
+    Raises OSError for what cannot be removed.
+
+    >>> import tempfile
+    >>> root = Path(tempfile.mkdtemp())
+    >>> (root / "3.deleting").mkdir()
+    >>> len(remove_leftovers(find_leftovers(root))), list(root.iterdir())
+    (1, [])
+    """
+    gone: list[Leftover] = []
+    for leftover in found:
+        if is_busy(leftover.path):
+            continue
+        if leftover.path.is_dir() and not leftover.path.is_symlink():
+            shutil.rmtree(leftover.path)
+        else:
+            leftover.path.unlink(missing_ok=True)
+        gone.append(leftover)
+    return gone
+
+
+def _why(path: Path) -> str:
+    return "a delete that did not end" if ".deleting" in path.name else "a save that did not end"
+
+
+def _mark(path: Path) -> Leftover:
+    return _leftover(path, "a test of the folder")
+
+
+def _leftover(path: Path, why: str) -> Leftover:
+    return Leftover(path, why, disk_bytes(path), path.stat().st_mtime)

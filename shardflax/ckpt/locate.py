@@ -1,0 +1,129 @@
+"""Finding a checkpoint, whatever it is: a step, the folder of a run, a file of weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from shardflax.ckpt.errors import CheckpointNotFoundError, CheckpointReadError
+from shardflax.ckpt.folder import StepFolder
+from shardflax.ckpt.foreign import find_item
+from shardflax.ckpt.manifest import NAME, Manifest
+from shardflax.ckpt.msgpack_files import open_msgpack
+from shardflax.ckpt.opening import open_step
+from shardflax.ckpt.safetensors_files import INDEX, SafetensorsSource, open_safetensors
+from shardflax.ckpt.sources import Source
+
+__all__ = ["Found", "find_checkpoint", "format_of"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A checkpoint that was found and opened; of its arrays nothing was read.
+
+    `step` is None for files of weights; `manifest` is there for steps of this library.
+    """
+
+    path: Path
+    format: str
+    step: int | None
+    source: Source
+    extras: Callable[[], Mapping[str, Any]]
+    manifest: Manifest | None = None
+
+    @property
+    def name(self) -> str:
+        """What users call it."""
+        return f"{self.path}"
+
+
+def format_of(path: Path) -> str:
+    """The format of a file by its first bytes, "safetensors" or "flax msgpack".
+
+    Raises ValueError if it is neither.
+
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp(), "checkpoint_3")
+    >>> _ = file.write_bytes(bytes.fromhex("81a16101"))
+    >>> format_of(file)
+    'flax msgpack'
+    """
+    if path.name.endswith((".safetensors", INDEX)):
+        return "safetensors"
+    with path.open("rb") as file:
+        start = file.read(9)
+    if len(start) == 9 and start[8:] == b"{" and start[5:8] == bytes(3):
+        return "safetensors"
+    if start[:1] and (0x80 <= start[0] <= 0x8F or start[0] in (0xDE, 0xDF)):
+        return "flax msgpack"
+    raise ValueError(f"{path} is neither a safetensors file nor MessagePack of a state dict")
+
+
+def find_checkpoint(path: str | os.PathLike[str], step: int | None = None) -> Found:
+    """Opens a checkpoint: a step's folder, a run's (its latest step, or `step`), or a file.
+
+    A file is safetensors or MessagePack of Flax; a folder may also hold safetensors files.  Needs
+    no devices.  Raises CheckpointNotFoundError; CheckpointReadError for what is damaged.
+
+    >>> import tempfile
+    >>> from shardflax.ckpt.manager import CheckpointManager
+    >>> with CheckpointManager(tempfile.mkdtemp()) as manager:
+    ...     handle = manager.save(3, {"a": 1})
+    >>> found = find_checkpoint(manager.directory)
+    >>> found.format, found.step, list(found.source.leaves)
+    ('shardflax', 3, [('a',)])
+    """
+    where = Path(path).expanduser()
+    try:
+        if where.is_file():
+            return _file(where)
+        if step is None and _is_step(where):
+            return _step(where)
+        if where.is_dir() and _has_weights(where):
+            return _file(where)
+    except (ValueError, OSError) as error:
+        raise CheckpointReadError(where, None, error) from error
+    steps = StepFolder(where).steps()
+    chosen = max(steps, default=None) if step is None else step
+    if chosen is None or chosen not in steps:
+        raise CheckpointNotFoundError(where, step, steps)
+    try:
+        return _step(where / str(chosen))
+    except (ValueError, OSError) as error:
+        raise CheckpointReadError(where, chosen, error) from error
+
+
+def _is_step(folder: Path) -> bool:
+    """True for the folder of one step: ours, or one with arrays of Orbax."""
+    return (folder / NAME).is_file() or (
+        find_item(folder) is not None and not StepFolder(folder).steps()
+    )
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors")) or any(folder.glob(f"*{INDEX}"))
+
+
+def _step(folder: Path) -> Found:
+    opened = open_step(folder)
+    step = int(folder.name) if folder.name.isdecimal() else None
+    if opened.manifest is not None:
+        step = opened.manifest.step
+    kind = "shardflax" if opened.manifest is not None else "orbax"
+    return Found(folder, kind, step, opened.source, opened.extras, opened.manifest)
+
+
+def _file(path: Path) -> Found:
+    kind = "safetensors" if path.is_dir() else format_of(path)
+    if kind == "flax msgpack":
+        return Found(path, kind, None, open_msgpack(path), dict)
+    source = open_safetensors(path)
+    return Found(path, kind, None, source, functools.partial(_metadata, source))
+
+
+def _metadata(source: SafetensorsSource) -> Mapping[str, Any]:
+    return source.metadata
