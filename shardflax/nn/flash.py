@@ -26,11 +26,19 @@ Window = tuple[int | None, int | None]
 def target_device() -> Any:
     """A device of those that will run what is traced now: of the mesh in scope, or the default.
 
+    Inside `jax.jit` a mesh has no devices but says what they are: so a program for the topology of
+    a TPU is the same on any host.  Of GPUs it does not say which instructions they have.
+
     >>> target_device().platform
     'cpu'
     """
     mesh = mesh_in_scope()
-    return mesh.devices.flat[0] if isinstance(mesh, Mesh) else jax.devices()[0]
+    if isinstance(mesh, Mesh):
+        return mesh.devices.flat[0]
+    described = getattr(mesh, "abstract_device", None)
+    if described is None or described.platform == jax.default_backend() == "gpu":
+        return jax.devices()[0]
+    return described
 
 
 def why_not_flash(

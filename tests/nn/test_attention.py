@@ -154,6 +154,18 @@ def test_on_a_tpu_the_kernel_is_compiled_for_the_part_of_a_device(
     assert f"tensor<{batch}x{kv_heads}x{group}x128x64xbf16>" in found
 
 
+def test_a_mesh_of_tpus_chooses_the_kernel_on_any_host() -> None:
+    """A topology is compiled for where there is no TPU; what stands in for one says what it is."""
+    tpu = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.sharding.AbstractMesh((2,), ("data",), auto, abstract_device=tpu)
+    q, k = jnp.ones((4, 128, 4, 64), jnp.bfloat16), jnp.ones((4, 128, 2, 64), jnp.bfloat16)
+    names = ("batch", "length", "act_heads", "act_head_dim")
+    with use(mesh, preset("dp")):
+        traced = jax.jit(Attention("here", query_axes=names)).trace(q, k, k)
+    assert "pallas_call" in str(traced.jaxpr)
+
+
 def test_the_kernel_on_a_mesh_gives_the_same() -> None:
     q, k = floats(2, 128, 4, 64), floats(2, 128, 2, 64, seed=1)
     names = ("batch", "length", "act_heads", "act_head_dim")
