@@ -66,7 +66,18 @@ CORE = [
     {"mapping"},
     {"cross"},
     {"control", "derivatives", "pack"},
-    {"module", "calls", "run", "classes", "copies", "marks", "sharing", "summary", "lift"},
+    {
+        "module",
+        "calls",
+        "run",
+        "classes",
+        "construct",
+        "copies",
+        "marks",
+        "sharing",
+        "summary",
+        "lift",
+    },
 ]
 
 PRIVATE_JAX = ("jax._src", "jax.interpreters", "jax.extend")

@@ -10,6 +10,7 @@ from types import FunctionType
 from typing import Any
 
 from shardflax.core.calls import wrap_method
+from shardflax.core.construct import direct_init
 from shardflax.core.module_errors import (
     CallSetupUnboundModuleError,
     DescriptorAttributeError,
@@ -23,8 +24,8 @@ __all__ = ["field_names", "init_field_names", "make_module_class", "represent"]
 _RESERVED = ("parent", "name")
 
 
-def make_module_class(cls: type, kw_only: bool) -> None:
-    """Makes a class a dataclass and wraps its methods.
+def make_module_class(cls: type, kw_only: bool, assigning: Callable[..., None]) -> None:
+    """Makes a class a dataclass and wraps its methods; `assigning` is `Module.__setattr__`.
 
     Raises `ReservedModuleAttributeError` and `MultipleMethodsCompactError`.
 
@@ -45,8 +46,10 @@ def make_module_class(cls: type, kw_only: bool) -> None:
             wrapped = _wrapped(name, value)
             if wrapped is not value:
                 setattr(cls, name, wrapped)
-    own = {name: name in cls.__dict__ for name in ("__hash__", "__eq__")}
+    own = {name: name in cls.__dict__ for name in ("__hash__", "__eq__", "__init__")}
     dataclasses.dataclass(repr=False, unsafe_hash=not own["__hash__"], kw_only=kw_only)(cls)
+    if not own["__init__"]:
+        setattr(cls, "__init__", direct_init(cls, assigning))  # noqa: B010
     if not own["__hash__"]:
         setattr(cls, "__hash__", _hash_of_unbound(cls.__dict__["__hash__"]))  # noqa: B010
     if not own["__eq__"]:

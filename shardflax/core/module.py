@@ -104,7 +104,7 @@ class Module(Crossable, _Typed):
 
     def __init_subclass__(cls, kw_only: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        make_module_class(cls, kw_only)
+        make_module_class(cls, kw_only, Module.__setattr__)
 
     def __repr__(self) -> str:
         children = self._progress.children.items()

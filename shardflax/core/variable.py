@@ -61,7 +61,10 @@ def is_array(x: Any) -> bool:
     >>> is_array(np.zeros(2)), is_array(2.0)
     (True, False)
     """
-    return isinstance(x, jax.Array | np.ndarray)
+    return isinstance(x, _ARRAYS)
+
+
+_ARRAYS = (jax.Array, np.ndarray)
 
 
 def _rebox_like(old: Any, value: Any) -> Any:
