@@ -22,6 +22,7 @@ __all__ = [
     "escapes",
     "hide_frames",
     "hoist",
+    "is_tracing",
     "jx",
     "known",
     "needed",
@@ -62,6 +63,15 @@ def current_trace() -> Any:
     False
     """
     return _core.get_opaque_trace_state(convention="flax")
+
+
+def is_tracing() -> bool:
+    """True inside of any trace: there, also an array that is no tracer may be part of a program.
+
+    >>> is_tracing(), jax.eval_shape(lambda: is_tracing() and jax.numpy.ones(2)).shape
+    (False, (2,))
+    """
+    return not _core.trace_state_clean()
 
 
 def entered_mesh() -> Any:

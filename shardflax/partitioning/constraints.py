@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from shardflax.core.calls import current_module
+from shardflax.core.staging import is_tracing
 from shardflax.partitioning.defaults import DefaultNames, in_force
 from shardflax.partitioning.errors import (
     LayoutError,
@@ -51,6 +52,7 @@ __all__ = [
     "constrain",
     "constrain_box",
     "constrain_spec",
+    "located",
     "lower",
     "wanted_spec",
     "with_logical_constraint",
@@ -116,7 +118,7 @@ def _constrain_tree(
             done.append(leaf if one is None else _constrain(leaf, one, rules, mesh, fallback))
         except LayoutError as error:
             where = path_text(keys_of(path))
-            raise type(error)(f"{where}: {error}", error.problems) from error
+            raise type(error)(f"{where}: {error}", error.problems) from None
     return jx.tree.unflatten(structure, done)
 
 
@@ -215,23 +217,27 @@ def _constrain_strict(
     trace, shape = init_trace(), tuple(np.shape(x))
     if trace is not None:
         trace.names.update(name for name in names if isinstance(name, str))
-        trace.problems.extend(_located(resolve(names, rules, shape).problems))
+        trace.problems.extend(located(resolve(names, rules, shape).problems))
         return _whole(x)
     target = mesh_in_scope(mesh, x)
     if target is not None:
         raise_problems(_mesh_problems(rules, tuple(target.shape.items())))
     found = resolve(names, rules, shape, None if target is None else free_axes(target))
-    raise_problems(_located(found.problems))
+    raise_problems(located(found.problems))
     return x if target is None else lower(x, found.spec, target, f"names {names!r}")
 
 
-def _located(problems: Sequence[Problem]) -> list[Problem]:
-    """The same, with the line of code, and the module whose method runs there."""
+def located(problems: Sequence[Problem], what: str = "constraint") -> list[Problem]:
+    """The same, with the line of code, and the module whose method runs there.
+
+    >>> located([])
+    []
+    """
     if not problems:
         return []
     scope = getattr(current_module(), "scope", None)
     inside = "" if scope is None else f" (in the module {scope.path_text})"
-    where = f"constraint at {_caller()[0]}{inside}"
+    where = f"{what} at {_caller()[0]}{inside}"
     return [replace(problem, where=where) for problem in problems]
 
 
@@ -294,7 +300,7 @@ def lower(x: Any, spec: PartitionSpec, mesh: AnyMesh, what: str = "a layout") ->
     traced = isinstance(x, jx.core.Tracer)
     explicit, auto = _by_type(spec, axis_kinds(mesh))
     mesh = devices_of(mesh, traced)
-    if not traced and isinstance(mesh, AbstractMesh) and not _staged():
+    if not traced and isinstance(mesh, AbstractMesh) and not is_tracing():
         raise no_devices(what, spec, mesh.shape)
     try:
         if explicit is not None and auto is not None and not traced:
@@ -304,11 +310,6 @@ def lower(x: Any, spec: PartitionSpec, mesh: AnyMesh, what: str = "a layout") ->
         if "spmd_axis_name" in str(error) or "has duplicate entries" in str(error):
             raise mapped_over(what, spec) from error
         raise
-
-
-def _staged() -> bool:
-    """Whether operations are traced here, those on what a jitted function closes over too."""
-    return isinstance(jx.numpy.add(0, 0), jx.core.Tracer)
 
 
 def _lower(

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from shardflax.core.boxes import is_box
+from shardflax.core.staging import is_tracing
 from shardflax.partitioning.constraints import lower
 from shardflax.partitioning.errors import (
     MeshScopeError,
@@ -174,7 +175,7 @@ def _moved(moves: Sequence[_Move], mesh: AnyMesh, donate: bool) -> list[Any]:
         if isinstance(move.x, jax.ShapeDtypeStruct):
             sharding = NamedSharding(mesh, move.spec)
             done[i] = jax.ShapeDtypeStruct(move.x.shape, move.x.dtype, sharding=sharding)
-        elif not isinstance(move.x, jx.core.Tracer):
+        elif not is_tracing():
             now.append(i)
         elif donate:
             raise MeshScopeError(

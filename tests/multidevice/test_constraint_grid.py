@@ -161,6 +161,8 @@ def test_every_cell(region: str, transform: str, way: str, monkeypatch: Any) -> 
         expected = getattr(where, kind) if known else None
         assert said(found, kind) == ({expected} if expected else set()), found
     assert set(warned) <= {1}
+    if transform == "call":  # and nothing else is in the program
+        assert len(found) == (known and bool(where.constraint) + bool(where.reshard))
     if transform == "vmap spmd" and "constraint" in dict(found):
         assert all(spec[0] == "data" for kind, spec in found if kind == "constraint")
 

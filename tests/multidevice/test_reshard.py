@@ -82,6 +82,14 @@ def test_what_can_be_given() -> None:
     assert spec(reshard(np.ones((8, 6)), (P.UNCONSTRAINED, "mlp"), RULES, mesh)) == (None, "tensor")
 
 
+@pytest.mark.parametrize("types", TYPES, ids=str)
+def test_what_a_jitted_function_closes_over_moves_in_its_program(types: Any) -> None:
+    kept = params()
+    with use(make_mesh("fsdp=4,tensor=2", axis_types=types), RULES):
+        moved = jax.jit(lambda: reshard(kept, NAMES))()
+    assert spec(moved["w"]) == ("fsdp", "tensor")
+
+
 def test_abstract_arrays_get_a_sharding() -> None:
     shapes = jax.eval_shape(params)
     with use(make_abstract_mesh("fsdp=4,tensor=2"), RULES):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -118,6 +120,26 @@ def test_slices_of_hardware(spec: str, across: Any) -> None:
 def test_what_does_not_fit_the_slices_is_answered(spec: str, text: str) -> None:
     with pytest.raises(MeshSpecError, match=text):
         make_mesh(spec, tpus(2))
+
+
+@pytest.mark.parametrize("slices", [1, 2, 4])
+def test_every_axis_is_cut_as_its_spec_says(slices: int) -> None:
+    """Whatever the sizes, on hardware and emulated; each device is in the mesh once."""
+    axes = ("data", "fsdp", "rows")
+    chips, emulated = tpus(slices), [Fake(i, "cpu") for i in range(16 * slices)]
+    for dcn in itertools.product((1, 2, 4), repeat=3):
+        for ici in itertools.product((1, 2, 4, 8, 16), repeat=3):
+            if math.prod(dcn) != slices or math.prod(ici) != 16:
+                continue
+            across, inside = (
+                ",".join(f"{axis}={size}" for axis, size in zip(axes, sizes, strict=True))
+                for sizes in (dcn, ici)
+            )
+            mesh = make_mesh(f"dcn({across}) ici({inside})", chips)
+            said = dict(zip(axes, zip(dcn, ici, strict=True), strict=True))
+            assert networks(mesh) == said
+            assert sorted(ids(mesh)) == list(range(16 * slices))
+            assert networks(make_mesh(f"dcn({across}) ici({inside})", emulated)) == said
 
 
 def test_one_slice_has_nothing_across() -> None:
