@@ -185,7 +185,8 @@ def _evaluate(run: _Run) -> float:
     step = jax.jit(make_eval_step(plan.program.loss))
     limit = plan.options.run.eval_batches
     batches = text.held_out_batches(plan.windows, plan.batches, limit)
-    losses = [float(step(run.state, batch)["cross_entropy"]) for batch in batches]
+    with partitioning.use(plan.mesh, plan.rules, "eval"):
+        losses = [float(step(run.state, batch)["cross_entropy"]) for batch in batches]
     return sum(losses) / max(len(losses), 1)
 
 
