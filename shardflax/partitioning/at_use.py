@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from shardflax.partitioning.constraints import lower
+from shardflax.partitioning.constraints import located, lower
 from shardflax.partitioning.defaults import DefaultNames, in_force
-from shardflax.partitioning.errors import raise_problems
+from shardflax.partitioning.errors import Problem, raise_problems
 from shardflax.partitioning.override_lookup import stored_by_path
 from shardflax.partitioning.resolve import MeshAxes, resolve
 from shardflax.partitioning.rules import AxisRules
@@ -143,7 +143,9 @@ def _change(weight: Any, names: Names | None, beside: tuple[str, ...]) -> _Chang
     if mesh is None or said is None:
         return None
     advice = isinstance(names, DefaultNames)
-    specs = _specs(tuple(said), rules, tuple(np.shape(weight)), free_axes(mesh), beside, advice)
+    shape, axes = tuple(np.shape(weight)), free_axes(mesh)
+    specs, problems = _specs(tuple(said), rules, shape, axes, beside, advice)
+    raise_problems(located(problems, "weight at its use"))
     return None if specs is None else _Change(*specs, mesh)
 
 
@@ -155,19 +157,22 @@ def _specs(
     axes: MeshAxes,
     beside: tuple[str, ...],
     advice: bool,
-) -> tuple[PartitionSpec, PartitionSpec] | None:
-    """The stored and the used spec, or None where they are equal.
+) -> tuple[tuple[PartitionSpec, PartitionSpec] | None, tuple[Problem, ...]]:
+    """The stored and the used spec, or None where they are equal; and what is wrong.
 
     Names that nobody wrote are `advice`: where they do not fit, nothing is done.
     """
     stored = resolve(names, rules, shape, axes, rules.min_size)
     where_used = resolve(names, rules.compute, shape, axes, rules.min_size)
-    problems = stored.problems + where_used.problems
-    if not advice:
-        raise_problems(stored.problems or where_used.problems)
+    problems = stored.problems or where_used.problems
+    unknown = [p for name in beside for p in resolve((name,), rules.compute).problems]
+    if beside != _BESIDE and unknown:
+        return None, tuple(unknown)
+    if problems:
+        return None, () if advice else problems
     busy = {axis.rstrip("?") for name in beside for axis in rules.compute.get(name) or ()}
     used = make_spec(_without(entry, busy) for entry in where_used.spec)
-    return None if problems or used == stored.spec else (stored.spec, used)
+    return None if used == stored.spec else (stored.spec, used), ()
 
 
 def _without(entry: Any, axes: set[str]) -> Any:

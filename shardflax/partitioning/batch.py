@@ -7,7 +7,8 @@ from typing import Any
 from jax.sharding import Mesh, NamedSharding
 
 from shardflax.partitioning.errors import Problem, raise_problems
-from shardflax.partitioning.resolve import Resolution, resolve
+from shardflax.partitioning.given import check_mesh, check_strict
+from shardflax.partitioning.resolve import Resolution, check_mesh_axes, resolve
 from shardflax.partitioning.rules import AxisRules
 from shardflax.partitioning.scope import free_axes
 
@@ -25,7 +26,7 @@ def batch_sharding(
     For evaluation, give `rules.eval`.  With `shape`, the sizes are checked against the mesh.
 
     Raises a `LayoutError` for an unknown name, names of another rank than `shape`, or a dim that
-    its axes do not divide.
+    its axes do not divide; and, as `use` does, for rules that do not fit the mesh.
 
     >>> from shardflax.partitioning import make_mesh, preset
     >>> mesh = make_mesh("data=2,fsdp=2,tensor=2")
@@ -50,6 +51,9 @@ def batch_axes(mesh: Mesh, rules: AxisRules, name: str = "batch") -> tuple[str, 
 def _resolved(
     mesh: Mesh, rules: AxisRules, names: tuple[Any, ...], shape: tuple[int, ...] | None
 ) -> Resolution:
+    check_mesh(mesh)
+    check_strict(rules)
+    raise_problems(check_mesh_axes(rules, dict(mesh.shape)))
     found = resolve(names, rules.compute, shape, free_axes(mesh))
     raise_problems([Problem(p.error, p.text, p.dim, "batch") for p in found.problems])
     return found

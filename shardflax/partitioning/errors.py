@@ -65,6 +65,10 @@ class CollectivesError(LayoutError):
     def __init__(self, lines: Sequence[str]) -> None:
         text = "\n".join(lines)
         super().__init__(f"the program communicates otherwise than expected:\n{text}")
+        self.lines = tuple(lines)
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.lines,)
 
 
 class RematerializationError(LayoutError):
@@ -100,13 +104,19 @@ class LockDriftError(LayoutError):
         super().__init__(f"the layout is not what was locked:\n{text}")
         self.changes = tuple(changes)
 
+    def __reduce__(self) -> Any:
+        return type(self), (self.changes,)
+
 
 class LockFileError(FlaxError):
     """A lock file that cannot be read."""
 
     def __init__(self, path: Any, problem: str) -> None:
         super().__init__(f"{path}: {problem}")
-        self.path = path
+        self.path, self.problem = path, problem
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.path, self.problem)
 
 
 class UnknownNameError(LayoutError):
@@ -168,6 +178,9 @@ class PartitioningUnspecifiedError(FlaxError):
             f"know), or None for a replicated dim."
         )
         self.box = box
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.box,)
 
 
 class PartitionNameMismatchError(LayoutError):

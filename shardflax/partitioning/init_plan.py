@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
-from shardflax.partitioning.errors import raise_problems
+from shardflax.partitioning.errors import MeshScopeError, raise_problems
 from shardflax.partitioning.init_graph import graph_of
 from shardflax.partitioning.init_programs import Programs
 from shardflax.partitioning.init_progress import progress_line
@@ -48,6 +48,11 @@ class InitPlan:
 
     def run(self, progress: bool | None = None) -> Any:
         """The state, laid out; `progress` is that of `init_sharded`."""
+        if isinstance(self.layout.mesh, AbstractMesh):
+            raise MeshScopeError(
+                "init_sharded: an abstract mesh has no devices to make arrays on. Give "
+                "make_mesh(...); abstract_layout and plan_init allocate nothing."
+            )
         leaves: list[Any] = [None] * len(self.layout.leaves)
         self._programs.make_keys()
         with self._scope(), progress_line(self.layout, progress) as tell:

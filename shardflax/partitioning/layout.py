@@ -14,9 +14,10 @@ from shardflax.core.errors import did_you_mean
 from shardflax.partitioning.boxes import Partitioned
 from shardflax.partitioning.constraints import lower
 from shardflax.partitioning.errors import LayoutError, Problem, raise_problems
+from shardflax.partitioning.given import check_mesh, check_rules
 from shardflax.partitioning.leaf import Leaf, place_leaf
 from shardflax.partitioning.overrides import freeze
-from shardflax.partitioning.paths import Path, keys_of
+from shardflax.partitioning.paths import Path, keys_of, path_text
 from shardflax.partitioning.resolve import check_mesh_axes
 from shardflax.partitioning.rules import AxisRules, LogicalRules
 from shardflax.partitioning.scope import AnyMesh, InitTrace, free_axes
@@ -45,7 +46,8 @@ class Layout:
     others (caches, statistics, batches) by `rules.compute`.
 
     Nothing is raised here: `problems` lists what is wrong, `check` raises it.  `trace` is the
-    record of constraints that an init met.  Raises `OverrideError` for `names` that are none.
+    record of constraints that an init met.  Raises `OverrideError` for `names` that are none, and
+    `LayoutError` for `parameters` that are not there, or for what is no mesh, or no rules.
 
     >>> import jax.numpy as jnp
     >>> from shardflax.partitioning import LogicallyPartitioned, make_mesh, preset
@@ -67,12 +69,14 @@ class Layout:
         parameters: Path | None = None,
         names: Mapping[str, tuple[Any, ...]] | None = None,
     ) -> None:
+        check_mesh(mesh)
+        check_rules(rules)
         self.mesh = mesh
         self.rules = rules
         self._trace = trace or InitTrace()
         flat, self._treedef = jx.tree_util.tree_flatten_with_path(state, is_leaf=_is_box)
         found = [_opened(keys_of(path), leaf) for path, leaf in flat]
-        root = find_root(state, found) if parameters is None else tuple(parameters)
+        root = find_root(state, found) if parameters is None else _said_root(parameters, found)
         named = StateNames(found, root, rules, freeze(names or {}, "the state"))
         self._by_path = named.problems
         axes = free_axes(mesh)
@@ -196,6 +200,15 @@ def _is_box(x: Any) -> bool:
 @functools.cache
 def _is_box_type(of: type[Any]) -> bool:
     return issubclass(of, AxisMetadata)
+
+
+def _said_root(root: Path, leaves: Iterable[StateLeaf]) -> Path:
+    """`root`, if something of the state is below it."""
+    root, paths = tuple(root), [leaf.path for leaf in leaves]
+    if all(path[: len(root)] != root for path in paths):
+        hint = did_you_mean(path_text(root), {path_text(path[: len(root)]) for path in paths})
+        raise LayoutError(f"parameters={root!r}: the state has nothing there: {hint}")
+    return root
 
 
 def _opened(path: Path, leaf: Any) -> StateLeaf:

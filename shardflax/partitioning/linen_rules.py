@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 
 from shardflax.core.errors import did_you_mean
 from shardflax.partitioning.errors import RepeatedNameError, UnknownNameError
+from shardflax.partitioning.given import check_rules
 from shardflax.partitioning.rules import LogicalRules
 
 __all__ = ["RulesFallback", "linen_axes", "undecided_error"]
@@ -38,6 +39,7 @@ def linen_axes(names: Sequence[Any], rules: LogicalRules) -> tuple[list[Any], li
     >>> linen_axes(("batch", "mlp"), [("batch", "data"), ("mlp", ("data", "model"))])
     (['data', None], [1])
     """
+    check_rules(rules)
     repeated = [n for i, n in enumerate(names) if isinstance(n, str) and n in names[:i]]
     if repeated:
         raise RepeatedNameError(

@@ -66,6 +66,10 @@ class MeshSpec:
         if slices is not None and count != slices:
             filled = replace(self, ici=ici, dcn=dcn)
             raise MeshSpecError(other_slices(filled, devices, slices, count))
+        if slices is not None and devices % slices:
+            raise MeshSpecError(
+                f"mesh {self.text!r}: {slices} slices do not divide {devices} devices."
+            )
         need = count * math.prod(ici)
         if need != devices:
             raise MeshSpecError(misfit(self, devices, need, slices is not None))

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from shardflax.core.calls import InterceptorContext, context, intercept_methods
+from shardflax.core.module import Module
 from shardflax.partitioning.constraints import lower
 from shardflax.partitioning.errors import OverrideError, Problem, raise_problems
 from shardflax.partitioning.overrides import unmatched
@@ -137,7 +138,8 @@ def _is_array(x: Any) -> bool:
 @functools.lru_cache(maxsize=4096)
 def _paths(module: str, cls: type) -> frozenset[str]:
     """Every path that an override could mean by this module: itself, and its methods."""
-    methods = [m for m in dir(cls) if m == "__call__" or m[:1] != "_"]
+    own = set(dir(cls)) - set(dir(Module)) - set(getattr(cls, "__dataclass_fields__", ()))
+    methods = ["__call__", *(m for m in own if m[:1] != "_" and callable(getattr(cls, m)))]
     return frozenset((module, *(f"{module}/{m}".lstrip("/") for m in methods)))
 
 

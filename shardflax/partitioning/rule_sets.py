@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from shardflax.core.errors import did_you_mean
 from shardflax.partitioning.default_table import DEFAULT_TABLE
 from shardflax.partitioning.errors import InvalidRuleError
 from shardflax.partitioning.vocabulary import KNOWN_AXES
 
-__all__ = ["FOLLOWS", "Table", "check_set", "overlaid", "united"]
+__all__ = ["FOLLOWS", "Table", "check_changed", "check_set", "overlaid", "united"]
 
 Table = Mapping[str, tuple[str, ...]]
 
@@ -77,3 +78,17 @@ def check_set(kind: str, table: Table, stored: Table, title: str) -> None:
             f"{title}: the rules for {kind} have none for {', '.join(missing[:3])}{more}. Give "
             f"{kind}= a dict to change some rules of the set before, or rules for every name."
         )
+
+
+def check_changed(kind: str, changed: Table, before: Table, title: str) -> None:
+    """Raises `InvalidRuleError` if a set changes a rule that is not there: it may be a slip.
+
+    >>> check_changed("compute", {"embed": ()}, {"embed": ("data",)}, "mine")
+    """
+    for name in changed:
+        if name not in before:
+            raise InvalidRuleError(
+                f"{title}: {kind}= changes the rule for {name!r}, and there is none: "
+                f"{did_you_mean(name, before)} Give the name a rule for stored parameters first "
+                f"({{{name!r}: None}})."
+            )

@@ -11,7 +11,14 @@ from shardflax.core.errors import did_you_mean
 from shardflax.partitioning.errors import InvalidRuleError, OverrideError
 from shardflax.partitioning.overrides import Overrides, call_paths, find_names, freeze, merge
 from shardflax.partitioning.roles import Roles, roles_of
-from shardflax.partitioning.rule_sets import FOLLOWS, Table, check_set, overlaid, united
+from shardflax.partitioning.rule_sets import (
+    FOLLOWS,
+    Table,
+    check_changed,
+    check_set,
+    overlaid,
+    united,
+)
 from shardflax.partitioning.rule_table import rules_table, rules_text
 
 if TYPE_CHECKING:
@@ -41,8 +48,8 @@ class AxisRules(Sequence[tuple[str, tuple[str, ...]]]):
     `AxisRules` replace all.  Unsaid, compute and optimizer are as stored, and eval as compute.
     Parameters and optimizer leaves of fewer than `min_size` elements are not sharded.
 
-    Raises `InvalidRuleError` for a name with two rules, an axis twice in a rule, bad syntax, or
-    a set that lacks a name.
+    Raises `InvalidRuleError` for a name with two rules, an axis twice in a rule, bad syntax, a
+    set that lacks a name, or a dict that changes a name without a rule.
 
     >>> rules = AxisRules({"batch": "data fsdp", "embed": "fsdp", "mlp": "fsdp? tensor"})
     >>> rules["mlp"]
@@ -194,7 +201,8 @@ class AxisRules(Sequence[tuple[str, tuple[str, ...]]]):
     ) -> AxisRules:
         """These rules with other sets: a dict changes some rules of a set, `AxisRules` replace it.
 
-        Raises `InvalidRuleError` for `AxisRules` that lack a name.
+        Raises `InvalidRuleError` for `AxisRules` that lack a name, and for a dict that changes one
+        without a rule.
 
         >>> AxisRules({"embed": "fsdp"}).with_sets(compute={"embed": None}).compute["embed"]
         ()
@@ -376,7 +384,9 @@ def _sets_of(
         if isinstance(rules, AxisRules):
             every[kind] = dict(rules.entries)
         elif rules is not None:
-            every[kind] = overlaid(every[kind], _table_of(rules, f"{title}: {kind}"))
+            changed = _table_of(rules, f"{title}: {kind}")
+            check_changed(kind, changed, every[kind], title)
+            every[kind] = overlaid(every[kind], changed)
     return {
         kind: every[kind] for kind in FOLLOWS if said[kind] is not None or kind in (known or {})
     }

@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from shardflax.core.staging import entered_mesh
 from shardflax.partitioning.errors import InvalidRuleError, Problem, raise_problems
+from shardflax.partitioning.given import check_mesh, check_rules
 from shardflax.partitioning.resolve import MeshAxes, check_mesh_axes
 from shardflax.partitioning.rules import AxisRules, LogicalRules
 from shardflax.partitioning.untyped import jx
@@ -101,6 +102,7 @@ def set_logical_axis_rules(rules: LogicalRules) -> None:
     [('embed', 'model')]
     >>> set_logical_axis_rules(())
     """
+    check_rules(rules)
     _scope.rules = rules if rules or isinstance(rules, AxisRules) else None
     _traced_under.set_global(_as_key(_scope.rules))
     if _has_outputs(rules):
@@ -117,6 +119,7 @@ def logical_axis_rules(rules: LogicalRules) -> Generator[None]:
     ...     get_logical_axis_rules()
     [('batch', 'data')]
     """
+    check_rules(rules, or_none=True)
     before, _scope.rules = _scope.rules, rules
     try:
         with _traced_under(_as_key(rules)), _outputs_laid_out(rules):
@@ -160,6 +163,8 @@ def use(
     ('fsdp', 'tensor')
     """
     rules = _for(rules, which)
+    if mesh is not None:
+        check_mesh(mesh)
     if mesh is not None and isinstance(rules, AxisRules):
         raise_problems(check_mesh_axes(rules, dict(mesh.shape)))
     with logical_axis_rules(rules), _enter(mesh):

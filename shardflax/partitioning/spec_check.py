@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 
 from shardflax.core.errors import did_you_mean
 from shardflax.partitioning.errors import (
+    AxisConflictError,
     IndivisibleDimError,
     NamesRankError,
     Problem,
@@ -87,9 +88,16 @@ def check_spec(
         )
         return [Problem(NamesRankError, text)]
     problems: list[Problem] = []
+    owner: dict[Any, int] = {}
     for dim, entry in enumerate(spec):
         axes = spec_axes(entry)
         for axis in axes:
+            if axis in owner:
+                text = f"{what}: dims {owner[axis]} and {dim} both have the axis {axis!r}."
+                if owner[axis] == dim:
+                    text = f"{what}: dim {dim} has the axis {axis!r} twice."
+                problems.append(Problem(AxisConflictError, text, dim))
+            owner[axis] = dim
             if axis not in sizes:
                 hint = did_you_mean(str(axis), sizes)
                 text = f"{what}: dim {dim} names the axis {axis!r}, which the mesh lacks: {hint}"

@@ -78,7 +78,8 @@ class StateNames:
     What is said for a leaf by path comes first: `said`, for any leaf, and the overrides of strict
     rules, for parameters.  Then its box, then the parameter that it belongs to.
 
-    >>> leaf = StateLeaf(("w",), None, 0)
+    >>> import jax
+    >>> leaf = StateLeaf(("w",), None, jax.ShapeDtypeStruct((8,), "float32"))
     >>> StateNames([leaf], (), [], (("w", ("embed",)),)).of(leaf).names
     ('embed',)
     """

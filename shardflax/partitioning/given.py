@@ -1,0 +1,70 @@
+"""What callers give for rules and for a mesh, looked at before anything is done with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from jax.sharding import AbstractMesh, Mesh
+
+from shardflax.partitioning.errors import InvalidRuleError, MeshSpecError
+from shardflax.partitioning.rules import AxisRules
+
+__all__ = ["check_mesh", "check_rules", "check_strict"]
+
+
+def check_rules(rules: Any, or_none: bool = False) -> None:
+    """Raises `InvalidRuleError` unless `rules` are `AxisRules` or a sequence of pairs.
+
+    >>> check_rules([("batch", "data")])
+    """
+    if isinstance(rules, AxisRules) or (or_none and rules is None):
+        return
+    if isinstance(rules, Sequence) and not isinstance(rules, str):
+        odd = next((one for one in cast(Sequence[Any], rules) if not _is_pair(one)), None)
+        if odd is None:
+            return
+        raise _no_rules(f"{odd!r}. A pair is a name and its axes, ('batch', 'data')")
+    raise _no_rules(_found(rules))
+
+
+def check_strict(rules: Any) -> None:
+    """Raises `InvalidRuleError` unless `rules` are `AxisRules`.
+
+    >>> check_strict(AxisRules({}))
+    """
+    check_rules(rules)
+    if not isinstance(rules, AxisRules):
+        raise _no_rules("plain pairs, which have no sets. Write AxisRules(...)", "")
+
+
+def check_mesh(mesh: Any) -> None:
+    """Raises `MeshSpecError` unless `mesh` is one, with devices or abstract.
+
+    >>> check_mesh(AbstractMesh((), ()))
+    """
+    if not isinstance(mesh, (Mesh, AbstractMesh)):
+        found = f"{mesh!r}. Write make_mesh({mesh!r})" if isinstance(mesh, str) else _kind(mesh)
+        raise MeshSpecError(f"a mesh is expected, not {found}.")
+
+
+def _is_pair(one: Any) -> bool:
+    """True for a rule of Linen's: a name and what it takes."""
+    return isinstance(one, (tuple, list)) and len(cast(Sequence[Any], one)) == 2
+
+
+def _found(rules: Any) -> str:
+    """What was given for rules, and what to write."""
+    if isinstance(rules, str):
+        return f"{rules!r}. Write preset({rules!r})"
+    if rules is None:
+        return "None. Write () if none are wanted"
+    return "a dict. Write AxisRules({...})" if isinstance(rules, Mapping) else _kind(rules)
+
+
+def _kind(given: Any) -> str:
+    return "None" if given is None else f"a {type(given).__name__}"
+
+
+def _no_rules(found: str, pairs: str = ", or pairs") -> InvalidRuleError:
+    return InvalidRuleError(f"rules are AxisRules{pairs}, not {found}.")

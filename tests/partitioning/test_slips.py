@@ -1,0 +1,153 @@
+"""Slips that every entry point has to answer: what was given, and what to write instead."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import shardflax.nn as nn
+from shardflax import partitioning as pt
+
+RULES = pt.AxisRules({"batch": "data", "embed": "fsdp", "mlp": "tensor", "act_mlp": "tensor"})
+MESH = pt.make_mesh("fsdp=4,tensor=2")
+X = jnp.ones((8, 8))
+
+
+def _in_scope(run: Any) -> Any:
+    with pt.use(MESH, RULES):
+        return run()
+
+
+def _layout(mesh: Any = MESH, rules: Any = RULES) -> Any:
+    return pt.abstract_layout(lambda: {"w": X}, mesh=mesh, rules=rules)
+
+
+@pytest.mark.parametrize("kind", ["compute", "optimizer", "eval"])
+def test_a_set_changes_rules_that_are_there(kind: str) -> None:
+    """A misspelt name in a set would change nothing, in silence."""
+    text = f"rules: {kind}= changes the rule for 'bacth', .* none: did you mean 'batch'"
+    with pytest.raises(pt.InvalidRuleError, match=text):
+        pt.AxisRules(RULES, **{kind: {"bacth": None}})  # type: ignore[arg-type]
+    with pytest.raises(pt.InvalidRuleError, match=text):
+        RULES.with_sets(**{kind: [("bacth", None)]})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ("fsdp_tp", r"not 'fsdp_tp'. Write preset\('fsdp_tp'\)"),
+        ({"batch": "data"}, r"not a dict. Write AxisRules\({...}\)"),
+        ([("batch",)], r"not \('batch',\)"),
+        (MESH, "not a Mesh"),
+    ],
+)
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda rules: pt.use(MESH, rules).__enter__(),
+        lambda rules: pt.logical_axis_rules(rules).__enter__(),
+        lambda rules: pt.set_logical_axis_rules(rules),
+        lambda rules: pt.with_logical_constraint(X, ("batch", None), rules, MESH),
+        lambda rules: pt.Layout({"w": X}, MESH, rules),
+        lambda rules: _layout(rules=rules),
+        lambda rules: pt.explain({"w": X}, MESH, rules),
+        lambda rules: pt.batch_sharding(MESH, rules),
+    ],
+)
+def test_what_is_no_rules(run: Any, wrong: Any, text: str) -> None:
+    with pytest.raises(pt.InvalidRuleError, match=f"rules are AxisRules, .*{text}"):
+        run(wrong)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda mesh: pt.use(mesh, RULES).__enter__(),
+        lambda mesh: pt.Layout({"w": X}, mesh, RULES),
+        lambda mesh: _layout(mesh),
+        lambda mesh: pt.init_sharded(lambda: X, mesh=mesh, rules=RULES),
+        lambda mesh: pt.batch_sharding(mesh, RULES, ("batch",)),
+    ],
+)
+def test_what_is_no_mesh(run: Any) -> None:
+    with pytest.raises(pt.MeshSpecError, match=r"not 'fsdp=8'. Write make_mesh\('fsdp=8'\)"):
+        run("fsdp=8")
+
+
+def test_a_layout_needs_rules_and_a_mesh() -> None:
+    with pytest.raises(pt.InvalidRuleError, match=r"not None. Write \(\) if none are wanted"):
+        pt.Layout({"w": X}, MESH, None)  # type: ignore[arg-type]
+    with pytest.raises(pt.MeshSpecError, match="not None"):
+        pt.Layout({"w": X}, None, RULES)  # type: ignore[arg-type]
+
+
+def test_a_mesh_axis_on_two_dims() -> None:
+    """Of a box with mesh axes, JAX would refuse it later, and without a path."""
+    box = nn.Partitioned(X, ("fsdp", "fsdp"))
+    layout = pt.Layout({"w": box}, MESH, RULES)
+    text = r"w, shape \(8, 8\): .*: dims 0 and 1 both have the axis 'fsdp'"
+    with pytest.raises(pt.AxisConflictError, match=text):
+        layout.check()
+
+
+def test_dims_beside_a_weight_have_rules() -> None:
+    with pytest.raises(pt.UnknownNameError, match=r"'bacth' .*did you mean 'batch'"):
+        _in_scope(lambda: pt.at_use(X, ("embed", "mlp"), ("bacth",)))
+
+
+def test_a_weight_that_was_never_boxed_has_a_place_in_errors() -> None:
+    model = nn.Dense(8, kernel_axes=("emebd", "mlp"), use_bias=False)
+    with pytest.raises(pt.UnknownNameError, match=r"weight at its use at .*test_slips.*'emebd'"):
+        _in_scope(lambda: model.apply({"params": {"kernel": X}}, X))
+
+
+def test_a_batch_over_a_mesh_with_another_word_for_its_axes() -> None:
+    """The rules' axes count as size 1 where a mesh lacks them: the batch would be whole."""
+    with pytest.raises(pt.UnknownAxisError, match=r"mesh axis 'model' .*did you mean 'tensor'"):
+        pt.batch_sharding(pt.make_mesh("model=8"), RULES, ("batch",))
+
+
+def test_parameters_that_are_not_where_they_are_said_to_be() -> None:
+    with pytest.raises(pt.LayoutError, match=r"parameters=\('modle',\).*did you mean 'model'"):
+        pt.Layout({"model": {"w": X}}, MESH, RULES, parameters=("modle",))
+
+
+def test_arrays_cannot_be_made_on_an_abstract_mesh() -> None:
+    mesh: Any = pt.make_abstract_mesh("fsdp=8")
+    with pytest.raises(pt.MeshScopeError, match=r"init_sharded.*has no devices.*abstract_layout"):
+        pt.init_sharded(lambda: X, mesh=mesh, rules=RULES)
+
+
+def test_overrides_are_compared_with_what_a_user_wrote() -> None:
+    """Not with the attributes that every module has."""
+    rules = RULES.with_overrides(activations={"nope": ("batch", "act_mlp")})
+    model = nn.Dense(8)
+    layout = pt.abstract_layout(lambda: model.init(jax.random.key(0), X), mesh=MESH, rules=rules)
+    (problem,) = layout.problems
+    assert "scope" not in str(problem) and "known: , __call__." in str(problem)
+
+
+def test_slices_that_do_not_divide_the_devices() -> None:
+    with pytest.raises(pt.MeshSpecError, match=r"3 slices .* 64 devices"):
+        pt.make_abstract_mesh("dcn(data=-1) ici(fsdp=-1)", devices=64, slices=3)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        pt.CollectivesError(["a", "b"]),
+        pt.LockDriftError(["a", "b"]),
+        pt.LockFileError("no.lock", "there is no such file."),
+        pt.PartitioningUnspecifiedError(nn.Partitioned(1.0, ("embed",))),
+        pt.UnknownNameError("a", [pt.Problem(pt.UnknownNameError, "a")]),
+    ],
+)
+def test_errors_cross_processes(error: Exception) -> None:
+    """As a test runner with workers sends them."""
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is type(error) and str(again) == str(error)
+    assert again.__dict__ == error.__dict__
