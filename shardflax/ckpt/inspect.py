@@ -97,6 +97,7 @@ class CheckpointInfo:
     leaves: tuple[LeafInfo, ...]
     nones: tuple[LeafPath, ...]
     extras: Mapping[str, Any]
+    metrics: Mapping[str, float]
     mesh: Mapping[str, int]
     processes: int
     time: float
@@ -111,7 +112,7 @@ class CheckpointInfo:
     def written(self) -> str:
         """When and by whom, as users read it.
 
-        >>> CheckpointInfo(Path("x"), "orbax", 3, (), (), {}, {"data": 8}, 2, 0.0, 0).written
+        >>> CheckpointInfo(Path("x"), "orbax", 3, (), (), {}, {}, {"data": 8}, 2, 0.0, 0).written
         'by 2 processes on data=8'
         """
         parts = [when(self.time)] if self.time else []
@@ -125,6 +126,7 @@ class CheckpointInfo:
         """All of it as JSON."""
         values = dataclasses.asdict(dataclasses.replace(self, leaves=()))
         values |= {"path": str(self.path), "bytes": self.nbytes, "mesh": dict(self.mesh)}
+        values |= {"metrics": dict(self.metrics), "extras": dict(self.extras)}
         values["leaves"] = [leaf.to_json() for leaf in self.leaves]
         return json.dumps(values, indent=1)
 
@@ -167,6 +169,7 @@ def about(found: Found) -> CheckpointInfo:
         leaves=leaves,
         nones=tuple(source.nones),
         extras=found.extras(),
+        metrics=manifest.metrics if manifest else {},
         mesh=manifest.mesh if manifest else {},
         processes=manifest.processes if manifest else 0,
         time=manifest.time if manifest else found.path.stat().st_mtime,

@@ -9,7 +9,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from shardflax.ckpt.errors import CheckpointNotFoundError, CheckpointReadError
+from shardflax.ckpt.errors import (
+    CheckpointFolderError,
+    CheckpointNotFoundError,
+    CheckpointReadError,
+)
 from shardflax.ckpt.folder import StepFolder
 from shardflax.ckpt.foreign import find_item
 from shardflax.ckpt.manifest import NAME, Manifest
@@ -60,14 +64,15 @@ def format_of(path: Path) -> str:
         return "safetensors"
     if start[:1] and (0x80 <= start[0] <= 0x8F or start[0] in (0xDE, 0xDF)):
         return "flax msgpack"
-    raise ValueError(f"{path} is neither a safetensors file nor MessagePack of a state dict")
+    raise ValueError(f"{path} is neither a safetensors file nor a state dict in MessagePack")
 
 
 def find_checkpoint(path: str | os.PathLike[str], step: int | None = None) -> Found:
     """Opens a checkpoint: a step's folder, a run's (its latest step, or `step`), or a file.
 
     A file is safetensors or MessagePack of Flax; a folder may also hold safetensors files.  Needs
-    no devices.  Raises CheckpointNotFoundError; CheckpointReadError for what is damaged.
+    no devices.  Raises CheckpointFolderError, CheckpointNotFoundError; CheckpointReadError for
+    what is damaged.
 
     >>> import tempfile
     >>> from shardflax.ckpt.manager import CheckpointManager
@@ -87,6 +92,8 @@ def find_checkpoint(path: str | os.PathLike[str], step: int | None = None) -> Fo
             return _file(where)
     except (ValueError, OSError) as error:
         raise CheckpointReadError(where, None, error) from error
+    if not where.exists():
+        raise CheckpointFolderError(where, "there is neither a folder nor a file", "Was it moved?")
     steps = StepFolder(where).steps()
     chosen = max(steps, default=None) if step is None else step
     if chosen is None or chosen not in steps:

@@ -104,7 +104,7 @@ def _source(
     ours = json.loads(metadata.pop(_OURS, "{}"))
     nones = tuple(tuple(map(str, path)) for path in json.loads(metadata.pop(_NONES, "[]")))
     leaves, tensors = dict[LeafPath, LeafSpec](), dict[LeafPath, tuple[Path, Tensor]]()
-    for name, (file, tensor) in found.items():
+    for name, (file, tensor) in sorted(found.items(), key=_natural):
         spec, path = LeafSpec("array", tensor.shape, tensor.dtype), paths[name]
         if name in ours:
             path, spec = _noted(ours.pop(name))
@@ -120,6 +120,12 @@ def _source(
         raise ValueError("two tensors have one path")
     extras = dict(json.loads(metadata.pop(_EXTRAS, "{}")))
     return SafetensorsSource(tensors, leaves, {**metadata, **extras}, nones)
+
+
+def _natural(item: tuple[str, Any]) -> list[Any]:
+    """Sorts layer 10 after layer 9."""
+    return [(part.isdecimal(), int(part) if part.isdecimal() else part)
+            for part in item[0].split(".")]  # fmt: skip
 
 
 def _noted(entry: Any) -> tuple[LeafPath, LeafSpec]:

@@ -49,7 +49,7 @@ def rows_of(leaves: Iterable[LeafInfo], every: bool = False) -> list[Row]:
     >>> from shardflax.ckpt.leaves import LeafSpec
     >>> leaves = [LeafInfo((f"layers_{i}", "w"), LeafSpec("array", (2,), "int8")) for i in range(9)]
     >>> [row.name for row in rows_of(leaves)]
-    ['layers_0 ... layers_8 (9 alike)', 'w']
+    ['layers_0 ... layers_8 (9 alike)/w']
     """
     tree: Node = {}
     for leaf in leaves:
@@ -63,13 +63,16 @@ def rows_of(leaves: Iterable[LeafInfo], every: bool = False) -> list[Row]:
 def _rows(tree: Node, depth: int, every: bool) -> Iterator[Row]:
     for names in [[name] for name in tree] if every else _alike(tree):
         first = tree[names[0]]
+        total = sum(_nbytes(tree[name]) for name in names)
         shown = [name.removesuffix("/") for name in names]
         name = shown[0] if len(names) == 1 else f"{shown[0]} ... {shown[-1]} ({len(names)} alike)"
+        while isinstance(first, dict) and len(first) == 1:  # an only child needs no line
+            ((inner, first),) = first.items()
+            name = f"{name}/{inner.removesuffix('/')}"
         if isinstance(first, LeafInfo):
-            total = sum(tree[name].spec.nbytes for name in names)
             yield Row(depth, name, _form(first), first.layout, total, False)
         else:
-            yield Row(depth, name, "", "", sum(map(_nbytes, (tree[n] for n in names))), True)
+            yield Row(depth, name, "", "", total, True)
             yield from _rows(first, depth + 1, every)
 
 
@@ -113,8 +116,8 @@ def heading(info: CheckpointInfo) -> str:
     """What a checkpoint is, in a line or two.
 
     >>> from pathlib import Path
-    >>> print(heading(CheckpointInfo(Path("x"), "orbax", 3, (), (), {}, {}, 0, 0.0, 9)))
-    x (orbax, step 3): 0 leaves, 0 B, 9 B on disk
+    >>> print(heading(CheckpointInfo(Path("x"), "orbax", 3, (), (), {}, {}, {}, 0, 0.0, 9)))
+    x (orbax, step 3): 0 leaves, 0 B (9 B on disk)
     """
     step = "" if info.step is None else f", step {info.step}"
     count = f"{len(info.leaves):,} leaves, {bytes_text(info.nbytes)}"
@@ -123,6 +126,8 @@ def heading(info: CheckpointInfo) -> str:
     ]
     if info.written:
         lines.append(f"written {info.written}")
+    if info.metrics:
+        lines.append("metrics: " + ", ".join(f"{k}={v:.6g}" for k, v in info.metrics.items()))
     if info.extras:
         lines.append(f"extras: {', '.join(info.extras)}")
     return "\n".join(lines)
