@@ -22,7 +22,7 @@ POINTS = (
 )
 """The moments in their order; "group" comes once for each transaction of each process."""
 
-_listeners: list[Callable[[str], None]] = []
+_listeners: list[Callable[[str], object]] = []
 
 
 def at(point: str) -> None:
@@ -34,7 +34,7 @@ def at(point: str) -> None:
         listener(point)
 
 
-def listen(listener: Callable[[str], None]) -> Callable[[], None]:
+def listen(listener: Callable[[str], object]) -> Callable[[], None]:
     """Calls `listener` at every moment from now on; returns what ends that.
 
     >>> end = listen(print)

@@ -27,6 +27,7 @@ from shardflax.ckpt.folder import StepFolder, expired
 from shardflax.ckpt.handle import SaveHandle
 from shardflax.ckpt.manifest import check_json
 from shardflax.ckpt.match import Options, Patterns
+from shardflax.ckpt.opening import open_step
 from shardflax.ckpt.plan import Plan, make_plan
 from shardflax.ckpt.reading import Restored, restore_step
 from shardflax.ckpt.rendezvous import Rendezvous, meet, new_token
@@ -52,6 +53,8 @@ class CheckpointManager:
       keep: how many of the newest steps to keep; None keeps all.
       save_every: `save` does nothing for steps that this does not divide.
       keep_every: steps that this divides are never deleted.
+      best: the name of a metric: the step with the least one is not deleted either; the greatest
+        with `best_is_max`.
       read_only: for a second program that looks on: nothing is written, tested or cleaned up.
       timeout: seconds that processes wait for one another.
       staging: how many bytes a process may hold for a save that are not yet written; `save` waits
@@ -77,6 +80,8 @@ class CheckpointManager:
         keep: int | None = 3,
         save_every: int = 1,
         keep_every: int | None = None,
+        best: str | None = None,
+        best_is_max: bool = False,
         read_only: bool = False,
         timeout: float = 600,
         staging: int | None = None,
@@ -86,6 +91,7 @@ class CheckpointManager:
             if value is not None and value < 1:
                 raise ValueError(f"CheckpointManager: {name} must be at least 1, not {value}.")
         self.keep, self.save_every, self.keep_every = keep, save_every, keep_every
+        self.best, self.best_is_max = best, best_is_max
         self.read_only, self.staging, self.on_error = read_only, staging, on_error
         self._folder = StepFolder(_local_path(directory))
         self._own: set[int] = set()
@@ -95,6 +101,7 @@ class CheckpointManager:
         self._meeting = meet(timeout)
         self._token = ""
         self._seen: list[int] = []
+        self._metrics: dict[int, dict[str, float]] = {}
         if not read_only:
             self._begin()
             self._writer = Worker("shardflax-save")
@@ -141,6 +148,10 @@ class CheckpointManager:
         """The newest committed step, or None."""
         return max(self.all_steps(), default=None)
 
+    def best_step(self) -> int | None:
+        """The committed step with the best metric; None if no step has it."""
+        return self._best_of(self.all_steps())
+
     def is_due(self, step: int) -> bool:
         """True if `save(step, ...)` would save without `force`."""
         return step % self.save_every == 0 and step not in self._own
@@ -151,6 +162,8 @@ class CheckpointManager:
         state: Any,
         *,
         extras: Mapping[str, Any] | None = None,
+        process_extras: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
         force: bool = False,
     ) -> SaveHandle | None:
         """Starts saving a state; returns a handle, or None if it did not.
@@ -159,7 +172,9 @@ class CheckpointManager:
         run saved or restored the step already.  On return the state may be donated or changed.
 
         `state` is a pytree of arrays, typed PRNG keys, numbers and strings; static fields are not
-        stored.  `extras` is JSON, committed together with the state.
+        stored.  `extras` is JSON, committed together with the state; process 0's.  `process_extras`
+        is JSON too, each process's own: the state of its data iterator, say.  `metrics` are
+        numbers, of which `best` names one; process 0's.
 
         Raises CheckpointLeafError for a leaf that cannot be stored; CheckpointExistsError for a
         step that another run wrote.  The error of an earlier background save is raised too, but
@@ -184,13 +199,21 @@ class CheckpointManager:
         plan, leaves = make_plan(state)
         self._settle()
         failure, self._failure = self._failure, None
-        handle = self._start(step, plan, leaves, checked)
+        numbers = {name: float(value) for name, value in (metrics or {}).items()}
+        own = check_json(dict(process_extras or {}))
+        handle = self._start(step, plan, leaves, checked, numbers, own)
         if failure is not None:
             raise failure
         return handle
 
     def _start(
-        self, step: int, plan: Plan, leaves: list[Any], extras: dict[str, Any]
+        self,
+        step: int,
+        plan: Plan,
+        leaves: list[Any],
+        extras: dict[str, Any],
+        metrics: dict[str, float],
+        process_extras: dict[str, Any],
     ) -> SaveHandle:
         """Hands the staged state to the writer."""
         budget = Budget(self.staging)
@@ -202,6 +225,8 @@ class CheckpointManager:
             plan=plan,
             values=_python_values(plan, leaves),
             extras=extras,
+            metrics=metrics,
+            process_extras=process_extras,
             meeting=self._meeting,
             syncer=self._syncer,
             budget=budget,
@@ -231,9 +256,11 @@ class CheckpointManager:
     def _run(self, job: Save, handle: SaveHandle) -> None:
         """A save from beginning to end, on the writer's thread."""
         try:
+            self._metrics[job.step] = dict(job.metrics)
             self._seen = job.run(self._after)
         except BaseException as error:
             self._own.discard(job.step)
+            self._metrics.pop(job.step, None)
             failure = CheckpointSaveError(self.directory, job.step, error)
             failure.__cause__ = error
             self._fail(failure)
@@ -247,15 +274,39 @@ class CheckpointManager:
     def _after(self, step: int) -> list[int]:
         """The steps that there will be once one more is committed, for the other processes."""
         steps = sorted({*self._folder.steps(), step})
-        gone = expired(steps, self.keep, self.keep_every)
+        gone = self._expired(steps)
         return [s for s in steps if s not in gone]
+
+    def _expired(self, steps: list[int]) -> list[int]:
+        """What the policy lets go."""
+        best = self._best_of(steps)
+        return expired(steps, self.keep, self.keep_every, () if best is None else (best,))
+
+    def _best_of(self, steps: list[int]) -> int | None:
+        """The step with the best metric, of those that have it."""
+        if self.best is None:
+            return None
+        found = {step: self._metrics_of(step).get(self.best) for step in steps}
+        sign = -1 if self.best_is_max else 1
+        known = [(sign * value, -step) for step, value in found.items() if value is not None]
+        return -min(known)[1] if known else None
+
+    def _metrics_of(self, step: int) -> dict[str, float]:
+        """The metrics saved with a step; none for one that cannot be read."""
+        if step not in self._metrics:
+            try:
+                about = open_step(self._folder.step(step)).manifest
+            except (ValueError, OSError):
+                about = None
+            self._metrics[step] = dict(about.metrics) if about else {}
+        return self._metrics[step]
 
     def _expire(self, step: int) -> None:
         """Deletes what the keep policy lets go."""
         if not self._meeting.primary:
             return
         try:
-            for old in expired(self._folder.steps(), self.keep, self.keep_every):
+            for old in self._expired(self._folder.steps()):
                 self._folder.delete(old)
             at("expired")
         except (OSError, CheckpointError) as error:

@@ -36,7 +36,7 @@ class Manifest:
 
     `leaves` has the specs by path; `stored` those that are arrays with elements; `files` are
     relative to the folder of the step; `nones` are the paths of None; `mesh` is the sizes of the
-    mesh axes that the state was saved under.
+    mesh axes that the state was saved under; `process_extras` has a JSON value for each process.
 
     >>> m = Manifest(3, {("n",): LeafSpec("python", (), "int", value=7)}, {}, {})
     >>> Manifest.read(m.text()) == m
@@ -54,6 +54,8 @@ class Manifest:
     mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
     processes: int = 1
     time: float = 0.0
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    process_extras: tuple[Any, ...] = ()
 
     def text(self) -> bytes:
         """The file."""
@@ -70,6 +72,8 @@ class Manifest:
             "mesh": dict(self.mesh),
             "leaves": leaves,
             "nones": self.nones,
+            "metrics": self.metrics,
+            "process_extras": self.process_extras,
             "files": self.files,
         }
         rest = json.dumps(body).encode() + b"}"
@@ -115,6 +119,8 @@ class Manifest:
             mesh={_text(axis): _count(size) for axis, size in body["mesh"].items()},
             processes=_count(body["processes"]),
             time=float(body["time"]),
+            metrics={_text(name): float(value) for name, value in body["metrics"].items()},
+            process_extras=tuple(body["process_extras"]),
         )
         found._check_sizes()
         return found

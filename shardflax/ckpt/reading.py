@@ -26,7 +26,9 @@ __all__ = ["Restored", "load_checkpoint", "restore_source", "restore_step"]
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """What a checkpoint held: its step, the state, the extras saved with it, and what was done.
+    """What a checkpoint held: its step, the state, what was saved beside it, and what was done.
+
+    `process_extras` has one entry for each process that saved.
 
     >>> Restored(10, {"w": 1.0}, {"epoch": 2}).extras["epoch"]
     2
@@ -36,6 +38,8 @@ class Restored:
     state: Any
     extras: dict[str, Any]
     report: Report = dataclasses.field(default=Report((), (), (), (), (), ()))
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    process_extras: tuple[Any, ...] = ()
 
 
 def load_checkpoint(
@@ -111,8 +115,12 @@ def _attempt(folder: Path, root: Path, step: int, target: Any, options: Options)
         opened = open_step(folder)
     except (ValueError, OSError) as error:
         raise CheckpointReadError(root, step, error) from error
-    files = opened.manifest.files if opened.manifest else {}
-    return restore_source(opened.source, root, step, target, options, opened.extras, folder, files)
+    about = opened.manifest
+    files = about.files if about else {}
+    found = restore_source(opened.source, root, step, target, options, opened.extras, folder, files)
+    if about is None:
+        return found
+    return dataclasses.replace(found, metrics=about.metrics, process_extras=about.process_extras)
 
 
 def restore_source(

@@ -51,6 +51,8 @@ class Save:
     plan: Plan
     values: Mapping[LeafPath, Any]
     extras: dict[str, Any]
+    metrics: Mapping[str, float]
+    process_extras: Any
     meeting: Rendezvous
     syncer: Worker
     budget: Budget
@@ -183,12 +185,13 @@ class Save:
 
     def _collect(self, report: dict[str, FileRecord]) -> dict[str, FileRecord]:
         """The files of all processes, once all have written theirs."""
-        self.meeting.tell(self._key("done/0"), {"files": report})
+        self.meeting.tell(self._key("done/0"), {"files": report, "extras": self.process_extras})
         said = self.meeting.gather(self._key("done"), f"writing step {self.step}", stop=_failed)
         for index, value in said.items():
             if "error" in value:
                 raise CheckpointAbortedError(f"process {index}: {value['error']}")
         faults.at("reported")
+        self._extras_of_all = tuple(said[i]["extras"] for i in range(self.meeting.count))
         files = {name: record for value in said.values() for name, record in value["files"].items()}
         if self.meeting.count > 1:
             parts = [name.split("/")[0] for name in files if name.endswith("manifest.ocdbt")]
@@ -216,6 +219,8 @@ class Save:
             mesh=self.plan.mesh,
             processes=self.meeting.count,
             time=time.time(),
+            metrics=self.metrics,
+            process_extras=self._extras_of_all,
         )
         write_file(self.folder / NAME, manifest.text())
         sync_folder(self.folder)
@@ -256,7 +261,8 @@ class Save:
 
     def _follow(self, report: dict[str, FileRecord]) -> list[int]:
         """Reports, and waits for process 0's word."""
-        self.meeting.tell(self._key(f"done/{self.meeting.index}"), {"files": report})
+        said = {"files": report, "extras": self.process_extras}
+        self.meeting.tell(self._key(f"done/{self.meeting.index}"), said)
         faults.at("reported")
         outcome = self.meeting.hear(
             self._key("outcome"), by=0, doing=f"committing step {self.step}"

@@ -179,9 +179,13 @@ def test_all_is_on_the_disk_before_a_step_can_be_seen(
 def strace_says(log: Path) -> list[tuple[str, str]]:
     """The same events from the system calls of a process."""
     events: list[tuple[str, str]] = []
+    begun: dict[str, str] = {}  # by thread: a call that another thread's interrupts in the log
     for line in log.read_text(errors="replace").splitlines():
-        if found := re.search(r"fsync\(\d+<([^>]*)>\)\s+= 0", line):
-            events.append(("fsync", found[1]))
+        thread = line.split()[0]
+        if found := re.search(r"fsync\(\d+<([^>]*)>", line):
+            begun[thread] = found[1]
+        if re.search(r"fsync(\(| resumed>).*\)\s+= 0", line):
+            events.append(("fsync", begun.pop(thread)))
         elif found := re.search(r'rename\w*\((?:AT_FDCWD\S*, )?"([^"]*\.saving[^"/]*)"', line):
             events.append(("rename", found[1]))
     return events

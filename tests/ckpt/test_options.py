@@ -85,13 +85,13 @@ LAYERS = 3
 KERNELS = np.arange(LAYERS * 4 * 5, dtype=np.float32).reshape(LAYERS, 4, 5)
 
 
-def scanned(dim: int, boxed: bool = True, fill: float = 1.0) -> Any:
+def scanned(dim: int, fill: float = 1.0) -> Any:
     """One leaf of stacked layers, with the optimizer's."""
     value = jnp.asarray(np.moveaxis(KERNELS, 0, dim) * fill)
     names = ["embed", "mlp"]
     names.insert(dim, "layers")
-    kernel = LogicallyPartitioned(value, tuple(names)) if boxed else value
-    params = {"decoder": {"layers": {"kernel": kernel}}}
+    kernel = LogicallyPartitioned(value, tuple(names))
+    params: Any = {"decoder": {"layers": {"kernel": kernel}}}
     return {"params": params, "opt": optax.sgd(0.1, momentum=0.9).init(params)}
 
 
@@ -146,6 +146,24 @@ def test_without_a_target_all_comes_to_the_host(manager: ckpt.CheckpointManager)
     assert state["a"]["w"].dtype == jnp.bfloat16 and isinstance(state["a"]["w"], np.ndarray)
     assert (state["n"], state["none"], state["s"]) == (3, None, "x")
     assert state["key"].tolist() == [0, 0] and state["empty"].shape == (0, 2)
+
+
+def test_the_step_with_the_best_metric_stays(tmp_path: Path) -> None:
+    losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: 5.0, 5: 4.0}
+    with ckpt.CheckpointManager(tmp_path, keep=2, best="loss") as manager:
+        assert manager.best_step() is None
+        for step, loss in losses.items():
+            extras = {"epoch": step}
+            manager.save(step, {"n": step}, metrics={"loss": loss}, process_extras=extras)
+        manager.wait()
+        assert (manager.all_steps(), manager.best_step()) == ([2, 4, 5], 2)
+    with ckpt.CheckpointManager(tmp_path, keep=1, best="loss", best_is_max=True) as manager:
+        assert manager.best_step() == 4
+        restored = manager.restore({"n": 0}, step=2)
+        assert restored.metrics == {"loss": 1.0} and restored.process_extras == ({"epoch": 2},)
+        manager.save(6, {"n": 6})
+        manager.wait()
+        assert manager.all_steps() == [4, 6]
 
 
 def test_staging_is_bounded_and_lets_one_large_leaf_pass(tmp_path: Path) -> None:
