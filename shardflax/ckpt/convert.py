@@ -90,7 +90,8 @@ def convert_checkpoint(
         extras = dict(found.extras())
         if form == "shardflax":
             number = as_step if as_step is not None else found.step or 0
-            path = write_step(path, number, leaves, check_json(extras))
+            metrics = found.manifest.metrics if found.manifest else {}
+            path = write_step(path, number, leaves, check_json(extras), metrics)
         else:
             _write_file(path, form, leaves, extras)
     except (ValueError, TypeError) as error:
@@ -135,7 +136,13 @@ def _write_file(path: Path, form: str, source: Source, extras: Mapping[str, Any]
         write_safetensors(path, source, {}, extras)
 
 
-def write_step(root: Path, step: int, source: Source, extras: dict[str, Any]) -> Path:
+def write_step(
+    root: Path,
+    step: int,
+    source: Source,
+    extras: dict[str, Any],
+    metrics: Mapping[str, float] | None = None,
+) -> Path:
     """Writes what a source offers as a step in the folder of a run; its folder.
 
     Only this process takes part, and no device.  Atomic, like a save of `CheckpointManager`.
@@ -161,6 +168,8 @@ def write_step(root: Path, step: int, source: Source, extras: dict[str, Any]) ->
         plan=plan,
         values=python,
         extras=extras,
+        metrics=dict(metrics or {}),
+        process_extras={},
         meeting=Rendezvous("", 60, 0, 1, None, {}),
         syncer=syncer,
         budget=Budget(None),
