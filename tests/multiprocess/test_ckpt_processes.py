@@ -137,6 +137,41 @@ def run_blind(folder: Path) -> None:
         CheckpointManager(folder / str(jax.process_index()))
 
 
+ELASTIC = {"w": ("vocab", "embed"), "up": ("embed", "mlp"), "odd": (None,)}
+
+
+def by_preset(preset: str, spec: str) -> dict[str, Any]:
+    """A state of some sizes, laid out by names, under a preset on a mesh."""
+    import jax
+    import numpy as np
+    from jax.sharding import NamedSharding
+
+    from shardflax import partitioning
+
+    mesh, rules = partitioning.make_mesh(spec), partitioning.preset(preset)
+    made: dict[str, Any] = {}
+    for name, names in ELASTIC.items():
+        shape = (7,) if name == "odd" else (64, 32) if name == "w" else (32, 16384)
+        value = np.random.default_rng(len(name)).normal(size=shape).astype(np.float32)
+        sharding = NamedSharding(mesh, partitioning.logical_to_mesh_axes(names, rules))
+        made[name] = jax.make_array_from_callback(shape, sharding, lambda i, v=value: v[i])
+    return made
+
+
+def run_elastic(folder: Path) -> None:
+    """Small and large leaves under fsdp_tp; one of its own for each process."""
+    import jax
+
+    from shardflax.ckpt import CheckpointManager
+
+    with CheckpointManager(folder, timeout=60) as manager:
+        state = by_preset("fsdp_tp", "fsdp=4,tensor=2")
+        manager.save(1, state, process_extras={"me": jax.process_index()})
+        restored = manager.restore(zeros_like(by_preset("fsdp", "fsdp=8")), fallback=True)
+        assert restored.process_extras == ({"me": 0}, {"me": 1})
+        assert_identical(restored.state, by_preset("fsdp", "fsdp=8"))
+
+
 def run(mode: str, folder: Path, timeout: float = 200) -> subprocess.CompletedProcess[str]:
     """Two processes with four devices each, until both end."""
     done = subprocess.run(
@@ -159,6 +194,21 @@ def test_written_by_two_processes_read_by_one(tmp_path: Path) -> None:
         for shape in ((2, 4), (1, 8), (8, 1)):
             want = placed(shape)
             assert_identical(manager.restore(zeros_like(want)).state, want)
+
+
+def test_written_under_one_preset_read_under_others(tmp_path: Path) -> None:
+    from shardflax.ckpt import load_checkpoint
+
+    run("elastic", tmp_path / "run")
+    step = tmp_path / "run" / "1"
+    for preset, spec in (
+        ("dp", "data=8"), ("fsdp", "data=2,fsdp=4"), ("tp_sp", "data=2,tensor=4"),
+        ("fsdp_tp", "data=2,fsdp=2,tensor=2"), ("hsdp", "data=4,fsdp=2"),
+    ):  # fmt: skip
+        want = by_preset(preset, spec)
+        assert_identical(load_checkpoint(step, zeros_like(want)).state, want)
+    host = load_checkpoint(step).state
+    assert all((host[name] == value).all() for name, value in want.items())
 
 
 def test_written_by_one_process_read_by_two(tmp_path: Path) -> None:
