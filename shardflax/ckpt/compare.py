@@ -163,9 +163,10 @@ def _scalar(source: Source, path: Path, spec: LeafSpec) -> Any:
 
 def _scalars(a: Any, b: Any) -> str | None:
     """A Python number has the precision of the array that it is compared with."""
-    for x, y in ((a, b), (b, a)):
-        if isinstance(x, np.ndarray) and not isinstance(y, np.ndarray):
-            a, b = x, np.asarray(y).astype(x.dtype)
+    if isinstance(a, np.ndarray):
+        b = np.asarray(b).astype(a.dtype)
+    elif isinstance(b, np.ndarray):
+        a = np.asarray(a).astype(b.dtype)
     if isinstance(a, np.ndarray):
         return f"{a} and {b}" if _unequal(a, b)[0] else None
     same = a == b or (a != a and b != b)

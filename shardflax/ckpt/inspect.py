@@ -181,7 +181,11 @@ def about(found: Found) -> CheckpointInfo:
 class StepInfo:
     """A step of a run, or what is left of one.
 
-    `state` is "committed", "unfinished", "saving" (by a living process), or what is wrong.
+    `state` is "committed", "damaged" (it has a manifest that cannot be read), "unfinished", or
+    "saving" (by a living process).
+
+    >>> StepInfo("3", Path("run/3"), "committed", "shardflax", 100, 0.0).committed
+    True
     """
 
     name: str

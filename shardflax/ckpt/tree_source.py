@@ -48,7 +48,7 @@ class TreeSource(Source):
         return self.leaves[path].stored[0]
 
     def read(self, path: LeafPath, box: Box) -> Later:
-        return lambda: self._data(path)[box.slices]
+        return lambda: np.asarray(self._data(path)[box.slices])
 
     def _data(self, path: LeafPath) -> np.ndarray[Any, np.dtype[Any]]:
         leaf = self._values[path]

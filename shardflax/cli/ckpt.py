@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import jax
 import tyro
 
 from shardflax import ckpt
@@ -26,6 +25,7 @@ from shardflax.cli.errors import CommandError
 from shardflax.cli.subject import Subject, rules_of
 from shardflax.partitioning import make_abstract_mesh
 from shardflax.partitioning.table import bytes_text
+from shardflax.programs import layout_of
 
 __all__ = ["main"]
 
@@ -167,8 +167,8 @@ class _Diff:
     def _state(self, model: str) -> Any:
         """The state of a model, abstract."""
         subject = Subject(model, self.layers, 1, optimizer=self.optimizer)
-        program = subject.program(make_abstract_mesh("data=1"), rules_of("dp"))
-        return jax.eval_shape(lambda: program.init(jax.random.key(0)))
+        mesh, rules = make_abstract_mesh("data=1"), rules_of("dp")
+        return layout_of(subject.program(mesh, rules), mesh, rules).abstract
 
 
 def _compared(found: Found, first: Source, second: Source, values: bool) -> Comparison:
