@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from shardflax.nn import flash
 from shardflax.nn.errors import AttentionOptionsError, MaskShapeError
 from shardflax.nn.types import Array, Names, Precision
+from shardflax.partitioning.alike import repeated_like
 
 IMPLEMENTATIONS = ("xla", "cudnn", "flash", "reference")
 Window = tuple[int | None, int | None]
@@ -91,6 +92,8 @@ class Attention:
         if mask is not None:
             mask = _lift(mask, query.ndim)
         how = self._choose(query, key, value, mask, dropout_rng)
+        if how != "flash":
+            key, value = (repeated_like(x, query, -2) for x in (key, value))
         if how == "reference":
             return self.reference(query, key, value, mask, dropout_rng)
         if how == "flash":

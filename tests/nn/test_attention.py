@@ -166,6 +166,20 @@ def test_a_mesh_of_tpus_chooses_the_kernel_on_any_host() -> None:
     assert "pallas_call" in str(traced.jaxpr)
 
 
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_heads_spread_over_more_devices_than_there_are_groups(implementation: str) -> None:
+    """On explicit axes the keys are whole on each device, and no reshape can split the queries."""
+    layer = nn.GroupedQueryAttention(
+        num_heads=4, num_kv_heads=2, head_dim=8, implementation=implementation
+    )
+    x = floats(2, 8, 16)
+    variables = layer.init(quick_key(0), x)
+    expected = layer.apply(variables, x)
+    with use(make_mesh("tensor=4", jax.devices()[:4], "explicit"), preset("tp_sp")):
+        found = jax.jit(layer.apply)(variables, x)
+    close(found, expected, 1e-5)
+
+
 def test_the_kernel_on_a_mesh_gives_the_same() -> None:
     q, k = floats(2, 128, 4, 64), floats(2, 128, 2, 64, seed=1)
     names = ("batch", "length", "act_heads", "act_head_dim")
