@@ -224,7 +224,7 @@ class Pure:
             return result, self.close(scopes)
         finally:
             for scope in scopes:
-                scope.store.live = False
+                scope.store.end()
 
     def open(self, state: State) -> list[Scope]:
         """New scopes inside, one a root, with the state that came in."""

@@ -171,8 +171,9 @@ def field_names(cls: type) -> tuple[str, ...]:
     names = _FIELDS.get(cls)
     if names is None:
         fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
-        names = _FIELDS[cls] = tuple(f.name for f in fields if f.name != "parent")
+        # In this order: another thread that finds the one finds the other.
         _INIT_FIELDS[cls] = tuple(f.name for f in fields if f.init and f.name != "parent")
+        names = _FIELDS[cls] = tuple(f.name for f in fields if f.name != "parent")
     return names
 
 

@@ -224,6 +224,26 @@ _FUNCTION: Any = object()  # stands for the outer method where there is none
 _NO_KWARGS: Mapping[str, Any] = MappingProxyType({})
 
 
+class _Builder:
+    """Builds what recipes say, each once.  Functions that call one another would be a cycle."""
+
+    def __init__(self, roots: list[Scope], recipes: tuple[Any, ...]) -> None:
+        self.roots = roots
+        self.recipes = recipes
+        self.built: dict[int, Any] = {}
+
+    def fill(self, tree: Any) -> Any:
+        """`tree` with what its slots stand for."""
+        return jax.tree.map(self._visit, tree, is_leaf=_is_slot)
+
+    def _visit(self, x: Any) -> Any:
+        if not isinstance(x, _Slot):
+            return x
+        if x.index not in self.built:
+            self.built[x.index] = self.recipes[x.index].build(self.roots, self.fill)
+        return self.built[x.index]
+
+
 @dataclass(frozen=True)
 class _Inside:
     """A call of the target inside of the boundary: hashable, compared by equality."""
@@ -235,19 +255,7 @@ class _Inside:
     recipes: tuple[Any, ...]
 
     def __call__(self, roots: list[Scope], *args: Any, **kwargs: Any) -> Any:
-        built: dict[int, Any] = {}
-
-        def fill(tree: Any) -> Any:
-            return jax.tree.map(visit, tree, is_leaf=_is_slot)
-
-        def visit(x: Any) -> Any:
-            return get(x.index) if isinstance(x, _Slot) else x
-
-        def get(i: int) -> Any:
-            if i not in built:
-                built[i] = self.recipes[i].build(roots, fill)
-            return built[i]
-
+        fill = _Builder(roots, self.recipes).fill
         first = fill(self.first)
         fn = self.fn
         if isinstance(first, Crossable):

@@ -8,6 +8,7 @@ compact method, after the field when they are passed in.
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar, dataclass_transform
 
@@ -54,6 +55,17 @@ class _Unset:
 
 
 _UNSET = _Unset()
+
+
+class _Parent:
+    """Reads `parent`: a child does not keep its parent alive, or each run would be a cycle.
+
+    Runs hold arrays, and cycles are found only when Python's collector next looks for them.
+    """
+
+    def __get__(self, module: Any, owner: Any = None) -> Any:
+        parent = None if module is None else module.__dict__.get("_parent")
+        return _UNSET if parent is None else parent()
 
 
 class _Progress:
@@ -119,6 +131,8 @@ class Module(Crossable, _Typed):
             self.__dict__["parent"] = parent
         self.__dict__["_progress"] = _Progress()
         if isinstance(parent, Module):
+            self.__dict__.pop("parent", None)
+            self.__dict__["_parent"] = weakref.ref(parent)
             parent._adopt_new(self)
         elif isinstance(parent, Scope):
             self.__dict__["scope"] = parent
@@ -142,7 +156,8 @@ class Module(Crossable, _Typed):
 
     def _bind_child(self, child: Module, name: str) -> None:
         attrs = child.__dict__
-        attrs["parent"], attrs["name"] = self, name
+        attrs.pop("parent", None)
+        attrs["_parent"], attrs["name"] = weakref.ref(self), name
         if self.scope is None:
             return
         scope = self.scope
@@ -162,8 +177,13 @@ class Module(Crossable, _Typed):
         self._adopt_fields()
         if type(self).setup is not Module.setup:
             progress.setup = True
+            reserved = self.scope.node.names()
             try:
                 run_setup(self)
+            except BaseException:
+                # It runs anew at the next call, and shall fail then for the same reason.
+                self.scope.node.reserved = reserved
+                raise
             finally:
                 progress.setup = False
         progress.ready = True
@@ -583,6 +603,7 @@ class Module(Crossable, _Typed):
 
 
 dataclasses.dataclass(repr=False, unsafe_hash=True)(Module)
+setattr(Module, "parent", _Parent())  # noqa: B010
 
 
 class _NameScope(Module):

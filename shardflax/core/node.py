@@ -61,6 +61,10 @@ class Node:
     def at(self, path: Path) -> Node:
         return functools.reduce(Node.child, path, self)
 
+    def names(self) -> dict[str, set[str | None]]:
+        """A copy of which names are in use."""
+        return {name: {*cols} for name, cols in self.reserved.items()}
+
     def rewind(self) -> None:
         """Forgets which names are in use: the next call of the module takes them again."""
         self.cursor = {}

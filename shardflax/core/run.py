@@ -70,7 +70,7 @@ def _run(
             return fn(bound, *args, **kwargs)
     finally:
         context.stack = outer
-        scope.store.live = False
+        scope.store.end()
 
 
 def _is_call(module: Any, method_name: str) -> bool:

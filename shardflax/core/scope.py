@@ -75,6 +75,11 @@ class Store:
         self.live = True
         self.trace = staging.current_trace()
 
+    def end(self) -> None:
+        """Ends the run, and lets go of its modules, which hold this store."""
+        self.live = False
+        self.adopted = {}
+
     def check(self) -> None:
         """Raises unless the run is still going on."""
         if not self.live:
@@ -193,7 +198,7 @@ class Scope:
 
     def invalidate(self) -> None:
         """Ends the run: none of its scopes can draw keys or be written to any more."""
-        self.store.live = False
+        self.store.end()
 
     @contextlib.contextmanager
     def temporary(self) -> Generator[Scope]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from types import FunctionType
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -31,15 +33,41 @@ def shapes_of(
 ) -> Shapes:
     """The shapes of what `init_fn(key, *args, **kwargs)` would make.
 
-    It is called on abstract values, and only the first time for hashable arguments.
+    It is called on abstract values, and only the first time for hashable arguments: but each time
+    if it holds values of its own, which the cache would keep alive.
 
     >>> shapes_of(jax.nn.initializers.zeros, ((2, 3),), {})
     [(2, 3)]
     """
+    if not _may_stay(init_fn):
+        return _made(init_fn, args, kwargs)
     try:
         return _cached(init_fn, args, tuple(sorted(kwargs.items())))
     except TypeError:  # something in the call is not hashable
         return _made(init_fn, args, kwargs)
+
+
+def _may_stay(x: Any, depth: int = 4) -> bool:
+    """True for what holds neither arrays nor modules: a `lambda` in a method often has both."""
+    if isinstance(x, _SMALL):
+        return True
+    parts: Iterable[Any] = ()
+    if isinstance(x, FunctionType):
+        cells = (cell.cell_contents for cell in x.__closure__ or ())
+        parts = (*cells, *(x.__defaults__ or ()), *(x.__kwdefaults__ or {}).values())
+    elif isinstance(x, functools.partial):
+        partial: Any = cast("Any", x)
+        parts = (partial.func, *partial.args, *partial.keywords.values())
+    elif isinstance(x, tuple | frozenset):
+        parts = cast("Iterable[Any]", x)
+    elif dataclasses.is_dataclass(x) and not hasattr(x, "scope"):
+        parts = vars(x).values()
+    else:
+        return False
+    return depth > 0 and all(_may_stay(part, depth - 1) for part in parts)
+
+
+_SMALL = (int, float, complex, str, bytes, type, type(None), np.dtype, np.generic)
 
 
 @functools.lru_cache(maxsize=4096)
