@@ -10,12 +10,14 @@ from typing import Any, cast
 import jax
 from jax.sharding import Mesh, NamedSharding
 
+from shardflax.core.errors import did_you_mean
 from shardflax.partitioning.errors import CollectivesError
 from shardflax.partitioning.hlo import Instruction, Program, parse
 from shardflax.partitioning.megascale import crossings, in_mesh
 from shardflax.partitioning.origin import module_path, shapes_of, source_line, type_bytes
 from shardflax.partitioning.replica_groups import instruction_groups, mesh_axes
 from shardflax.partitioning.slices import slices_of
+from shardflax.partitioning.vocabulary import KNOWN_AXES
 
 __all__ = ["Collective", "assert_collectives", "collectives"]
 
@@ -204,6 +206,7 @@ def assert_collectives(
     >>> compiled = jax.jit(lambda x: x.sum()).lower(x).compile()
     >>> assert_collectives(compiled, {"all-reduce over data": 1})
     """
+    mesh = mesh if mesh is not None else _mesh_of(compiled)
     found = collectives(compiled, mesh)
     wanted: dict[str, int | None] = {}
     for what in expected:
@@ -215,6 +218,7 @@ def assert_collectives(
     missing = [w for w, n in wanted.items() if n and w not in counts]
     lines = [f"{w}: expected {wanted.get(w, 0)}, found {counts[w]}" for w in wrong + missing]
     lines += [f"  {one}" for one in found if one.what in wrong]
+    lines += _slips([*wanted, *(across_dcn or ())], mesh)
     if across_dcn is not None:
         slow = [one for one in found if one.network == "DCN" and one.what not in set(across_dcn)]
         lines += [f"across slices (DCN), which was not allowed: {one}" for one in slow]
@@ -225,3 +229,20 @@ def assert_collectives(
         lines += [f"  {one}" for one in most]
     if lines:
         raise CollectivesError(lines)
+
+
+def _slips(expected: Iterable[str], mesh: Mesh) -> Iterator[str]:
+    """What no program could send: a slip in "none of these" would hold for ever."""
+    known = [axis for axis in KNOWN_AXES if axis not in mesh.axis_names]
+    order = [*mesh.axis_names, *known]
+    for what in expected:
+        kind, _, over = what.partition(" over ")
+        axes = over.split(",")
+        if kind not in _KINDS:
+            yield f"{what!r}: no collective is called {kind!r}: {did_you_mean(kind, _KINDS)}"
+        for axis in axes:
+            if axis not in order:
+                hint = did_you_mean(axis, mesh.axis_names)
+                yield f"{what!r}: the mesh has no axis {axis!r}: {hint}"
+        if set(axes) <= set(mesh.axis_names) and axes != sorted(axes, key=order.index):
+            yield f"{what!r}: axes come in the order of the mesh, {','.join(mesh.axis_names)}."

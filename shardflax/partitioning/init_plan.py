@@ -7,7 +7,7 @@ from typing import Any
 
 from jax.sharding import AbstractMesh, Mesh
 
-from shardflax.partitioning.errors import MeshScopeError, raise_problems
+from shardflax.partitioning.errors import MeshScopeError
 from shardflax.partitioning.init_graph import graph_of
 from shardflax.partitioning.init_programs import Programs
 from shardflax.partitioning.init_progress import progress_line
@@ -132,7 +132,7 @@ def plan_init(
         closed, boxed = jx.make_jaxpr(init_fn, return_shape=True)(*args)
     trace.problems.extend(unmatched_outputs(rules, trace))
     layout = Layout(boxed, mesh, rules, trace, names=names)
-    raise_problems(layout.problems)
+    layout.check()
     shardings = jx.tree.leaves(layout.shardings)
     return InitPlan(
         layout, Programs(graph_of(closed), jx.tree.leaves(args), shardings, layout.place_leaf)

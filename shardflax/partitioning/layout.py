@@ -75,6 +75,9 @@ class Layout:
         self.rules = rules
         self._trace = trace or InitTrace()
         flat, self._treedef = jx.tree_util.tree_flatten_with_path(state, is_leaf=_is_box)
+        if any(_is_empty_box(leaf) for _, leaf in flat):
+            state = jx.tree.map(_without_empty_box, state, is_leaf=_is_box)
+            flat, self._treedef = jx.tree_util.tree_flatten_with_path(state, is_leaf=_is_box)
         found = [_opened(keys_of(path), leaf) for path, leaf in flat]
         root = find_root(state, found) if parameters is None else _said_root(parameters, found)
         named = StateNames(found, root, rules, freeze(names or {}, "the state"))
@@ -151,8 +154,19 @@ class Layout:
         return tuple(dict.fromkeys((*mesh, *self._by_path, *leaves, *self._trace.problems)))
 
     def check(self) -> None:
-        """Raises all `problems` as one `LayoutError`, if there are any."""
-        raise_problems(self.problems)
+        """Raises all `problems` as one `LayoutError`, if there are any.
+
+        What is wrong with a parameter is not said again for its optimizer state.
+        """
+        said = {p.text for one in self.leaves if one.rule_set == "stored" for p in one.problems}
+        again = {
+            problem
+            for leaf in self.leaves
+            if leaf.rule_set == "optimizer"
+            for problem in leaf.problems
+            if problem.text in said
+        }
+        raise_problems([problem for problem in self.problems if problem not in again])
 
     def leaf(self, path: str) -> Leaf:
         """The leaf at `path`, such as `'params/Dense_0/kernel'`.
@@ -200,6 +214,16 @@ def _is_box(x: Any) -> bool:
 @functools.cache
 def _is_box_type(of: type[Any]) -> bool:
     return issubclass(of, AxisMetadata)
+
+
+def _is_empty_box(leaf: Any) -> bool:
+    """True for what `optax.masked` leaves of a boxed parameter: a box around nothing."""
+    return _is_box(leaf) and not jx.tree.leaves(leaf)
+
+
+def _without_empty_box(leaf: Any) -> Any:
+    """What is in an empty box; anything else as it is."""
+    return leaf.unbox() if _is_empty_box(leaf) else leaf
 
 
 def _said_root(root: Path, leaves: Iterable[StateLeaf]) -> Path:

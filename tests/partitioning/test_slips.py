@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import shardflax.nn as nn
@@ -151,3 +152,42 @@ def test_errors_cross_processes(error: Exception) -> None:
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is type(error) and str(again) == str(error)
     assert again.__dict__ == error.__dict__
+
+
+def test_what_is_wrong_with_a_parameter_is_said_once() -> None:
+    """And not for each of its moments."""
+    wrong = nn.LogicallyPartitioned(X, ("emebd", "mlp"))
+    state = {"mu": {"w": X}, "nu": {"w": X}, "params": {"w": wrong}}
+    with pytest.raises(pt.UnknownNameError, match=r"^params/w, [^\n]*$"):
+        pt.Layout(state, MESH, RULES).check()
+
+
+def test_an_optimizer_that_masks_boxed_parameters() -> None:
+    """Optax replaces what is in the box: a box around nothing is no leaf."""
+    params = {"w": nn.LogicallyPartitioned(X, ("embed", "mlp")), "b": nn.Partitioned(X[0], (None,))}
+    tx = optax.masked(optax.adam(1e-3), {"w": True, "b": False})
+    state = {"params": params, "opt_state": tx.init(params)}
+    layout = pt.Layout(state, MESH, RULES)
+    assert layout.leaf("opt_state/inner_state/0/mu/w").spec == jax.P("fsdp", "tensor")
+    assert layout.unnamed == layout.problems == ()
+    assert jax.tree.structure(layout.specs) == jax.tree.structure(nn.unbox(state))
+    made, _ = pt.init_sharded(
+        lambda: {"params": params, "opt_state": tx.init(params)}, mesh=MESH, rules=RULES
+    )
+    assert jax.tree.structure(made) == jax.tree.structure(layout.specs)
+
+
+@pytest.mark.parametrize(
+    ("what", "text"),
+    [
+        ("all-gahter over fsdp", "'all-gahter': did you mean 'all-gather'"),
+        ("all-gather over fspd", "no axis 'fspd': did you mean 'fsdp'"),
+        ("all-gather over tensor,fsdp", "order of the mesh, fsdp,tensor"),
+    ],
+)
+def test_a_contract_that_no_program_can_break(what: str, text: str) -> None:
+    """Said as "none of these", it would hold for ever."""
+    compiled = jax.jit(lambda x: x).lower(X).compile()
+    with pytest.raises(pt.CollectivesError, match=text):
+        pt.assert_collectives(compiled, {what: 0}, MESH)
+    pt.assert_collectives(compiled, {"all-gather over fsdp": 0, "all-to-all over expert": 0}, MESH)
