@@ -21,11 +21,12 @@ from shardflax.ckpt.regions import SMALL_BYTES, Box, chunk_shape
 from shardflax.ckpt.rendezvous import Rendezvous, new_token
 from shardflax.ckpt.safetensors_files import write_safetensors
 from shardflax.ckpt.saving import Save
-from shardflax.ckpt.sources import LeafDataError, Source
+from shardflax.ckpt.sources import Source
 from shardflax.ckpt.staging import Staged
 from shardflax.ckpt.tree_source import pieces, with_names
 from shardflax.ckpt.worker import Worker
 from shardflax.ckpt.zarr import storable
+from shardflax.core.errors import FlaxError
 
 __all__ = ["FORMATS", "Converted", "convert_checkpoint", "write_step"]
 
@@ -94,10 +95,10 @@ def convert_checkpoint(
             path = write_step(path, number, leaves, check_json(extras), metrics)
         else:
             _write_file(path, form, leaves, extras)
+    except FlaxError:
+        raise  # says itself what is wrong, and some are ValueErrors
     except (ValueError, TypeError) as error:
-        if isinstance(error, LeafDataError) or not isinstance(error, CheckpointError):
-            raise CheckpointReadError(found.path, None, error) from error
-        raise
+        raise CheckpointReadError(found.path, None, error) from error
     total = sum(spec.nbytes for spec in leaves.leaves.values())
     return Converted(path, form, len(leaves.leaves), total)
 
