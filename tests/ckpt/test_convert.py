@@ -171,7 +171,8 @@ def test_leftovers_of_killed_runs(tmp_path: Path) -> None:
     (tmp_path / "2.saving-x-1" / "data").write_bytes(bytes(10))
     for name, age in ((".write-test-old", 7200), (".write-test-new", 0)):
         (tmp_path / name).touch()
-        os.utime(tmp_path / name, (time.time() - age,) * 2)
+        then = time.time() - age
+        os.utime(tmp_path / name, (then, then))
     states = {step.name: step.state for step in ckpt.list_steps(tmp_path)}
     assert states["1"] == "committed" and states["5"] == states["4.deleting"] == "unfinished"
     found = ckpt.find_leftovers(tmp_path)
