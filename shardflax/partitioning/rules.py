@@ -82,7 +82,13 @@ class AxisRules(Sequence[tuple[str, tuple[str, ...]]]):
     ) -> None:
         table = _table_of(rules, title)
         said = {"compute": compute, "optimizer": optimizer, "eval": eval}
-        self._fill(table, _sets_of(table, said, title), (), (), min_size, title)
+        if not isinstance(rules, AxisRules):
+            self._fill(table, _sets_of(table, said, title), (), (), min_size, title)
+            return
+        known = {kind: one._table for kind, one in rules.sets}
+        sets, overrides = _sets_of(table, said, title, known), rules.param_overrides
+        outputs, least = rules.activation_overrides, min_size or rules.min_size
+        self._fill(table, sets, overrides, outputs, least, title)
 
     def _fill(
         self,

@@ -238,6 +238,7 @@ def mesh_in_scope(mesh: AnyMesh | None = None, x: Any = None) -> AnyMesh | None:
     """
     context = jax.sharding.get_abstract_mesh()
     if mesh is not None:
+        check_mesh(mesh)
         return context if _same_axes(context, mesh) and not _says_as_much(mesh, context) else mesh
     if not context.empty:
         return context

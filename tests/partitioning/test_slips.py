@@ -72,6 +72,7 @@ def test_what_is_no_rules(run: Any, wrong: Any, text: str) -> None:
         lambda mesh: _layout(mesh),
         lambda mesh: pt.init_sharded(lambda: X, mesh=mesh, rules=RULES),
         lambda mesh: pt.batch_sharding(mesh, RULES, ("batch",)),
+        lambda mesh: pt.with_logical_constraint(X, ("batch", None), RULES, mesh),
     ],
 )
 def test_what_is_no_mesh(run: Any) -> None:
@@ -191,3 +192,20 @@ def test_a_contract_that_no_program_can_break(what: str, text: str) -> None:
     with pytest.raises(pt.CollectivesError, match=text):
         pt.assert_collectives(compiled, {what: 0}, MESH)
     pt.assert_collectives(compiled, {"all-gather over fsdp": 0, "all-to-all over expert": 0}, MESH)
+
+
+def test_rules_made_of_rules_keep_their_sets() -> None:
+    """As a sequence of pairs they would lose them, and ZeRO-1 with them."""
+    whole = pt.preset("zero1").with_overrides(params={"w": ("embed",)}).with_min_size(7)
+    assert pt.AxisRules(whole) == whole
+    again = pt.AxisRules(whole, eval={"batch": None})
+    assert again == whole.with_sets(eval={"batch": None})
+    assert again.optimizer == whole.optimizer
+
+
+@pytest.mark.parametrize("names", ["batch", ["batch", "act_mlp"], {"a": "batch"}])
+@pytest.mark.parametrize("run", [pt.with_logical_constraint, pt.reshard])
+def test_names_that_are_no_tuple(run: Any, names: Any) -> None:
+    x = {"a": X} if isinstance(names, dict) else X
+    with pytest.raises(pt.TreeMismatchError, match=r"are a tuple: write \('batch',"):
+        _in_scope(lambda: run(x, names))
