@@ -167,7 +167,7 @@ def test_a_mesh_of_tpus_chooses_the_kernel_on_any_host() -> None:
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
-def test_heads_spread_over_more_devices_than_there_are_groups(implementation: str) -> None:
+def test_heads_spread_over_more_devices_than_there_are_groups(implementation: Any) -> None:
     """On explicit axes the keys are whole on each device, and no reshape can split the queries."""
     layer = nn.GroupedQueryAttention(
         num_heads=4, num_kv_heads=2, head_dim=8, implementation=implementation
