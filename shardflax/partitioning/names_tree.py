@@ -43,7 +43,7 @@ def names_of_leaves(names: Any, tree: Any) -> list[Any]:
     """
     said, structure = jx.tree.flatten(names, is_leaf=is_names)
     if words := [one for one in said if isinstance(one, str)]:
-        listed = isinstance(names, list) and len(words) == len(names)
+        listed = isinstance(names, list) and words == names
         meant = tuple(words) if listed else (words[0],)
         raise TreeMismatchError(f"the names of an array are a tuple: write {meant!r}.")
     try:
