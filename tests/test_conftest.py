@@ -17,9 +17,9 @@ def test_eight_emulated_devices() -> None:
 @pytest.mark.usefixtures("strict_promotion")
 def test_strict_promotion_refuses_ranks_and_dtypes() -> None:
     with pytest.raises(ValueError, match="rank_promotion"):
-        jnp.ones((2, 3)) + jnp.ones(3)
+        _ = jnp.ones((2, 3)) + jnp.ones(3)
     with pytest.raises(Exception, match="promotion"):
-        jnp.ones(3, jnp.float32) + jnp.ones(3, jnp.bfloat16)
+        _ = jnp.ones(3, jnp.float32) + jnp.ones(3, jnp.bfloat16)
 
 
 LEAK = """

@@ -46,14 +46,13 @@ def cross_entropy(
     ids = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
     right = jnp.sum(jnp.where(ids == targets[..., None], logits, 0.0), axis=-1)
     known = (targets >= 0) & (targets < logits.shape[-1])
-    if weights is None:
-        weights = jnp.ones(targets.shape, jnp.float32)
-    weights = laid_out_like(weights.astype(jnp.float32), logits)
-    total = jnp.sum(weights)
+    given = jnp.ones(targets.shape) if weights is None else weights
+    counted: jax.Array = laid_out_like(given.astype(jnp.float32), logits)
+    total = jnp.sum(counted)
 
     def mean(values: jax.Array) -> jax.Array:
         """The weighted mean; values without weight do not matter, even if they are NaN."""
-        kept = jnp.where(weights == 0, 0.0, values * weights)
+        kept = jnp.where(counted == 0, 0.0, values * counted)
         return jnp.sum(kept) / jnp.where(total == 0, 1.0, total)
 
     metrics = {

@@ -73,7 +73,7 @@ def mixin_with_setattr(nn: Any) -> Any:
     class M(Doubles, nn.Module):
         a: int = 1
 
-    return M(3).a, M().a
+    return M(3).a, M().a  # pyright: ignore[reportCallIssue]
 
 
 @program
