@@ -153,7 +153,7 @@ def by_preset(preset: str, spec: str) -> dict[str, Any]:
     for name, names in ELASTIC.items():
         shape = (7,) if name == "odd" else (64, 32) if name == "w" else (32, 16384)
         value = np.random.default_rng(len(name)).normal(size=shape).astype(np.float32)
-        spec: Any = partitioning.logical_to_mesh_axes(names, rules)
+        laid: Any = partitioning.logical_to_mesh_axes(names, rules)
         sharding = NamedSharding(mesh, spec)
         made[name] = jax.make_array_from_callback(shape, sharding, lambda i, v=value: v[i])
     return made
