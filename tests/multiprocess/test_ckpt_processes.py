@@ -154,7 +154,7 @@ def by_preset(preset: str, spec: str) -> dict[str, Any]:
         shape = (7,) if name == "odd" else (64, 32) if name == "w" else (32, 16384)
         value = np.random.default_rng(len(name)).normal(size=shape).astype(np.float32)
         laid: Any = partitioning.logical_to_mesh_axes(names, rules)
-        sharding = NamedSharding(mesh, spec)
+        sharding = NamedSharding(mesh, laid)
         made[name] = jax.make_array_from_callback(shape, sharding, lambda i, v=value: v[i])
     return made
 
