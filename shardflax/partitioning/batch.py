@@ -7,7 +7,7 @@ from typing import Any
 from jax.sharding import Mesh, NamedSharding
 
 from shardflax.partitioning.errors import Problem, raise_problems
-from shardflax.partitioning.given import check_mesh, check_strict
+from shardflax.partitioning.given import as_names, check_mesh, check_strict
 from shardflax.partitioning.resolve import Resolution, check_mesh_axes, resolve
 from shardflax.partitioning.rules import AxisRules
 from shardflax.partitioning.scope import free_axes
@@ -54,6 +54,6 @@ def _resolved(
     check_mesh(mesh)
     check_strict(rules)
     raise_problems(check_mesh_axes(rules, dict(mesh.shape)))
-    found = resolve(names, rules.compute, shape, free_axes(mesh))
+    found = resolve(as_names(names), rules.compute, shape, free_axes(mesh))
     raise_problems([Problem(p.error, p.text, p.dim, "batch") for p in found.problems])
     return found

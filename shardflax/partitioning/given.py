@@ -7,10 +7,21 @@ from typing import Any, cast
 
 from jax.sharding import AbstractMesh, Mesh
 
-from shardflax.partitioning.errors import InvalidRuleError, MeshSpecError
+from shardflax.partitioning.errors import InvalidRuleError, MeshSpecError, NamesRankError
 from shardflax.partitioning.rules import AxisRules
 
-__all__ = ["check_mesh", "check_rules", "check_strict"]
+__all__ = ["as_names", "check_mesh", "check_rules", "check_strict"]
+
+
+def as_names(names: Any) -> tuple[Any, ...]:
+    """Names as a tuple; raises `NamesRankError` for one string, which would be taken by letters.
+
+    >>> as_names(["embed", None])
+    ('embed', None)
+    """
+    if isinstance(names, str):
+        raise NamesRankError(f"names are a tuple, one for each dim: write ({names!r},).")
+    return tuple(names)
 
 
 def check_rules(rules: Any, or_none: bool = False) -> None:

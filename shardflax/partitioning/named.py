@@ -15,6 +15,7 @@ from shardflax.partitioning.boxes import LogicallyPartitioned, Partitioned
 from shardflax.partitioning.defaults import DefaultNames
 from shardflax.partitioning.errors import LayoutError, NamesRankError, RepeatedNameError
 from shardflax.partitioning.explicit_init import call_initializer
+from shardflax.partitioning.given import as_names
 from shardflax.partitioning.rules import AxisRules, LogicalRules
 from shardflax.partitioning.scope import init_trace, rules_in_scope
 
@@ -163,7 +164,7 @@ def with_logical_partitioning(
     """
     if rules is not None and not isinstance(rules, AxisRules):
         rules = tuple((name, _hashable(axes)) for name, axes in rules)
-    return LogicalInit(fn, tuple(names), mesh, rules)
+    return LogicalInit(fn, as_names(names), mesh, rules)
 
 
 def with_partitioning(
@@ -177,7 +178,7 @@ def with_partitioning(
     >>> with_partitioning(jax.nn.initializers.ones, (None, "data"))(jax.random.key(0), (2, 3)).names
     (None, 'data')
     """
-    return MeshInit(fn, tuple(names), mesh)
+    return MeshInit(fn, as_names(names), mesh)
 
 
 def _strict(rules: LogicalRules | None) -> bool:
@@ -192,7 +193,7 @@ def _hashable(axes: Any) -> Any:
 
 def _frozen(names: Any) -> tuple[Any, ...] | None:
     """`names` as a tuple, so that the wrapper can be hashed."""
-    return names if names is None or isinstance(names, DefaultNames) else tuple(names)
+    return names if names is None or isinstance(names, DefaultNames) else as_names(names)
 
 
 def check_names(names: tuple[Any, ...], value: Any) -> None:

@@ -209,3 +209,14 @@ def test_names_that_are_no_tuple(run: Any, names: Any) -> None:
     x = {"a": X} if isinstance(names, dict) else X
     with pytest.raises(pt.TreeMismatchError, match=r"are a tuple: write \('batch',"):
         _in_scope(lambda: run(x, names))
+
+
+def test_one_string_is_not_taken_by_its_letters() -> None:
+    text = r"one for each dim: write \('embed',\)"
+    for wrong in (
+        lambda: nn.Dense(8, kernel_axes="embed").init(jax.random.key(0), X),  # pyright: ignore
+        lambda: pt.named(nn.initializers.zeros, "embed")(jax.random.key(0), (4,)),  # pyright: ignore
+        lambda: pt.batch_sharding(pt.make_mesh("data=8"), pt.preset("dp"), "embed"),  # pyright: ignore
+    ):
+        with pytest.raises(pt.NamesRankError, match=text):
+            wrong()
