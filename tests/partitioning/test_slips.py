@@ -213,10 +213,11 @@ def test_names_that_are_no_tuple(run: Any, names: Any) -> None:
 
 def test_one_string_is_not_taken_by_its_letters() -> None:
     text = r"one for each dim: write \('embed',\)"
+    names: Any = "embed"
     for wrong in (
-        lambda: nn.Dense(8, kernel_axes="embed").init(jax.random.key(0), X),  # pyright: ignore
-        lambda: pt.named(nn.initializers.zeros, "embed")(jax.random.key(0), (4,)),  # pyright: ignore
-        lambda: pt.batch_sharding(pt.make_mesh("data=8"), pt.preset("dp"), "embed"),  # pyright: ignore
+        lambda: nn.Dense(8, kernel_axes=names).init(jax.random.key(0), X),
+        lambda: pt.named(nn.initializers.zeros, names)(jax.random.key(0), (4,)),
+        lambda: pt.batch_sharding(pt.make_mesh("data=8"), pt.preset("dp"), names),
     ):
         with pytest.raises(pt.NamesRankError, match=text):
             wrong()
