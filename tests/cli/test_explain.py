@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
 
 from shardflax.cli import COMMANDS, main
+from tests.allocations import nothing_allocated
 
 ROOT = Path(__file__).parent.parent.parent
 SUBJECTS = "tests.cli.subjects"
@@ -21,9 +21,8 @@ TINY = ("explain", "tiny", "--layers", "1")
 
 def said(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
     """Status, output, and errors of a command, which allocates nothing."""
-    before = jax.live_arrays()
-    status = main([str(arg) for arg in args])
-    assert not [x for x in jax.live_arrays() if not any(x is old for old in before)]
+    with nothing_allocated():
+        status = main([str(arg) for arg in args])
     captured = capsys.readouterr()
     return status, captured.out, captured.err
 
@@ -128,6 +127,7 @@ import os, sys
 from shardflax.cli import main
 assert "jax" not in sys.modules, "the table of commands imports nothing"
 status = main(["explain", "tests.cli.subjects:misspelt", "--mesh", "fsdp=64,tensor=8"])
+from tests.allocations import nothing_allocated
 from jax._src import xla_bridge
 assert not xla_bridge.backends_are_initialized()
 # Who reads goes away (`| head`): the status of SIGPIPE, and no traceback.

@@ -15,6 +15,7 @@ import shardflax.nn as nn
 from shardflax import partitioning as pt
 from shardflax.models import Decoder, decoder_config
 from shardflax.partitioning import Explanation, Layout, LayoutError, explain, preset
+from tests.allocations import nothing_allocated
 from tests.core.harness import quick_key
 from tests.explain.states import RULES, SPEC, boxed, many, state
 
@@ -22,11 +23,6 @@ from tests.explain.states import RULES, SPEC, boxed, many, state
 @pytest.fixture(scope="module")
 def found() -> Explanation:
     return explain(state(), SPEC, RULES, title="mine")
-
-
-def new_arrays(before: list[Any]) -> list[Any]:
-    """The arrays that are alive now and were not before."""
-    return [x for x in jax.live_arrays() if not any(x is old for old in before)]
 
 
 def leaf(explanation: Explanation, path: str) -> Any:
@@ -147,10 +143,9 @@ def test_models_are_initialised_abstractly() -> None:
             return nn.Dense(32 if wide else 8, kernel_axes=("embed", "mlp"), name="up")(x)
 
     x = jax.ShapeDtypeStruct((4, 16), jnp.float32)
-    live = jax.live_arrays()
-    found = explain(Model(), "fsdp=4,tensor=2", preset("fsdp_tp"), x, wide=True)
+    with nothing_allocated():
+        found = explain(Model(), "fsdp=4,tensor=2", preset("fsdp_tp"), x, wide=True)
     assert leaf(found, "params/up/kernel").shape == (16, 32)
-    assert new_arrays(live) == []
     with pytest.raises(LayoutError, match="its parameters depend on its inputs"):
         explain(Model(), "fsdp=4,tensor=2", preset("fsdp_tp"))
 
@@ -178,15 +173,16 @@ def test_a_name_misspelt_among_two_hundred_is_refused_before_anything_is_allocat
 
     model, x = Deep(), jax.ShapeDtypeStruct((8, 16), jnp.float32)
     key, mesh, rules = quick_key(0), pt.make_mesh("fsdp=4,tensor=2"), preset("fsdp_tp")
-    live = jax.live_arrays()
-    found = explain(model, mesh, rules, x)
-    assert len(found.leaves) == 200
-    assert [p.error for p in found.problems] == [pt.UnknownNameError]
-    with pytest.raises(pt.UnknownNameError, match=r"params/layers_57/kernel.*did you mean 'embed'"):
-        found.check()
-    with pytest.raises(pt.UnknownNameError, match="params/layers_57/kernel"):
-        pt.init_sharded(lambda key, x: model.init(key, x), key, x, mesh=mesh, rules=rules)
-    assert new_arrays(live) == []
+    with nothing_allocated():
+        found = explain(model, mesh, rules, x)
+        assert len(found.leaves) == 200
+        assert [p.error for p in found.problems] == [pt.UnknownNameError]
+        with pytest.raises(
+            pt.UnknownNameError, match=r"params/layers_57/kernel.*did you mean 'embed'"
+        ):
+            found.check()
+        with pytest.raises(pt.UnknownNameError, match="params/layers_57/kernel"):
+            pt.init_sharded(lambda key, x: model.init(key, x), key, x, mesh=mesh, rules=rules)
 
 
 # --- how it is shown

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import jax
 import pytest
 
 from launch.train import main
+from tests.allocations import nothing_allocated
 
 SMALL = ("--model", "tiny", "--layers", "1", "--seq-len", "32", "--batch", "8", "--steps", "30")
 
@@ -21,13 +21,11 @@ def corpus(tmp_path: Path) -> Path:
 
 def refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
     """What is said of a command line that cannot be."""
-    before = len(jax.live_arrays())
-    with pytest.raises(SystemExit) as stop:
+    with nothing_allocated(), pytest.raises(SystemExit) as stop:
         main([str(arg) for arg in args])
     said = capsys.readouterr().err
     assert stop.value.code == 2
     assert said.startswith("error: ") and "Traceback" not in said
-    assert len(jax.live_arrays()) == before
     return said
 
 
