@@ -10,7 +10,7 @@ import itertools
 import json
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -84,22 +84,30 @@ class Rendezvous:
             raise CheckpointPeerError([by], limit, doing or key) from error
         return json.loads(text)
 
-    def gather(self, key: str, doing: str, stop: Callable[[Any], bool] = bool) -> dict[int, Any]:
+    def gather(
+        self,
+        key: str,
+        doing: str,
+        stop: Callable[[Any], bool] = bool,
+        without: Sequence[int] = (),
+    ) -> dict[int, Any]:
         """Waits for the values that all processes leave under `key/<index>`; for process 0.
 
-        A value for which `stop` is true ends the waiting at once.  Raises CheckpointPeerError,
-        naming those that are missing, if some have not left one within the timeout.
+        A value for which `stop` is true ends the waiting at once, and processes of `without` are
+        not waited for.  Raises CheckpointPeerError, naming those that are missing, if some have not
+        left one within the timeout.
         """
         if self.client is None:
             return {0: json.loads(self.here[f"{key}/0"])}
         end, pause = time.monotonic() + self.timeout, 0.002
         found: dict[int, Any] = {}
-        while len(found) < self.count:
+        missing = [p for p in range(self.count) if p not in without]
+        while missing:
             for name, text in self.client.key_value_dir_get(f"{self.root}/{key}/"):
                 found[int(name.rpartition("/")[2])] = json.loads(text)
             if any(map(stop, found.values())):
                 break
-            missing = [p for p in range(self.count) if p not in found]
+            missing = [p for p in missing if p not in found]
             if missing and time.monotonic() > end:
                 raise CheckpointPeerError(missing, self.timeout, doing)
             time.sleep(pause if missing else 0)

@@ -149,7 +149,8 @@ class Save:
                 self.meeting.tell(self._key(f"done/{self.meeting.index}"), {"stopped": True})
             if self.meeting.primary:
                 known = isinstance(error, CheckpointPeerError | CheckpointAbortedError)
-                self._abort(str(error) if known else f"process 0: {text}")
+                gone = error.processes if isinstance(error, CheckpointPeerError) else ()
+                self._abort(str(error) if known else f"process 0: {text}", gone)
         except Exception as second:
             error.add_note(f"The other processes could not be told: {second}")
         finally:
@@ -239,15 +240,15 @@ class Save:
         faults.at("renamed")
         sync_folder(self.root)
 
-    def _abort(self, why: str) -> None:
-        """Tells the others, and gives them some time to stop writing."""
+    def _abort(self, why: str, gone: Sequence[int]) -> None:
+        """Tells the others, and gives those that are not gone some time to stop writing."""
         if self.meeting.count == 1:
             return
         self.meeting.tell(self._key("outcome"), {"error": why})
         end = time.monotonic() + min(_PATIENCE, self.meeting.timeout)
         known = dataclasses.replace(self.meeting, timeout=max(0.0, end - time.monotonic()))
         with contextlib.suppress(CheckpointPeerError):
-            known.gather(self._key("done"), "stopping", stop=_never)
+            known.gather(self._key("done"), "stopping", stop=_never, without=gone)
 
     def _remove(self) -> None:
         """Removes the unfinished folder, so that it does not fill the disk."""
