@@ -1,6 +1,6 @@
 """Checkpoints of two real processes: written together, read on any topology.
 
-This file is also the script that the processes run: `test_ckpt_processes.py MODE FOLDER`.
+This file is also the script that the processes run: `test_ckpt_processes.py FOLDER`.
 """
 
 import os
@@ -94,16 +94,14 @@ def assert_identical(got: Any, want: Any) -> None:
         assert shards(a) == shards(b), path
 
 
-def run_save(folder: Path) -> None:
-    """Saves three steps of which two are kept, and reads one in another layout."""
-    from shardflax.ckpt import CheckpointManager
+def run_blind(folder: Path) -> None:
+    """Each process has a folder of its own."""
+    import jax
 
-    with CheckpointManager(folder, keep=2, timeout=60) as manager:
-        for step in (1, 2, 3):
-            assert manager.save(step, placed((2, 4)), extras={"step": step})
-        restored = manager.restore(zeros_like(placed((4, 2), transposed=True)))
-        assert (restored.step, restored.extras, manager.all_steps()) == (3, {"step": 3}, [2, 3])
-        assert_identical(restored.state, placed((4, 2), transposed=True))
+    from shardflax.ckpt import CheckpointFolderError, CheckpointManager
+
+    with pytest.raises(CheckpointFolderError, match="processes 1 do not see"):
+        CheckpointManager(folder / str(jax.process_index()))
 
 
 def run_restore(folder: Path) -> None:
@@ -119,6 +117,60 @@ def run_restore(folder: Path) -> None:
         assert manager.latest_step() is None
 
 
+def run_save(folder: Path) -> None:
+    """Saves three steps of which two are kept, and reads one in another layout."""
+    import jax
+
+    from shardflax.ckpt import CheckpointManager
+
+    mine = {"me": jax.process_index()}
+    with CheckpointManager(folder, keep=2, timeout=60) as manager:
+        for step in (1, 2, 3):
+            state = placed((2, 4))
+            assert manager.save(step, state, extras={"step": step}, process_extras=mine)
+        want = placed((4, 2), transposed=True)
+        restored = manager.restore(zeros_like(want), fallback=True)
+        assert (restored.step, restored.extras, manager.all_steps()) == (3, {"step": 3}, [2, 3])
+        assert restored.process_extras == ({"me": 0}, {"me": 1})
+        assert_identical(restored.state, want)
+
+
+def run_elastic(folder: Path) -> None:
+    from tests.multiprocess import elastic
+
+    elastic.write(folder)
+
+
+def global_arrays(state: dict[str, Any]) -> dict[str, Any]:
+    """What of a state Orbax can save with several processes."""
+    return {name: x for name, x in state.items() if name not in ("local", "numpy", "python")}
+
+
+def run_orbax(folder: Path) -> None:
+    """Orbax, its standard and its new API, reads ours, and we read what they wrote."""
+    import logging
+
+    import orbax.checkpoint as ocp
+    from orbax.checkpoint.experimental import v1
+
+    from shardflax.ckpt import CheckpointManager
+
+    logging.disable(logging.WARNING)
+    state = global_arrays(placed((2, 4)))
+    want = global_arrays(placed((4, 2), transposed=True))
+    with CheckpointManager(folder / "ours", timeout=60) as manager:
+        manager.save(7, state, extras={"seen": 1})
+    with ocp.StandardCheckpointer() as checkpointer:
+        assert_identical(checkpointer.restore(folder / "ours/7/state", zeros_like(want)), want)
+        checkpointer.save(folder / "standard" / "7", state)
+    assert_identical(v1.load_pytree(folder / "ours/7", zeros_like(want)), want)
+    v1.save_pytree(folder / "v1" / "7", state)
+    for kind in ("standard", "v1"):
+        with CheckpointManager(folder / kind, read_only=True, timeout=60) as manager:
+            assert_identical(manager.restore(zeros_like(want)).state, want)
+    logging.disable(logging.NOTSET)
+
+
 def run_leave(folder: Path) -> None:
     """Ends right after `save`, without a wait or a close."""
     from shardflax.ckpt import CheckpointManager
@@ -127,116 +179,103 @@ def run_leave(folder: Path) -> None:
     manager.save(9, placed((2, 4)))
 
 
-def run_blind(folder: Path) -> None:
-    """Each process has a folder of its own."""
-    import jax
-
-    from shardflax.ckpt import CheckpointFolderError, CheckpointManager
-
-    with pytest.raises(CheckpointFolderError, match="processes 1 do not see"):
-        CheckpointManager(folder / str(jax.process_index()))
+PARTS = ("blind", "restore", "save", "elastic", "orbax", "leave")
 
 
-ELASTIC = {"w": ("vocab", "embed"), "up": ("embed", "mlp"), "odd": (None,)}
+def run_parts(folder: Path) -> None:
+    """All parts, each in a folder of its own; the last one ends the process."""
+    for part in PARTS:
+        globals()[f"run_{part}"](folder / part)
+        print("done:", part, flush=True)
 
 
-def by_preset(preset: str, spec: str) -> dict[str, Any]:
-    """A state of some sizes, laid out by names, under a preset on a mesh."""
-    import jax
-    import numpy as np
-    from jax.sharding import NamedSharding
-
-    from shardflax import partitioning
-
-    mesh, rules = partitioning.make_mesh(spec), partitioning.preset(preset)
-    made: dict[str, Any] = {}
-    for name, names in ELASTIC.items():
-        shape = (7,) if name == "odd" else (64, 32) if name == "w" else (32, 16384)
-        value = np.random.default_rng(len(name)).normal(size=shape).astype(np.float32)
-        laid: Any = partitioning.logical_to_mesh_axes(names, rules)
-        sharding = NamedSharding(mesh, laid)
-        made[name] = jax.make_array_from_callback(shape, sharding, lambda i, v=value: v[i])
-    return made
+# --- the tests
 
 
-def run_elastic(folder: Path) -> None:
-    """Small and large leaves under fsdp_tp; one of its own for each process."""
-    import jax
-
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Two processes of four devices have done all parts: their folder and their words."""
     from shardflax.ckpt import CheckpointManager
 
-    with CheckpointManager(folder, timeout=60) as manager:
-        state = by_preset("fsdp_tp", "fsdp=4,tensor=2")
-        manager.save(1, state, process_extras={"me": jax.process_index()})
-        restored = manager.restore(zeros_like(by_preset("fsdp", "fsdp=8")), fallback=True)
-        assert restored.process_extras == ({"me": 0}, {"me": 1})
-        assert_identical(restored.state, by_preset("fsdp", "fsdp=8"))
-
-
-def run(mode: str, folder: Path, timeout: float = 200) -> subprocess.CompletedProcess[str]:
-    """Two processes with four devices each, until both end."""
+    folder = tmp_path_factory.mktemp("run")
+    with CheckpointManager(folder / "restore") as manager:
+        manager.save(1, placed((4, 2)))
     done = subprocess.run(
         [sys.executable, "-m", "launch.local", "--processes", "2", "--devices", "4", "--",
-         __file__, mode, str(folder)],
+         __file__, str(folder)],
         cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True, capture_output=True,
-        timeout=timeout, check=False,
+        timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    return done
+    return folder, done
 
 
-def test_written_by_two_processes_read_by_one(tmp_path: Path) -> None:
+def is_done(done: subprocess.CompletedProcess[str], part: str) -> bool:
+    """True if both processes have passed all checks of a part."""
+    return all(f"[{process}] done: {part}" in done.stdout for process in range(2))
+
+
+def test_each_process_checked_what_it_read(ran: Any) -> None:
+    """What one process wrote, what two wrote, in other layouts; a folder that is not shared."""
+    _, done = ran
+    assert all(is_done(done, part) for part in PARTS), done.stdout
+    assert "WARNING" not in done.stderr and "ERROR" not in done.stderr
+
+
+def test_written_by_two_processes_read_by_one(ran: Any) -> None:
     from shardflax.ckpt import CheckpointManager
 
-    done = run("save", tmp_path / "run")
-    assert "WARNING" not in done.stderr and "ERROR" not in done.stderr
-    with CheckpointManager(tmp_path / "run") as manager:
+    with CheckpointManager(ran[0] / "save") as manager:
         assert manager.all_steps() == [2, 3]
         for shape in ((2, 4), (1, 8), (8, 1)):
             want = placed(shape)
             assert_identical(manager.restore(zeros_like(want)).state, want)
 
 
-def test_written_under_one_preset_read_under_others(tmp_path: Path) -> None:
-    from shardflax.ckpt import load_checkpoint
+def test_written_under_fsdp_tp_read_on_any_devices_under_every_preset(ran: Any) -> None:
+    """On 1 x 8 here; on 4 x 2, 1 x 1 and 1 x 16 by other processes at the same time."""
+    from tests.multiprocess import elastic
 
-    run("elastic", tmp_path / "run")
-    step = tmp_path / "run" / "1"
-    for preset, spec in (
-        ("dp", "data=8"), ("fsdp", "data=2,fsdp=4"), ("tp_sp", "data=2,tensor=4"),
-        ("fsdp_tp", "data=2,fsdp=2,tensor=2"), ("hsdp", "data=4,fsdp=2"),
-    ):  # fmt: skip
-        want = by_preset(preset, spec)
-        assert_identical(load_checkpoint(step, zeros_like(want)).state, want)
-    host = load_checkpoint(step).state
-    assert all((host[name] == value).all() for name, value in want.items())
+    folder, script = ran[0] / "elastic", str(ROOT / "tests/multiprocess/elastic.py")
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "launch.local", f"--processes={processes}",
+             f"--devices={devices}", "--", script, str(folder)],
+            cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for processes, devices in ((4, 2), (1, 1), (1, 16))
+    ]  # fmt: skip
+    try:
+        elastic.read(folder)
+    finally:
+        said = [(process.communicate(timeout=200)[0], process.returncode) for process in started]
+    for (text, status), devices in zip(said, ("4 x 2", "1 x 1", "1 x 16"), strict=True):
+        assert status == 0 and f"read on {devices}" in text, text
 
 
-def test_written_by_one_process_read_by_two(tmp_path: Path) -> None:
+def test_orbaxs_of_two_processes_are_read_by_one(ran: Any) -> None:
     from shardflax.ckpt import CheckpointManager
 
-    with CheckpointManager(tmp_path / "run") as manager:
-        manager.save(1, placed((4, 2)))
-    run("restore", tmp_path / "run")
+    want = global_arrays(placed((1, 8)))
+    for kind in ("ours", "standard", "v1"):
+        with CheckpointManager(ran[0] / "orbax" / kind, read_only=True) as manager:
+            assert_identical(manager.restore(zeros_like(want)).state, want)
 
 
-def test_processes_that_end_without_waiting_commit(tmp_path: Path) -> None:
+def test_processes_that_end_without_waiting_commit(ran: Any) -> None:
     from shardflax.ckpt import CheckpointManager
 
-    done = run("leave", tmp_path / "run")
-    with CheckpointManager(tmp_path / "run") as manager:
+    folder, done = ran
+    with CheckpointManager(folder / "leave") as manager:
         if sys.version_info[:3] in ((3, 12, 0), (3, 12, 1)):  # these start no thread at exit
             assert manager.all_steps() == [9] or "lost at exit" in done.stderr
         else:
             assert_identical(manager.restore(zeros_like(placed((1, 8)))).state, placed((1, 8)))
 
 
-def test_a_folder_that_is_not_shared_is_refused(tmp_path: Path) -> None:
-    run("blind", tmp_path)
-
-
 if __name__ == "__main__":
     from launch.distributed import initialize_from_env
 
     initialize_from_env()
-    globals()[f"run_{sys.argv[1]}"](Path(sys.argv[2]))
+    run_parts(Path(sys.argv[1]))
