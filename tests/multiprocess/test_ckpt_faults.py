@@ -1,6 +1,6 @@
-"""Processes killed at every named point of a save, alone and in company; hung peers; exits.
+"""Processes killed at every named point of a save; dead and hung peers; every way to end; rivals.
 
-This file is also the script: `test_ckpt_faults.py FOLDER ...`.  It imports all it needs, then
+This file is also the script: `test_ckpt_faults.py FOLDER`.  It imports all it needs, then
 forks one child (or two) for each case, before any of them starts threads: a case costs little.
 """
 
@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 
 from shardflax import ckpt
-from shardflax.ckpt import faults
+from shardflax.ckpt import faults, sources
 
 if __name__ != "__main__":
     pytestmark = pytest.mark.multiprocess
@@ -29,6 +30,14 @@ BEFORE = faults.POINTS[: faults.POINTS.index("rename") + 1]
 """The points at which nothing is committed yet."""
 PEER = ("staged", "folder", "group", "written")
 """The points that the second of two processes passes before it has reported."""
+CASES = [
+    *(("die", point) for point in PEER),
+    ("hang", "written"),
+    ("fail", "group"),
+    ("die", "reading"),
+    ("hang", "reading"),
+]
+"""What happens to the second of two processes, and when."""
 
 
 def state_of(step: int) -> dict[str, Any]:
@@ -62,12 +71,22 @@ def forked(work: Callable[[], int]) -> int:
         os._exit(status)
 
 
-def die_at(point: str) -> None:
-    def listener(name: str) -> None:
-        if name == point:
-            os.kill(os.getpid(), signal.SIGKILL)
+def when(point: str, what: Callable[[], object]) -> None:
+    """Does something at a point of a save, or when arrays are being read."""
+    if point == "reading":
+        read = sources.OurSource.read
 
-    faults.listen(listener)
+        def patched(*args: Any) -> Any:
+            what()
+            return read(*args)
+
+        sources.OurSource.read = patched
+    else:
+        faults.listen(lambda name: what() if name == point else None)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def save_and_die(folder: Path, point: str) -> int:
@@ -75,14 +94,14 @@ def save_and_die(folder: Path, point: str) -> int:
     manager = ckpt.CheckpointManager(folder, keep=2)
     manager.save(1, state_of(1))
     manager.wait()
-    die_at(point)
+    when(point, die)
     manager.save(2, state_of(2))
     manager.wait()
     return 3
 
 
 def pair(folder: Path, index: int, port: int, role: str, point: str) -> int:
-    """One of two processes; `role` says what happens to which of them at the point."""
+    """One of two processes; `role` says what happens to the second one at the point."""
     from launch.distributed import Cluster, initialize_from_env
 
     os.environ.update(Cluster(f"127.0.0.1:{port}", 2, index).environ())
@@ -102,18 +121,22 @@ def pair(folder: Path, index: int, port: int, role: str, point: str) -> int:
     manager = ckpt.CheckpointManager(folder, keep=2, timeout=60 if role == "fail" else TIMEOUT)
     manager.save(1, spread(1))
     manager.wait()
-    if index == 1 and role == "die":
-        die_at(point)
-    if index == 1 and role == "hang":
-        faults.listen(lambda name: time.sleep(60) if name == point else None)
-    if index == 1 and role == "fail":
-        faults.listen(lambda name: 1 / 0 if name == point else None)
+    target = spread(2)
+    if index == 1:
+        does = {"die": die, "hang": lambda: time.sleep(60), "fail": lambda: 1 / 0}
+        when(point, does[role])
+    began = time.monotonic()
     try:
-        manager.save(2, spread(2))
-        manager.wait()
-    except ckpt.CheckpointSaveError as error:
+        if point == "reading":
+            manager.restore(target)
+        else:
+            manager.save(2, target)
+            manager.wait()
+    except ckpt.CheckpointError as error:
+        seconds = time.monotonic() - began
         left = sorted(p.name for p in folder.iterdir())
-        report = {"error": str(error), "steps": manager.all_steps(), "left": left}
+        report = {"error": str(error), "kind": type(error).__name__, "seconds": seconds}
+        report |= {"steps": manager.all_steps(), "left": left}
         (folder.parent / f"{folder.name}.{index}.json").write_text(json.dumps(report))
     return 0
 
@@ -146,8 +169,7 @@ def run_pairs(root: Path) -> None:
     """Two children for each case."""
     from launch.local import free_port
 
-    cases = [("die", point) for point in PEER] + [("hang", "written"), ("fail", "group")]
-    for role, point in cases:
+    for role, point in CASES:
         port = free_port()
         folder = root / f"{role}-{point}"
         pids = [
@@ -161,23 +183,85 @@ def run_pairs(root: Path) -> None:
         assert first[pids[0]] == 0, (role, point, first)
 
 
+WAYS = {"end": 0, "exit": 3, "exception": 1, "os._exit": 4, "os._exit while writing": 4}
+"""How a program ends right after `save`, and its status."""
+
+
+def leave(folder: Path, way: str) -> None:
+    """Ends without a wait or a close."""
+    manager = ckpt.CheckpointManager(folder)
+    manager.save(1, state_of(1))
+    manager.wait()
+    writing = threading.Event()
+    long = 60 if way == "os._exit while writing" else 0.2  # it is still at work when we leave
+    if way != "os._exit":
+        when("written", lambda: writing.set() or time.sleep(long))
+    manager.save(2, state_of(2))
+    if way == "exit":
+        sys.exit(3)
+    if way == "exception":
+        raise LookupError("raised on purpose")
+    if way == "os._exit while writing":
+        assert writing.wait(60)
+    if way.startswith("os._exit"):
+        os._exit(4)
+
+
+def run_ways(root: Path) -> None:
+    """One child for each way; it ends as any program does, with its hooks."""
+    found: dict[str, int] = {}
+    for way in WAYS:
+        pid = os.fork()
+        if pid == 0:
+            said = os.open(root / f"{way}.txt", os.O_WRONLY | os.O_CREAT)
+            os.dup2(said, 1)
+            os.dup2(said, 2)
+            leave(root / way, way)
+            return
+        found[way] = wait_for([pid], 60)[pid]
+    (root / "statuses.json").write_text(json.dumps(found))
+
+
+def rival(folder: Path, index: int) -> int:
+    """Saves steps as fast as it can where another job does the same."""
+    manager = ckpt.CheckpointManager(folder, keep=3)
+    for step in range(1, 16):
+        try:
+            manager.save(step, {**state_of(step), "b": np.full(5, index, np.float32)})
+            manager.wait()
+        except ckpt.CheckpointError as error:
+            if not isinstance(error.__cause__ or error, ckpt.CheckpointExistsError):
+                raise
+    return 0
+
+
+def run_rivals(root: Path) -> None:
+    """Two jobs that know nothing of each other."""
+    pids = [forked(lambda i=i: rival(root / "run", i)) for i in range(2)]
+    assert set(wait_for(pids, 120).values()) == {0}
+
+
 # --- the tests
 
 
-def run(mode: str, root: Path) -> None:
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of each mode, once the script has been through all of them."""
+    root = tmp_path_factory.mktemp("run")
     env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
     done = subprocess.run(
-        [sys.executable, __file__, mode, str(root)],
+        [sys.executable, __file__, str(root)],
         cwd=ROOT, env=env, text=True, capture_output=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+    return root
 
 
-def test_killed_at_every_point(tmp_path: Path) -> None:
-    run("alone", tmp_path)
+def test_killed_at_every_point(ran: Path) -> None:
+    root = ran / "alone"
     for point in faults.POINTS:
-        folder = tmp_path / point
+        folder = root / point
         steps = [1] if point in BEFORE else [1, 2]
         with ckpt.CheckpointManager(folder, keep=2) as manager:
             assert manager.all_steps() == steps, point
@@ -188,21 +272,68 @@ def test_killed_at_every_point(tmp_path: Path) -> None:
         assert is_of(ckpt.load_checkpoint(folder / "3", state_of(0)), 3), point
 
 
-def test_a_peer_that_dies_hangs_or_fails(tmp_path: Path) -> None:
-    run("pairs", tmp_path)
-    reports = {path.name[:-7]: json.loads(path.read_text()) for path in tmp_path.glob("*.0.json")}
-    assert sorted(reports) == sorted([*(f"die-{p}" for p in PEER), "hang-written", "fail-group"])
+def test_a_peer_that_dies_hangs_or_fails(ran: Path) -> None:
+    """The other one hears of it two seconds after the timeout at the latest."""
+    root = ran / "pairs"
+    reports = {path.name[:-7]: json.loads(path.read_text()) for path in root.glob("*.0.json")}
+    assert sorted(reports) == sorted(f"{role}-{point}" for role, point in CASES)
     for case, report in reports.items():
         if case.startswith("fail"):
             assert "process 1: ZeroDivisionError" in report["error"]
         else:
             assert "Process 1 did not answer for 1 s" in report["error"], (case, report)
+        kind = "CheckpointPeerError" if case.endswith("reading") else "CheckpointSaveError"
+        assert report["kind"] == kind and report["seconds"] < TIMEOUT + 2, (case, report)
         assert report["steps"] == [1] and report["left"] == ["1"], (case, report)
-        with ckpt.CheckpointManager(tmp_path / case) as manager:
+        with ckpt.CheckpointManager(root / case) as manager:
             assert is_of(manager.restore(state_of(0)), 1)
-    other = json.loads((tmp_path / "fail-group.1.json").read_text())
+    other = json.loads((root / "fail-group.1.json").read_text())
     assert "ZeroDivisionError" in other["error"] and other["steps"] == [1]
 
 
+def test_every_way_to_end_right_after_save(ran: Path) -> None:
+    """The exit hook commits; `os._exit` knows no hooks, and loses what was not yet committed."""
+    root = ran / "ways"
+    assert json.loads((root / "statuses.json").read_text()) == WAYS
+    for way in WAYS:
+        said = (root / f"{way}.txt").read_text()
+        names = {path.name for path in (root / way).iterdir()}
+        if way.endswith("writing"):
+            assert names - {"1"} and "2" not in names
+        if way in ("end", "exit") and "lost at exit" not in said:
+            assert said == "" and names == {"1", "2"}
+        if way == "exception":
+            assert "LookupError: raised on purpose" in said
+        with ckpt.CheckpointManager(root / way) as manager:
+            steps = manager.all_steps()
+            if not way.startswith("os._exit") and sys.version_info[:3] not in NO_THREADS:
+                assert steps == [1, 2], said
+            for step in steps:
+                assert is_of(manager.restore(state_of(0), step=step), step), way
+            assert steps[0] == 1 and {str(step) for step in steps} == {
+                path.name for path in (root / way).iterdir()
+            }
+
+
+NO_THREADS = ((3, 12, 0), (3, 12, 1))
+"""Versions that start no thread once a program is ending."""
+
+
+def test_two_jobs_in_one_folder(ran: Path) -> None:
+    """Each step is the one's or the other's, and whole; neither stumbles over the other."""
+    root = ran / "rivals"
+    with ckpt.CheckpointManager(root / "run", read_only=True) as manager:
+        steps = manager.all_steps()
+        assert steps[-1] == 15 and len(steps) >= 3
+        for step in steps:
+            state = manager.restore(state_of(0), step=step).state
+            assert (state["w"] == step).all() and state["n"] == step
+            assert state["b"].tolist() in ([0.0] * 5, [1.0] * 5)
+    assert {path.name for path in (root / "run").iterdir()} == {str(step) for step in steps}
+
+
 if __name__ == "__main__":
-    {"alone": run_alone, "pairs": run_pairs}[sys.argv[1]](Path(sys.argv[2]))
+    for run in (run_alone, run_rivals, run_pairs, run_ways):  # children of the last one come back
+        folder = Path(sys.argv[1]) / run.__name__.removeprefix("run_")
+        folder.mkdir()
+        run(folder)
