@@ -10,8 +10,10 @@ from typing import Literal
 
 import tyro
 
+from shardflax.cli.errors import CommandError
+from shardflax.cli.mesh import MeshOptions
 from shardflax.cli.subject import Subject, rules_of
-from shardflax.partitioning import Explanation, explain, make_abstract_mesh
+from shardflax.partitioning import Explanation
 from shardflax.partitioning.explain_text import problem_lines
 from shardflax.programs import layout_of
 
@@ -24,7 +26,7 @@ size of model and mesh. Exit status 1 if anything is wrong with the layout."""
 
 
 @dataclasses.dataclass(frozen=True)
-class ExplainOptions:
+class ExplainOptions(MeshOptions):
     """What to explain, and how to show it.
 
     >>> ExplainOptions("tiny", "fsdp=8").preset
@@ -72,9 +74,9 @@ def explanation_of(options: ExplainOptions) -> Explanation:
     subject = Subject(
         options.model, options.layers, options.batch, options.seq_len, options.optimizer
     )
-    mesh, rules = make_abstract_mesh(options.mesh), rules_of(options.preset)
+    (mesh, dcn), rules = options.read(options.mesh), rules_of(options.preset)
     layout = layout_of(subject.program(mesh, rules), mesh, rules)
-    return explain(layout, options.mesh, rules, title=options.model)
+    return Explanation(layout, options.model, dcn)
 
 
 def main(args: Sequence[str]) -> int:
@@ -99,7 +101,11 @@ def main(args: Sequence[str]) -> int:
 
 
 def _write(explanation: Explanation, path: Path, page: bool) -> None:
-    path.write_text(explanation.to_html() if page else explanation.to_json() + "\n", "utf-8")
+    text = explanation.to_html() if page else explanation.to_json() + "\n"
+    try:
+        path.write_text(text, "utf-8")
+    except OSError as error:
+        raise CommandError(f"{path}: it cannot be written: {error.strerror}.") from None
     print(f"wrote {path}", file=sys.stderr)
 
 

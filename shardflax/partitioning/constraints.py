@@ -27,6 +27,7 @@ from shardflax.partitioning.errors import (
     NamesRankError,
     NoRulesWarning,
     Problem,
+    kind_of,
     mapped_over,
     no_devices,
     raise_problems,
@@ -235,10 +236,18 @@ def located(problems: Sequence[Problem], what: str = "constraint") -> list[Probl
     """
     if not problems:
         return []
-    scope = getattr(current_module(), "scope", None)
-    inside = "" if scope is None else f" (in the module {scope.path_text})"
-    where = f"{what} at {_caller()[0]}{inside}"
+    where = f"{what} at {_caller()[0]}{_inside()}"
     return [replace(problem, where=where) for problem in problems]
+
+
+def _inside() -> str:
+    """Where in the model this is, in brackets: a path and a class; the root has no path."""
+    module = current_module()
+    scope = getattr(module, "scope", None)
+    if scope is None:
+        return ""
+    where, kind = "/".join(scope.path), kind_of(module)
+    return f" (in {where}, {kind})" if where else f" (in {kind}, the outermost module)"
 
 
 def _whole(x: Any) -> Any:

@@ -38,17 +38,18 @@ class Diagnostics:
         default_factory=lambda: list[Rematerialization]()
     )
 
-    def report(self, then: Then) -> None:
+    def report(self, then: Then, above: int = 0) -> None:
         """Raises or warns, if anything was found.
 
-        Raises `RematerializationError` where `then` is 'error'.
+        A warning is for the line that is `above` frames over the caller.  Raises
+        `RematerializationError` where `then` is 'error'.
         """
         if not self.rematerializations or then == "collect":
             return
         text = _text(self.rematerializations, self.rules)
         if then == "error":
             raise RematerializationError(text, self.rematerializations)
-        warnings.warn(text, RematerializationWarning, stacklevel=4)
+        warnings.warn(text, RematerializationWarning, stacklevel=3 + above)
 
 
 @contextmanager
@@ -75,7 +76,7 @@ def compile_diagnostics(
         yield found
     notes = (from_log(line, mesh) for line in lines)
     found.rematerializations += [note for note in notes if note is not None]
-    found.report(then)
+    found.report(then, above=1)  # the exit of the context manager
 
 
 def compile(
@@ -102,7 +103,7 @@ def compile(
     with listen() as lines:
         compiled = lowered.compile()
     mesh = mesh if mesh is not None else mesh_in_scope() or mesh_of(compiled)
-    if mesh is None:
+    if mesh is None and not lines:
         return compiled
     found = Diagnostics(mesh, rules if rules is not None else rules_in_scope())
     every = _both(lines, parse(compiled.as_text()), mesh)
@@ -123,9 +124,9 @@ def mesh_of(compiled: Any) -> Mesh | None:
     return next(meshes, None)
 
 
-def _both(lines: Sequence[str], program: Program, mesh: AnyMesh) -> list[Rematerialization]:
+def _both(lines: Sequence[str], program: Program, mesh: AnyMesh | None) -> list[Rematerialization]:
     """What XLA said, and what the program shows besides, each once."""
-    shown = from_program(program, mesh)
+    shown = [] if mesh is None else from_program(program, mesh)
     counts = {one.op_name: one.count for one in shown}
     said: dict[Any, Rematerialization] = {}
     for line in lines:

@@ -18,6 +18,7 @@ __all__ = [
     "IndivisibleDimError",
     "InvalidRuleError",
     "LayoutError",
+    "LibtpuError",
     "LockDriftError",
     "LockFileError",
     "MeshScopeError",
@@ -36,6 +37,7 @@ __all__ = [
     "UnknownAxisError",
     "UnknownNameError",
     "UnknownPresetError",
+    "kind_of",
     "mapped_over",
     "no_devices",
     "raise_problems",
@@ -109,7 +111,7 @@ class LockDriftError(LayoutError):
 
 
 class LockFileError(FlaxError):
-    """A lock file that cannot be read."""
+    """A lock file that cannot be read, or written."""
 
     def __init__(self, path: Any, problem: str) -> None:
         super().__init__(f"{path}: {problem}")
@@ -117,6 +119,14 @@ class LockFileError(FlaxError):
 
     def __reduce__(self) -> Any:
         return type(self), (self.path, self.problem)
+
+
+class LibtpuError(FlaxError):
+    """The compiler for TPUs (libtpu) is not installed, or does not work on this host."""
+
+
+class UnknownTopologyError(LayoutError):
+    """A topology of TPUs that does not exist."""
 
 
 class UnknownNameError(LayoutError):
@@ -206,6 +216,18 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.where}: {self.text}" if self.where else self.text
+
+
+def kind_of(value: Any) -> str:
+    """What was given in place of what is wanted, in two words.
+
+    >>> kind_of(3), kind_of([3]), kind_of(None)
+    ('an int', 'a list', 'None')
+    """
+    if value is None:
+        return "None"
+    name = type(value).__name__
+    return f"a{'n' * (name[0] in 'aeiouAEIOU')} {name}"
 
 
 def raise_problems(problems: Sequence[Problem]) -> None:

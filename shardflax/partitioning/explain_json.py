@@ -42,6 +42,7 @@ def explanation_dict(explanation: Explanation) -> dict[str, Any]:
         "leaves": [_leaf(leaf) for leaf in explanation.leaves],
         "unnamed": list(layout.unnamed),
         "unused_rules": list(layout.unused_rules),
+        "unused_defaults": list(layout.unused_defaults),
         "unused_axes": list(layout.unused_axes),
         "problems": [_problem(problem) for problem in explanation.problems],
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,17 +161,26 @@ class LeafExplained:
         return self.path.partition("/")[0]
 
 
-def mesh_of_spec(spec: str) -> tuple[AbstractMesh, dict[str, int]]:
+def mesh_of_spec(
+    spec: str,
+    devices: int | None = None,
+    *,
+    across_dcn: Collection[str] = (),
+    other_axes: Collection[str] = (),
+) -> tuple[AbstractMesh, dict[str, int]]:
     """A mesh of any size, without devices, and the sizes across slices that its spec says.
 
-    Raises `MeshSpecError` for a spec that cannot be read or leaves a size open.
+    The arguments are those of `make_abstract_mesh`.  Raises `MeshSpecError` for a spec that cannot
+    be read or leaves a size open.
 
     >>> mesh, dcn = mesh_of_spec("dcn(data=2) ici(fsdp=16,tensor=8)")
     >>> mesh.size, dcn["data"]
     (256, 2)
     """
-    mesh = make_abstract_mesh(spec)
-    parsed = parse_mesh_spec(spec)
+    mesh = make_abstract_mesh(spec, devices, across_dcn=across_dcn, other_axes=other_axes)
+    parsed = parse_mesh_spec(spec, other_axes)
+    if devices is not None:
+        parsed = parsed.fill(devices, None)
     return mesh, dict(zip(parsed.axes, parsed.dcn, strict=True))
 
 

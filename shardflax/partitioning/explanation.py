@@ -154,6 +154,9 @@ class Explanation:
         path.write_text(text, encoding="utf-8")
         return path
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "mesh": self.mesh}  # the layout leaves its devices behind
+
     def __str__(self) -> str:
         from shardflax.partitioning.explain_text import explanation_text
 
@@ -198,7 +201,6 @@ def explain(
     params/kernel  float32[64,96]  embed→fsdp, mlp→tensor           768 B
     <BLANKLINE>
     768 B on each of 32 devices: 1 leaf, 24.0 KiB in all.
-    rules that nothing used: ...
     """
     dcn: dict[str, int] = {}
     if isinstance(mesh, str):

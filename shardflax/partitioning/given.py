@@ -7,7 +7,12 @@ from typing import Any, cast
 
 from jax.sharding import AbstractMesh, Mesh
 
-from shardflax.partitioning.errors import InvalidRuleError, MeshSpecError, NamesRankError
+from shardflax.partitioning.errors import (
+    InvalidRuleError,
+    MeshSpecError,
+    NamesRankError,
+    kind_of,
+)
 from shardflax.partitioning.rules import AxisRules
 
 __all__ = ["as_names", "check_mesh", "check_rules", "check_strict"]
@@ -55,7 +60,7 @@ def check_mesh(mesh: Any) -> None:
     >>> check_mesh(AbstractMesh((), ()))
     """
     if not isinstance(mesh, (Mesh, AbstractMesh)):
-        found = f"{mesh!r}. Write make_mesh({mesh!r})" if isinstance(mesh, str) else _kind(mesh)
+        found = f"{mesh!r}. Write make_mesh({mesh!r})" if isinstance(mesh, str) else kind_of(mesh)
         raise MeshSpecError(f"a mesh is expected, not {found}.")
 
 
@@ -70,11 +75,7 @@ def _found(rules: Any) -> str:
         return f"{rules!r}. Write preset({rules!r})"
     if rules is None:
         return "None. Write () if none are wanted"
-    return "a dict. Write AxisRules({...})" if isinstance(rules, Mapping) else _kind(rules)
-
-
-def _kind(given: Any) -> str:
-    return "None" if given is None else f"a {type(given).__name__}"
+    return "a dict. Write AxisRules({...})" if isinstance(rules, Mapping) else kind_of(rules)
 
 
 def _no_rules(found: str, pairs: str = ", or pairs") -> InvalidRuleError:

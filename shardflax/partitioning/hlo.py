@@ -166,12 +166,7 @@ def parse(text: str) -> Program:
     if partitions := re.match(r"HloModule .*\bnum_partitions=(\d+)", text):
         program.partitions = int(partitions[1])
     for line in text.splitlines():
-        if current is None and line in (
-            "FileNames",
-            "FunctionNames",
-            "FileLocations",
-            "StackFrames",
-        ):
+        if current is None and line in _TABLES:
             table = program.tables.setdefault(line, {})
         elif current is None and (row := _ROW.match(line)) and table is not None:
             table[int(row[1])] = row[2] or row[3] or ""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import pickle
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import jax
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from shardflax.core.boxes import AxisMetadata
 from shardflax.core.errors import did_you_mean
@@ -18,7 +19,7 @@ from shardflax.partitioning.given import check_mesh, check_rules
 from shardflax.partitioning.leaf import Leaf, place_leaf
 from shardflax.partitioning.overrides import freeze
 from shardflax.partitioning.paths import Path, keys_of, path_text
-from shardflax.partitioning.resolve import check_mesh_axes
+from shardflax.partitioning.resolve import check_mesh_axes, resolve
 from shardflax.partitioning.rules import AxisRules, LogicalRules
 from shardflax.partitioning.scope import AnyMesh, InitTrace, free_axes
 from shardflax.partitioning.spec_check import spec_axes
@@ -48,6 +49,8 @@ class Layout:
     Nothing is raised here: `problems` lists what is wrong, `check` raises it.  `trace` is the
     record of constraints that an init met.  Raises `OverrideError` for `names` that are none, and
     `LayoutError` for `parameters` that are not there, or for what is no mesh, or no rules.
+
+    Pickled, it comes back with an abstract mesh: devices belong to their process.
 
     >>> import jax.numpy as jnp
     >>> from shardflax.partitioning import LogicallyPartitioned, make_mesh, preset
@@ -82,6 +85,7 @@ class Layout:
         root = find_root(state, found) if parameters is None else _said_root(parameters, found)
         named = StateNames(found, root, rules, freeze(names or {}, "the state"))
         self._by_path = named.problems
+        self._parameters = named.parameters
         axes = free_axes(mesh)
         self.leaves: tuple[Leaf, ...] = tuple(
             place_leaf(leaf.path, leaf.value, named.of(leaf), axes) for leaf in found
@@ -110,6 +114,26 @@ class Layout:
             for leaf, sharding in zip(self.leaves, self._shardings(), strict=True)
         )
 
+    def optimizer_spec(self, leaf: Leaf) -> PartitionSpec:
+        """The spec of what an optimizer keeps for a parameter, by the optimizer's rules.
+
+        For gradients and updates, which are not part of a state.  For a leaf that is no parameter,
+        or one whose rules have no sets, it is that of the leaf.
+
+        >>> import jax.numpy as jnp
+        >>> from shardflax.partitioning import LogicallyPartitioned, make_mesh, preset
+        >>> kernel = LogicallyPartitioned(jnp.ones((8, 16)), ("embed", "mlp"))
+        >>> layout = Layout({"w": kernel}, make_mesh("data=8"), preset("zero1"))
+        >>> layout.leaf("w").spec, layout.optimizer_spec(layout.leaf("w"))
+        (P(), P('data',))
+        """
+        owner = self._parameters.get(leaf.path)
+        if owner is None or not isinstance(owner.rules, AxisRules):
+            return leaf.spec
+        rules, axes = owner.rules, free_axes(self.mesh)
+        found = resolve(owner.names, rules.optimizer, leaf.shape, axes, rules.min_size)
+        return leaf.spec if found.problems else found.spec
+
     def _shardings(self) -> list[NamedSharding]:
         """The sharding of each leaf; one object for one spec."""
         specs = {leaf.spec: NamedSharding(self.mesh, leaf.spec) for leaf in self.leaves}
@@ -127,11 +151,23 @@ class Layout:
 
     @property
     def unused_rules(self) -> tuple[str, ...]:
-        """Names of strict rules that neither a leaf nor a constraint of the init has used."""
+        """Names of strict rules of one's own that no leaf and no constraint of the init has used.
+
+        Presets know more names than any model has: those are `unused_defaults`.
+        """
+        return self._unused(own=True)
+
+    @property
+    def unused_defaults(self) -> tuple[str, ...]:
+        """The same of the rules that a preset brought."""
+        return self._unused(own=False)
+
+    def _unused(self, own: bool) -> tuple[str, ...]:
         if not isinstance(self.rules, AxisRules):
             return ()
         used = {name for leaf in self.leaves for name in leaf.names or ()} | self._trace.names
-        return tuple(name for name in self.rules.names if name not in used)
+        mine = self.rules.own
+        return tuple(n for n in self.rules.names if n not in used and (n in mine) == own)
 
     @property
     def unused_axes(self) -> tuple[str, ...]:
@@ -192,6 +228,25 @@ class Layout:
         """A tree like the state, from its leaves in order."""
         return self._tree(leaves)
 
+    def __copy__(self) -> Layout:
+        return self  # it is never changed
+
+    def __deepcopy__(self, _: Any) -> Layout:
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        try:
+            pickle.dumps(self._treedef)
+        except Exception as error:  # whatever the parts of a user's state raise
+            raise LayoutError(
+                f"this Layout cannot be pickled, for the tree of its state cannot: {error}. Make "
+                f"it again where it is wanted (abstract_layout), or send plain values: "
+                f"lock(layout), or explain(layout, mesh, rules).to_dict()."
+            ) from error
+        mesh = self.mesh.abstract_mesh if isinstance(self.mesh, Mesh) else self.mesh
+        kept = {key: part for key, part in vars(self).items() if key not in _WITH_DEVICES}
+        return {**kept, "mesh": mesh}
+
     def _tree(self, values: Iterable[Any]) -> Any:
         return jx.tree.unflatten(self._treedef, list(values))
 
@@ -204,6 +259,9 @@ class Layout:
     def __repr__(self) -> str:
         mesh = ",".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())
         return f"<Layout of {len(self.leaves)} leaves on {mesh}, {self.bytes_per_device} bytes>"
+
+
+_WITH_DEVICES = ("shardings", "abstract")  # made when asked for, and kept
 
 
 def _is_box(x: Any) -> bool:

@@ -7,6 +7,7 @@ readable change of a file that is under version control.
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
@@ -28,6 +29,7 @@ from shardflax.partitioning.spec_check import spec_axes
 __all__ = ["check_lock", "lock", "read_lock", "write_lock"]
 
 _FORMAT, _VERSION = "shardflax.lock", 1
+_ANEW = "Take it from version control again, or write it anew."
 
 
 def lock(
@@ -98,33 +100,48 @@ def check_lock(
 def read_lock(path: str | Path) -> dict[str, LockEntry]:
     """The entries of a lock file, by name.
 
-    Raises `LockFileError` for a file that is not there, is no lock file, or is of a newer format.
+    Raises `LockFileError` for a file that is not there, is no lock file, or is of another version.
 
     >>> read_lock("no/such.lock")
     Traceback (most recent call last):
         ...
-    shardflax.partitioning.errors.LockFileError: no/such.lock: there is no such file.
+    shardflax.partitioning.errors.LockFileError: no/such.lock: there is no such file. write_lock
+    writes one, or `shardflax lock MODEL --mesh ...`.
     """
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise LockFileError(path, "there is no such file.") from None
+        how = "write_lock writes one, or `shardflax lock MODEL --mesh ...`."
+        raise LockFileError(path, f"there is no such file. {how}") from None
     except (OSError, ValueError) as error:
-        raise LockFileError(path, f"cannot be read: {error}") from None
+        raise LockFileError(path, f"it cannot be read: {error}. {_ANEW}") from None
     if not isinstance(found, dict) or cast("Any", found).get("format") != _FORMAT:
-        raise LockFileError(path, f'is no lock file: expected "format": "{_FORMAT}".')
+        raise LockFileError(path, f'it is no lock file: "format": "{_FORMAT}" is not in it.')
     values = cast("dict[str, Any]", found)
-    if values.get("version") != _VERSION:
-        version = values.get("version")
-        raise LockFileError(path, f"is of version {version!r}; this library reads {_VERSION}.")
-    try:
-        return {name: _entry(entry) for name, entry in values["entries"].items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise LockFileError(path, f"an entry is not as it was written: {error!r}.") from None
+    version, entries = values.get("version"), values.get("entries")
+    if version != _VERSION:
+        how = "Read it with the version of shardflax that wrote it, or write it anew with this one."
+        text = f"it is of version {version!r}, and this library reads version {_VERSION}. {how}"
+        raise LockFileError(path, text)
+    if not isinstance(entries, dict):
+        raise LockFileError(path, f'it has no "entries". {_ANEW}')
+    read: dict[str, LockEntry] = {}
+    for name, entry in cast("dict[str, Any]", entries).items():
+        try:
+            read[name] = _entry(entry)
+        except KeyError as error:
+            text = f"the entry {name!r} lacks {error.args[0]!r}. {_ANEW}"
+            raise LockFileError(path, text) from None
+        except (TypeError, AttributeError):
+            text = f"the entry {name!r} holds something else than was written. {_ANEW}"
+            raise LockFileError(path, text) from None
+    return read
 
 
 def write_lock(path: str | Path, entries: Mapping[str, LockEntry]) -> Path:
     """Writes a lock file: sorted, a line for each leaf and collective; equal entries, equal files.
+
+    What was there is replaced as a whole.  Raises `LockFileError` where nothing can be written.
 
     >>> import tempfile
     >>> entry = LockEntry(
@@ -137,7 +154,13 @@ def write_lock(path: str | Path, entries: Mapping[str, LockEntry]) -> Path:
     listed = {name: _values(entries[name]) for name in sorted(entries)}
     values = {"format": _FORMAT, "version": _VERSION, "entries": listed}
     path = Path(path)
-    path.write_text(_dump(values) + "\n", encoding="utf-8")
+    written = path.with_name(f"{path.name}.{os.getpid()}.new")
+    try:
+        written.write_text(_dump(values) + "\n", encoding="utf-8")
+        written.replace(path)
+    except OSError as error:
+        written.unlink(missing_ok=True)
+        raise LockFileError(path, f"it cannot be written: {error.strerror}.") from None
     return path
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, cast
 
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from shardflax.core.errors import did_you_mean
-from shardflax.partitioning.errors import MeshSpecError
+from shardflax.partitioning.errors import MeshSpecError, kind_of
 from shardflax.partitioning.grid import device_grid
 from shardflax.partitioning.mesh_spec import MeshSpec, parse_mesh_spec
 from shardflax.partitioning.slices import granules, hardware_slices, remember_runs
@@ -55,7 +56,7 @@ def make_mesh(
     >>> dict(make_mesh("tensor=2,fsdp=-1").shape)
     {'fsdp': 4, 'tensor': 2}
     """
-    devices = list(jx.devices() if devices is None else devices)
+    devices = _flat(jx.devices() if devices is None else devices)
     if not devices:
         raise MeshSpecError(f"mesh {spec!r}: devices is empty. Pass some, or None for all.")
     parsed = _read(spec, other_axes, across_dcn)
@@ -93,21 +94,40 @@ def make_abstract_mesh(
     """
     parsed = _read(spec, other_axes, across_dcn)
     types = _axis_types(parsed, axis_types)
+    for what, number in (("devices", devices), ("slices", slices)):
+        if number is not None and not isinstance(cast(Any, number), int):
+            raise MeshSpecError(
+                f"make_abstract_mesh: {what} is a number, such as 8, not {kind_of(number)}."
+            )
     if devices is not None:
         parsed = parsed.fill(devices, slices)
     elif -1 in (*parsed.ici, *parsed.dcn):
         raise MeshSpecError(
-            f"mesh {parsed.text!r}: an abstract mesh has no devices to count, and so nothing says "
-            f"what is left for -1. Write the size, or make_abstract_mesh(..., devices=256)."
+            f"mesh {parsed.text!r}: nothing says how many devices there are, of which -1 is what "
+            f"is left. Write the size, or make_abstract_mesh(..., devices=256)."
         )
     return AbstractMesh(parsed.sizes, parsed.axes, axis_types=types)
+
+
+def _flat(devices: Any) -> list[Any]:
+    """Devices as a list; those of an array in its order."""
+    if not isinstance(devices, Iterable):
+        raise MeshSpecError(
+            f"make_mesh: devices are a list, such as jax.devices()[:4], not {kind_of(devices)}."
+        )
+    return list(np.array(devices, dtype=object).ravel())
+
+
+def _several(names: str | Collection[str]) -> Collection[str]:
+    """One name, which is a collection of letters too, as a collection of names."""
+    return (names,) if isinstance(names, str) else names
 
 
 def _read(
     spec: str | Mapping[str, int], other_axes: Collection[str], across_dcn: Collection[str]
 ) -> MeshSpec:
     """The spec, if no axis is across slices that should not be."""
-    parsed = parse_mesh_spec(spec, other_axes)
+    parsed, across_dcn = parse_mesh_spec(spec, _several(other_axes)), _several(across_dcn)
     for axis, size in zip(parsed.axes, parsed.dcn, strict=True):
         if size != 1 and axis in INSIDE_A_SLICE and axis not in across_dcn:
             raise MeshSpecError(
@@ -126,8 +146,13 @@ def _axis_types(spec: MeshSpec, types: AxisTypes) -> tuple[AxisType, ...]:
                 hint = did_you_mean(axis, spec.axes)
                 raise MeshSpecError(f"axis_types: the mesh has no axis {axis!r}: {hint}")
         default = [types.get(axis, "auto") for axis in spec.axes]
-    else:
+    elif isinstance(cast(Any, types), (str, AxisType)):
         default = [types] * len(spec.axes)
+    else:
+        raise MeshSpecError(
+            f"axis_types: found {kind_of(types)}. Write one type for all axes, 'explicit', or "
+            f"types by axis, {{{spec.axes[0]!r}: 'explicit'}}: axes come in an order of their own."
+        )
     return tuple(_axis_type(said or kind) for said, kind in zip(spec.types, default, strict=True))
 
 
@@ -135,6 +160,8 @@ def _axis_type(kind: str | AxisType) -> AxisType:
     """An axis type by its name."""
     if isinstance(kind, AxisType):
         return kind
+    if not isinstance(cast(Any, kind), str):
+        raise MeshSpecError(f"axis_types: {kind_of(kind)} is no axis type. Write 'explicit'.")
     if kind not in _TYPES:
         raise MeshSpecError(f"axis_types: no axis type {kind!r}: {did_you_mean(kind, _TYPES)}")
     return _TYPES[kind]

@@ -7,8 +7,9 @@ import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
-from shardflax.partitioning.errors import MeshSpecError, UnknownAxisError
+from shardflax.partitioning.errors import MeshSpecError, UnknownAxisError, kind_of
 from shardflax.partitioning.mesh_misfit import misfit, other_slices
 from shardflax.partitioning.vocabulary import KNOWN_AXES
 
@@ -102,6 +103,8 @@ def parse_mesh_spec(spec: str | Mapping[str, int], other_axes: Collection[str] =
     >>> parse_mesh_spec("tensor=2,fsdp=-1").axes
     ('fsdp', 'tensor')
     """
+    if not isinstance(cast(Any, spec), str | Mapping):
+        raise MeshSpecError(f"a mesh is described by a text, not by {kind_of(spec)}. {_HOW}")
     text = spec if isinstance(spec, str) else ",".join(f"{k}={v}" for k, v in spec.items())
     networks = _networks(text)
     written = [axis for sizes in networks.values() for axis in sizes]

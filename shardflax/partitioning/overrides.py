@@ -14,7 +14,7 @@ from typing import Any, cast
 from jax.sharding import PartitionSpec
 
 from shardflax.core.errors import did_you_mean
-from shardflax.partitioning.errors import OverrideError, Problem
+from shardflax.partitioning.errors import OverrideError, Problem, kind_of
 
 __all__ = ["Overrides", "call_paths", "find_names", "freeze", "is_named", "merge", "unmatched"]
 
@@ -30,6 +30,11 @@ def freeze(overrides: Mapping[str, Any], what: str, lists: bool = False) -> Over
     >>> freeze({".*/kernel": ("embed", "mlp")}, "params")
     (('.*/kernel', ('embed', 'mlp')),)
     """
+    if not isinstance(cast(Any, overrides), Mapping):
+        raise OverrideError(
+            f"overrides of {what}: {kind_of(overrides)} is no dict of names by path. Write "
+            f"{{'.*/kernel': ('embed', 'mlp')}}."
+        )
     return tuple((_pattern(p, what), _names(p, n, what, lists)) for p, n in overrides.items())
 
 

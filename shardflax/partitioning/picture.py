@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from shardflax.core.errors import did_you_mean
+from shardflax.partitioning.errors import LayoutError
+from shardflax.partitioning.given import check_mesh
 from shardflax.partitioning.scope import AnyMesh, axis_kinds
 from shardflax.partitioning.slices import networks, slices_of
 
@@ -94,6 +97,8 @@ def mesh_picture(
     'coords' in the machine.  An abstract mesh shows positions.  `width` is in characters.  Of a dim
     longer than `limit` (16; on more than 256 devices 8) its first and last positions are shown.
 
+    Raises `LayoutError` for what is no mesh, or for another `show`.
+
     >>> from shardflax.partitioning import make_mesh
     >>> print(mesh_picture(make_mesh("dcn(data=2) ici(fsdp=2,tensor=2)")))
     data=2 (DCN), fsdp=2 (ICI), tensor=2 (ICI): 8 cpu devices in 2 slices
@@ -104,6 +109,9 @@ def mesh_picture(
     fsdp  0  0  1     fsdp  0  4  5
           1  2  3           1  6  7
     """
+    check_mesh(mesh)
+    if show not in _LABELS:
+        raise LayoutError(f"mesh_picture: show={show!r}: {did_you_mean(str(show), _LABELS)}")
     return MeshPicture(mesh, show, width, limit)
 
 

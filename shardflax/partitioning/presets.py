@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from typing import Any, cast
 
 from shardflax.core.errors import did_you_mean
 from shardflax.partitioning.default_table import BATCH_NAMES, DEFAULT_TABLE
-from shardflax.partitioning.errors import UnknownPresetError
-from shardflax.partitioning.rules import AxisRules, RuleAxes
+from shardflax.partitioning.errors import UnknownPresetError, kind_of
+from shardflax.partitioning.rules import AxisRules, RuleAxes, as_standard
 
 __all__ = ["DEFAULT_RULES", "PRESETS", "preset"]
 
-DEFAULT_RULES = AxisRules(DEFAULT_TABLE, title="default rules")
+DEFAULT_RULES = as_standard(AxisRules(DEFAULT_TABLE, title="default rules"))
 
 
 def _cut(
@@ -44,7 +45,7 @@ _DECODE: dict[str, RuleAxes] = {
 }
 
 PRESETS: dict[str, AxisRules] = {
-    rules.title: rules
+    rules.title: as_standard(rules)
     for rules in (
         _DP,
         AxisRules(_DP, optimizer=_ZERO1, title="zero1"),
@@ -65,7 +66,6 @@ PRESETS: dict[str, AxisRules] = {
 }
 
 
-@functools.lru_cache(maxsize=256)
 def preset(name: str) -> AxisRules:
     """The preset of this name: strict rules that can be printed, changed with `|`, and hashed.
 
@@ -104,6 +104,16 @@ def preset(name: str) -> AxisRules:
         ...
     shardflax.partitioning.errors.UnknownPresetError: no preset 'fsdp_pt': did you mean 'fsdp_tp'?
     """
+    if not isinstance(cast(Any, name), str):
+        raise UnknownPresetError(
+            f"a preset has a name, such as 'fsdp_tp' or 'fsdp + tp_sp'; found {kind_of(name)}."
+        )
+    return _sum(name)
+
+
+@functools.lru_cache(maxsize=256)
+def _sum(name: str) -> AxisRules:
+    """The presets of a sum."""
     first, *more = [_one(part.strip(), name) for part in name.split("+")]
     return sum(more, first)
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, cast, overload
 
 from shardflax.core.errors import did_you_mean
-from shardflax.partitioning.errors import InvalidRuleError, OverrideError
+from shardflax.partitioning.errors import (
+    InvalidRuleError,
+    OverrideError,
+    UnknownNameError,
+    kind_of,
+)
 from shardflax.partitioning.overrides import Overrides, call_paths, find_names, freeze, merge
 from shardflax.partitioning.roles import Roles, roles_of
+from shardflax.partitioning.rule_entries import RuleAxes, RuleTable, table_of
 from shardflax.partitioning.rule_sets import (
     FOLLOWS,
     Table,
@@ -24,13 +30,9 @@ from shardflax.partitioning.rule_table import rules_table, rules_text
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
-__all__ = ["AxisRules", "LogicalRules", "RuleAxes"]
+__all__ = ["AxisRules", "LogicalRules", "RuleAxes", "as_standard"]
 
-RuleAxes = str | Sequence[str] | None
-RuleTable = Mapping[str, RuleAxes] | Iterable[tuple[str, RuleAxes]]
 LogicalRules = Sequence[tuple[str, Any]]
-
-_AXIS = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\??")
 
 
 @dataclass(frozen=True, init=False)
@@ -46,10 +48,11 @@ class AxisRules(Sequence[tuple[str, tuple[str, ...]]]):
     `rules` says how parameters are stored.  `compute`, `optimizer` and `eval` say what differs
     where one computes, in the optimizer's state, and in evaluation: a dict changes some rules,
     `AxisRules` replace all.  Unsaid, compute and optimizer are as stored, and eval as compute.
-    Parameters and optimizer leaves of fewer than `min_size` elements are not sharded.
+    Parameters and optimizer leaves of fewer than `min_size` elements are not sharded.  `own` are
+    the names whose rules somebody wrote here: not those that a preset brought.
 
-    Raises `InvalidRuleError` for a name with two rules, an axis twice in a rule, bad syntax, a
-    set that lacks a name, or a dict that changes a name without a rule.
+    Raises `InvalidRuleError` for what is no table of rules, a name with two rules, an axis twice in
+    a rule, bad syntax, a set that lacks a name, or a dict that changes a name without a rule.
 
     >>> rules = AxisRules({"batch": "data fsdp", "embed": "fsdp", "mlp": "fsdp? tensor"})
     >>> rules["mlp"]
@@ -66,6 +69,7 @@ class AxisRules(Sequence[tuple[str, tuple[str, ...]]]):
     activation_overrides: Overrides
     min_size: int
     title: str = field(compare=False, repr=False)
+    own: frozenset[str] = field(compare=False, repr=False)
     _table: Table = field(compare=False, repr=False)
     _hash: int = field(compare=False, repr=False)
     _stored: AxisRules | None = field(compare=False, repr=False)
@@ -80,15 +84,17 @@ class AxisRules(Sequence[tuple[str, tuple[str, ...]]]):
         min_size: int = 0,
         title: str = "rules",
     ) -> None:
-        table = _table_of(rules, title)
+        table = table_of(rules, title)
         said = {"compute": compute, "optimizer": optimizer, "eval": eval}
         if not isinstance(rules, AxisRules):
-            self._fill(table, _sets_of(table, said, title), (), (), min_size, title)
+            sets, own = _sets_of(table, said, title)
+            self._fill(table, sets, (), (), min_size, title, own.union(table))
             return
         known = {kind: one._table for kind, one in rules.sets}
-        sets, overrides = _sets_of(table, said, title, known), rules.param_overrides
-        outputs, least = rules.activation_overrides, min_size or rules.min_size
-        self._fill(table, sets, overrides, outputs, least, title)
+        sets, own = _sets_of(table, said, title, known)
+        overrides, outputs = rules.param_overrides, rules.activation_overrides
+        least = min_size or rules.min_size
+        self._fill(table, sets, overrides, outputs, least, title, own | rules.own)
 
     def _fill(
         self,
@@ -98,18 +104,19 @@ class AxisRules(Sequence[tuple[str, tuple[str, ...]]]):
         activations: Overrides,
         min_size: int,
         title: str,
+        own: frozenset[str],
     ) -> None:
         """Sets the fields; sets that say what they follow are left out, so that equal is equal."""
-        if min_size < 0:
+        if not isinstance(cast(Any, min_size), Integral) or min_size < 0:
             raise InvalidRuleError(f"{title}: min_size is a number of elements, not {min_size!r}.")
         entries, every, kept = tuple(table.items()), {"stored": table}, list[tuple[str, Any]]()
         for kind, before in FOLLOWS.items():
             every[kind] = sets.get(kind, every[before])
             if tuple(every[kind].items()) != tuple(every[before].items()):
                 check_set(kind, every[kind], table, title)
-                rules = _make(every[kind], {}, params, activations, min_size, f"{title}: {kind}")
-                kept.append((kind, rules))
-        stored = _make(table, {}, params, activations, min_size, title) if kept else None
+                about = params, activations, min_size, f"{title}: {kind}", own
+                kept.append((kind, _make(every[kind], {}, *about)))
+        stored = _make(table, {}, params, activations, min_size, title, own) if kept else None
         for name, value in (
             ("entries", entries),
             ("sets", tuple(kept)),
@@ -117,6 +124,7 @@ class AxisRules(Sequence[tuple[str, tuple[str, ...]]]):
             ("activation_overrides", activations),
             ("min_size", min_size),
             ("title", title),
+            ("own", own),
             ("_table", dict(table)),
             ("_hash", hash((entries, tuple(kept), params, activations, min_size))),
             ("_stored", stored),
@@ -130,7 +138,8 @@ class AxisRules(Sequence[tuple[str, tuple[str, ...]]]):
         # The hash of a string is another one in each process: nothing of it may be pickled.
         sets = {kind: dict(rules._table) for kind, rules in self.sets}
         overrides = self.param_overrides, self.activation_overrides
-        return _make, (dict(self._table), sets, *overrides, self.min_size, self.title)
+        about = self.min_size, self.title, tuple(sorted(self.own))
+        return _make, (dict(self._table), sets, *overrides, *about)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -148,7 +157,16 @@ class AxisRules(Sequence[tuple[str, tuple[str, ...]]]):
     @overload
     def __getitem__(self, index: str) -> tuple[str, ...]: ...
     def __getitem__(self, index: int | slice | str) -> Any:
-        return self._table[index] if isinstance(index, str) else self.entries[index]
+        """The axes of a name; raises `UnknownNameError` (did-you-mean) where no rule knows it."""
+        if not isinstance(index, str):
+            return self.entries[index]
+        if index not in self._table:
+            hint = did_you_mean(index, self._table)
+            raise UnknownNameError(
+                f"{self.title}: no rule for the name {index!r}: {hint} `get` gives None for a name "
+                f"without a rule."
+            )
+        return self._table[index]
 
     def get(self, name: str) -> tuple[str, ...] | None:
         """The axes of `name`, or None where no rule knows it."""
@@ -215,7 +233,8 @@ class AxisRules(Sequence[tuple[str, tuple[str, ...]]]):
         """
         said = {"compute": compute, "optimizer": optimizer, "eval": eval}
         known = {kind: rules._table for kind, rules in self.sets}
-        return self._changed(sets=_sets_of(self._table, said, self.title, known))
+        sets, own = _sets_of(self._table, said, self.title, known)
+        return self._changed(sets=sets, own=self.own | own)
 
     def with_overrides(
         self,
@@ -282,10 +301,16 @@ class AxisRules(Sequence[tuple[str, tuple[str, ...]]]):
     def __or__(self, other: Mapping[str, RuleAxes] | AxisRules) -> AxisRules:
         """These rules with those of `other` in the place of their own, in every set."""
         more = other if isinstance(other, AxisRules) else AxisRules(other, title="overrides")
-        return self._combined(more, overlaid, "|", more.min_size or self.min_size)
+        own = (self.own - set(more._table)) | more.own
+        return self._combined(more, overlaid, "|", more.min_size or self.min_size, own)
 
     def __add__(self, other: AxisRules) -> AxisRules:
         """These rules and those of `other`: names have the axes of both, in every set."""
+        if not isinstance(cast(Any, other), AxisRules):
+            raise InvalidRuleError(
+                f"{self.title} + {kind_of(other)}: rules are added to rules. Write | to change "
+                f"some, as in rules | {{'embed': 'fsdp'}}, or + AxisRules(...)."
+            )
         for own, others in (
             (self.param_overrides, other.param_overrides),
             (self.activation_overrides, other.activation_overrides),
@@ -296,10 +321,16 @@ class AxisRules(Sequence[tuple[str, tuple[str, ...]]]):
                         f"{self.title} + {other.title}: {pattern!r} has the names {names!r} in "
                         f"one and {dict(others)[pattern]!r} in the other."
                     )
-        return self._combined(other, united, "+", max(self.min_size, other.min_size))
+        least = max(self.min_size, other.min_size)
+        return self._combined(other, united, "+", least, self.own | other.own)
 
     def _combined(
-        self, other: AxisRules, how: Callable[[Table, Table], Table], sign: str, min_size: int
+        self,
+        other: AxisRules,
+        how: Callable[[Table, Table], Table],
+        sign: str,
+        min_size: int,
+        own: frozenset[str],
     ) -> AxisRules:
         kinds = {kind for rules in (self, other) for kind, _ in rules.sets}
         sets = {kind: how(self._set(kind)._table, other._set(kind)._table) for kind in kinds}
@@ -310,6 +341,7 @@ class AxisRules(Sequence[tuple[str, tuple[str, ...]]]):
             merge(self.activation_overrides, other.activation_overrides),
             min_size,
             f"{self.title} {sign} {other.title}",
+            own,
         )
 
     def _changed(self, **changes: Any) -> AxisRules:
@@ -320,6 +352,7 @@ class AxisRules(Sequence[tuple[str, tuple[str, ...]]]):
             "activations": self.activation_overrides,
             "min_size": self.min_size,
             "title": self.title,
+            "own": self.own,
         }
         return _make(self._table, **(parts | changes))
 
@@ -354,26 +387,22 @@ def _make(
     activations: Overrides,
     min_size: int,
     title: str,
+    own: Iterable[str],
 ) -> AxisRules:
     """Rules of parts that are known to be good."""
     rules = object.__new__(AxisRules)
-    rules._fill(table, sets, params, activations, min_size, title)  # pyright: ignore[reportPrivateUsage]
+    about = min_size, title, frozenset(own)
+    rules._fill(table, sets, params, activations, *about)  # pyright: ignore[reportPrivateUsage]
     return rules
 
 
-def _table_of(rules: RuleTable, title: str) -> Table:
-    """Rules as a table; raises for a name with two rules."""
-    pairs = cast(Any, rules).items() if isinstance(rules, Mapping) else rules
-    entries = tuple((_name(name), _axes(name, axes)) for name, axes in pairs)
-    if len(dict(entries)) != len(entries):
-        names = [name for name, _ in entries]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise InvalidRuleError(
-            f"{title}: more than one rule for {', '.join(map(repr, twice))}. Strict rules "
-            f"have one rule a name; write all its axes in it, in order, '?' where one may "
-            f"yield."
-        )
-    return dict(entries)
+def as_standard(rules: AxisRules) -> AxisRules:
+    """The same rules as nobody's own: what a layout leaves unused of them is not worth a word.
+
+    >>> as_standard(AxisRules({"embed": "fsdp"})).own
+    frozenset()
+    """
+    return rules._changed(own=())  # pyright: ignore[reportPrivateUsage]
 
 
 def _sets_of(
@@ -381,42 +410,19 @@ def _sets_of(
     said: Mapping[str, RuleTable | None],
     title: str,
     known: Mapping[str, Table] | None = None,
-) -> dict[str, Table]:
-    """The tables of the sets that are said, over those that are `known` already."""
-    every: dict[str, Table] = {"stored": stored}
+) -> tuple[dict[str, Table], frozenset[str]]:
+    """The tables of the sets that are said, over those `known` already; whose rules are new."""
+    every, own = {"stored": stored}, set[str]()
     for kind, before in FOLLOWS.items():
         every[kind] = (known or {}).get(kind, every[before])
         rules = said[kind]
         if isinstance(rules, AxisRules):
             every[kind] = dict(rules.entries)
+            own |= rules.own
         elif rules is not None:
-            changed = _table_of(rules, f"{title}: {kind}")
+            changed = table_of(rules, f"{title}: {kind}")
+            own |= changed.keys()
             check_changed(kind, changed, every[kind], title)
             every[kind] = overlaid(every[kind], changed)
-    return {
-        kind: every[kind] for kind in FOLLOWS if said[kind] is not None or kind in (known or {})
-    }
-
-
-def _name(name: Any) -> str:
-    """`name`, if it can be the name of a dim."""
-    if not isinstance(name, str) or not name:
-        raise InvalidRuleError(f"a rule's name is a non-empty string, not {name!r}.")
-    return name
-
-
-def _axes(name: str, axes: Any) -> tuple[str, ...]:
-    """The axes of one rule as a tuple of strings."""
-    if axes is None:
-        return ()
-    parts = tuple(axes.split()) if isinstance(axes, str) else tuple(axes)
-    for part in parts:
-        if not isinstance(part, str) or not _AXIS.fullmatch(part):
-            raise InvalidRuleError(
-                f"rule {name!r}: {part!r} is no axis. Write an axis name, with '?' after it if "
-                f"it may yield: 'fsdp fsdp2? tensor'; None for a replicated dim."
-            )
-    bare = [part.rstrip("?") for part in parts]
-    if len(set(bare)) != len(bare):
-        raise InvalidRuleError(f"rule {name!r}: an axis stands twice in {' '.join(parts)!r}.")
-    return parts
+    there = [kind for kind in FOLLOWS if said[kind] is not None or kind in (known or {})]
+    return {kind: every[kind] for kind in there}, frozenset(own)

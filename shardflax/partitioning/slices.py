@@ -10,12 +10,12 @@ import math
 import weakref
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from jax.sharding import Mesh
 
-from shardflax.partitioning.errors import MeshSpecError
+from shardflax.partitioning.errors import MeshSpecError, kind_of
 from shardflax.partitioning.untyped import jx
 
 __all__ = [
@@ -56,9 +56,9 @@ def fake_slices(count: int) -> Generator[tuple[tuple[Any, ...], ...]]:
     [4, 5, 6, 7]
     """
     devices = in_order(jx.devices("cpu"))
-    if count < 1 or len(devices) % count:
+    if not isinstance(cast(Any, count), int) or count < 1 or len(devices) % count:
         raise MeshSpecError(
-            f"fake_slices({count}): {len(devices)} devices are no {count} slices of equal size. "
+            f"fake_slices({count!r}): {len(devices)} devices are no {count} slices of equal size. "
             f"Write a divisor of {len(devices)}."
         )
     size = len(devices) // count
@@ -154,12 +154,15 @@ def networks(mesh: Mesh) -> dict[str, tuple[int, int]]:
     """How many parts of each axis the slow network joins, and how many devices each part has.
 
     The product of the two is the size of the axis: (2, 4) is an axis of 8 devices in two slices.
-    An axis whose parts are of unequal size, which no spec gives, counts as DCN as a whole.
+    An axis whose parts are of unequal size, which no spec gives, counts as DCN as a whole.  Raises
+    `MeshSpecError` for a mesh without devices.
 
     >>> from shardflax.partitioning import make_mesh
     >>> networks(make_mesh("dcn(data=2) ici(data=2,tensor=2)"))
     {'data': (2, 2), 'tensor': (1, 2)}
     """
+    if not isinstance(cast(Any, mesh), Mesh):
+        raise MeshSpecError(f"networks: a mesh with devices is expected, not {kind_of(mesh)}.")
     slices = slices_of(mesh)
     found: dict[str, tuple[int, int]] = {}
     for dim, axis in enumerate(mesh.axis_names):

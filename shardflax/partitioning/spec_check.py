@@ -100,6 +100,8 @@ def check_spec(
             owner[axis] = dim
             if axis not in sizes:
                 hint = did_you_mean(str(axis), sizes)
+                if str(axis).endswith("?"):
+                    hint = "an axis that may yield is for strict rules: write AxisRules([...])."
                 text = f"{what}: dim {dim} names the axis {axis!r}, which the mesh lacks: {hint}"
                 problems.append(Problem(UnknownAxisError, text, dim))
         factor = math.prod(sizes.get(axis, 1) for axis in axes)

@@ -20,6 +20,7 @@ class UsedRule:
 
     `constraints` says that no leaf has the name, but a constraint that the init met.
     `taken` counts axes, `given_up` axes and reasons, over the leaves and on axes above size 1.
+    `own` is false for a rule that a preset brought.
 
     >>> UsedRule("embed", ("fsdp",), 2, False, (("fsdp", 2),), ()).is_used
     True
@@ -31,6 +32,7 @@ class UsedRule:
     constraints: bool
     taken: tuple[tuple[str, int], ...]
     given_up: tuple[tuple[str, str, int], ...]
+    own: bool = True
 
     @property
     def is_used(self) -> bool:
@@ -56,10 +58,14 @@ class RuleUsage:
         rows += [_cells(rule) for rule in self.rules if rule.is_used]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [_line(row, widths) for row in rows]
-        unused = ", ".join(rule.name for rule in self.rules if not rule.is_used)
-        lines += [f"rules that nothing used: {unused}"] if unused else []
-        axes = ", ".join(self.unused_axes)
-        return "\n".join(lines + ([f"axes that nothing used: {axes}"] if axes else []))
+        idle = [rule for rule in self.rules if not rule.is_used]
+        said = (
+            ("rules that nothing used", [rule.name for rule in idle if rule.own]),
+            ("rules of presets that nothing used", [rule.name for rule in idle if not rule.own]),
+            ("axes that nothing used", self.unused_axes),
+        )
+        lines += [f"{what}: {', '.join(items)}" for what, items in said if items]
+        return "\n".join(lines)
 
 
 def rule_usage(layout: Layout) -> RuleUsage:
@@ -87,7 +93,7 @@ def rule_usage(layout: Layout) -> RuleUsage:
                 taken.setdefault(dim.name, Counter()).update(dim.taken)
                 said = ((axis, _reason(why)) for axis, why in dim.given_up if why not in _NOT_THERE)
                 given_up.setdefault(dim.name, Counter()).update(said)
-    unused = set(layout.unused_rules)
+    unused = {*layout.unused_rules, *layout.unused_defaults}
     every = tuple(
         UsedRule(
             name,
@@ -96,6 +102,7 @@ def rule_usage(layout: Layout) -> RuleUsage:
             name not in unused and not leaves[name],
             tuple(taken.get(name, Counter()).items()),
             tuple((*said, count) for said, count in given_up.get(name, Counter()).items()),
+            name in rules.own,
         )
         for name, axes in rules
     )

@@ -13,7 +13,7 @@ from shardflax.partitioning import AxisRules, preset
 from shardflax.programs import Program
 from shardflax.training import TrainState
 
-__all__ = ["MLP", "RULES", "Deep", "broken", "misspelt", "model_alone", "narrow", "pair", "program"]
+__all__ = ["MLP", "RULES", "broken", "made", "model_alone", "narrow", "pair", "program"]
 
 RULES = AxisRules(preset("fsdp_tp"), title="own rules")
 NUMBER = 3
@@ -31,20 +31,9 @@ class MLP(nn.Module):
         return nn.with_logical_constraint(h, ("batch", "act_embed"))
 
 
-class Deep(nn.Module):
-    """A hundred layers, two hundred parameters, one name misspelt."""
-
-    @nn.compact
-    def __call__(self, x: Any) -> Any:
-        for i in range(100):
-            names = ("emebd", "mlp") if i == 57 else ("embed", "mlp")
-            x = nn.Dense(16, kernel_axes=names, name=f"layers_{i}")(x)
-        return x
-
-
-def misspelt() -> Any:
+def made() -> Any:
     """A state, made by a model."""
-    return Deep().init(jax.random.key(0), jnp.ones((8, 16)))
+    return MLP().init(jax.random.key(0), jnp.ones((8, 16)))
 
 
 def pair() -> Any:

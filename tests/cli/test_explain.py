@@ -16,6 +16,7 @@ from tests.allocations import nothing_allocated
 
 ROOT = Path(__file__).parent.parent.parent
 SUBJECTS = "tests.cli.subjects"
+MISSPELT = "benchmarks.misspelt:model"
 TINY = ("explain", "tiny", "--layers", "1")
 
 
@@ -59,14 +60,14 @@ def test_problems_are_status_one(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_misspelt_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    args = ("explain", f"{SUBJECTS}:misspelt", "--mesh", "fsdp=4,tensor=2", "--problems-only")
+    args = ("explain", MISSPELT, "--mesh", "fsdp=4,tensor=2", "--problems-only")
     status, out, _ = said(capsys, *args)
     assert status == 1
     assert out.count("\n") == 1 and out.startswith("params/layers_57/kernel, shape (16, 16)")
     assert "did you mean 'embed'?" in out
 
 
-@pytest.mark.parametrize("name", ["pair", "program", "stateless"])
+@pytest.mark.parametrize("name", ["made", "pair", "program", "stateless"])
 def test_import_paths(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     args = ("--mesh", "fsdp=4", "--preset", f"{SUBJECTS}:RULES")
     status, out, _ = said(capsys, "explain", f"{SUBJECTS}:{name}", *args)
@@ -77,7 +78,11 @@ def test_import_paths(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 WRONG = {
     "axis": (["tiny", "--mesh", "fspd=4"], "did you mean 'fsdp'?"),
     "syntax": (["tiny", "--mesh", "fsdp:4"], "cannot read 'fsdp:4'"),
-    "open": (["tiny", "--mesh", "fsdp=-1"], "Write the size"),
+    "open": (["tiny", "--mesh", "fsdp=-1"], "Write the size, or --devices 256."),
+    "count": (["tiny", "--mesh", "fsdp=-1,tensor=3", "--devices", "8"], "Write tensor=2 or"),
+    "dcn": (["tiny", "--mesh", "dcn(tensor=2) ici(fsdp=4)"], "say --across-dcn tensor."),
+    "slip": (["tiny", "--mesh", "fspd=4"], "is meant, say so: --other-axes fspd."),
+    "folder": (["tiny", "--mesh", "fsdp=4", "--html", "no/such/page.html"], "it cannot be written"),
     "preset": (["tiny", "--mesh", "fsdp=4", "--preset", "fsdp_pt"], "did you mean 'fsdp_tp'?"),
     "model": (["tinny", "--mesh", "fsdp=4"], "did you mean 'tiny'?"),
     "module": (["no.such:thing", "--mesh", "fsdp=4"], "there is no module 'no'"),
@@ -99,6 +104,21 @@ def test_wrong_usage_is_one_line_and_status_two(
     status, out, err = said(capsys, "explain", *args)
     assert (status, out) == (2, "")
     assert err.startswith("error: ") and err.count("\n") == 1 and expected in err
+
+
+def test_what_a_spec_does_not_say_is_an_option(capsys: pytest.CaptureFixture[str]) -> None:
+    """What the errors above ask for."""
+    for args, heading in (
+        (("--mesh", "fsdp=-1,tensor=2", "--devices", "8"), "on fsdp=4, tensor=2"),
+        (("--mesh", "dcn(data=-1) ici(fsdp=4)", "--devices", "8"), "on data=2, fsdp=4 (2 slices)"),
+        (
+            ("--mesh", "dcn(tensor=2) ici(fsdp=4)", "--across-dcn", "tensor"),
+            "on fsdp=4, tensor=2 (2 slices)",
+        ),
+        (("--mesh", "fsdp=4,fspd=2", "--other-axes", "fspd"), "on fsdp=4, fspd=2"),
+    ):
+        status, out, _ = said(capsys, *TINY, *args, "--problems-only")
+        assert (status, out.startswith(f"tiny {heading} under fsdp_tp")) == (0, True), out
 
 
 def test_faults_of_the_model_are_not_ours() -> None:
@@ -126,7 +146,7 @@ PROGRAM = """
 import os, sys
 from shardflax.cli import main
 assert "jax" not in sys.modules, "the table of commands imports nothing"
-status = main(["explain", "tests.cli.subjects:misspelt", "--mesh", "fsdp=64,tensor=8"])
+status = main(["explain", "benchmarks.misspelt:model", "--mesh", "fsdp=64,tensor=8"])
 from tests.allocations import nothing_allocated
 from jax._src import xla_bridge
 assert not xla_bridge.backends_are_initialized()

@@ -138,14 +138,23 @@ def test_files_are_stable_and_come_back_as_they_were(tmp_path: Path) -> None:
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     file = tmp_path / "shardflax.lock"
     for text, expected in (
-        ("{", "cannot be read"),
-        ("[]", "is no lock file"),
-        ('{"format": "shardflax.lock", "version": 2}', "is of version 2"),
-        ('{"format": "shardflax.lock", "version": 1, "entries": {"a": {}}}', "not as it was"),
+        ("{", "it cannot be read: .*Take it from version control again"),
+        ("[]", "it is no lock file"),
+        ('{"format": "shardflax.lock", "version": 2}', "version 2, and this library reads .* 1"),
+        ('{"format": "shardflax.lock", "version": 1}', 'it has no "entries"'),
+        ('{"format": "shardflax.lock", "version": 1, "entries": {"a": {}}}', "'a' lacks 'mesh'"),
+        ('{"format": "shardflax.lock", "version": 1, "entries": {"a": 1}}', "something else"),
     ):
         file.write_text(text)
         with pytest.raises(LockFileError, match=expected):
             pt.read_lock(file)
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    with pytest.raises(LockFileError, match="it cannot be written: No such file or directory"):
+        pt.write_lock(tmp_path / "no" / "shardflax.lock", {})
+    pt.write_lock(tmp_path / "shardflax.lock", {"mine": pt.lock(layout())})
+    assert [path.name for path in tmp_path.iterdir()] == ["shardflax.lock"]
 
 
 def test_check_lock_says_what_changed() -> None:

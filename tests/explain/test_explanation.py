@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 import shardflax.nn as nn
+from benchmarks import misspelt
 from shardflax import partitioning as pt
 from shardflax.models import Decoder, decoder_config
 from shardflax.partitioning import Explanation, Layout, LayoutError, explain, preset
@@ -163,15 +164,7 @@ def test_functions_and_layouts_are_explained() -> None:
 
 
 def test_a_name_misspelt_among_two_hundred_is_refused_before_anything_is_allocated() -> None:
-    class Deep(nn.Module):
-        @nn.compact
-        def __call__(self, x: Any) -> Any:
-            for i in range(100):
-                names = ("emebd", "mlp") if i == 57 else ("embed", "mlp")
-                x = nn.Dense(16, kernel_axes=names, name=f"layers_{i}")(x)
-            return x
-
-    model, x = Deep(), jax.ShapeDtypeStruct((8, 16), jnp.float32)
+    model, x = misspelt.model()
     key, mesh, rules = quick_key(0), pt.make_mesh("fsdp=4,tensor=2"), preset("fsdp_tp")
     with nothing_allocated():
         found = explain(model, mesh, rules, x)
@@ -269,6 +262,7 @@ def test_json_is_as_promised() -> None:
         ],
         "unnamed": [],
         "unused_rules": ["norm"],
+        "unused_defaults": [],
         "unused_axes": [],
         "problems": [],
     }

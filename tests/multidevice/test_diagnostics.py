@@ -77,10 +77,21 @@ def test_without_names_the_cure_is_said_in_specs() -> None:
 
 def test_it_may_be_a_warning_or_small_enough() -> None:
     program = lowered(Block(), 12)
-    with pytest.warns(RematerializationWarning, match="Block"):
+    with pytest.warns(RematerializationWarning, match="Block") as caught:
         assert compile(program, mesh=MESH, then="warn").as_text()
+    assert caught[0].filename == __file__
     compile(program, mesh=MESH, above=12 * 6 * 4)
     compile(program, mesh=MESH, then="collect")
+
+
+def test_without_a_mesh_what_xla_says_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lines are taken out of stderr: they have to come back somewhere."""
+    monkeypatch.setattr("shardflax.partitioning.diagnostics.mesh_of", lambda _: None)
+    with pytest.raises(
+        RematerializationError, match=r"Block.*\n.*\n    from:  {devices=.*\n"
+    ) as error:
+        compile(lowered(Block()), rules=())
+    assert "one layout on both sides" in str(error.value)
 
 
 def test_programs_compiled_inside_are_noted() -> None:

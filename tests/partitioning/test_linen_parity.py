@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from shardflax import partitioning as ours
 from shardflax.partitioning.spec_check import spec_axes
+from shardflax.partitioning.vocabulary import tie_rank
 
 linen: Any = flax.linen
 NAMES = ("batch", "embed", "mlp", "heads", "zzz")
@@ -64,11 +65,41 @@ strict_names = st.lists(st.sampled_from(NAMES), max_size=4, unique=True).flatmap
 @given(strict_names, strict_rules)
 @settings(max_examples=100, deadline=None)
 def test_strict_rules_equal_linens_where_nothing_is_wrong(names: Any, rules: Any) -> None:
-    """Where no axis is claimed twice, nothing yields and nothing is refused: all is as in Linen."""
+    """Where no axis is claimed twice, nothing yields and nothing is refused: all is as in Linen.
+
+    With no mesh, and on one whose axes divide every dim.
+    """
     found = ours.resolve(tuple(names), rules)
     assume(not found.problems and not any(dim.given_up for dim in found.dims))
+    mesh = (("data", 2), ("model", 4), ("x", 3))
+    placed = ours.resolve(tuple(names), rules, (24,) * len(names), mesh)
+    assert (placed.problems, placed.spec) == ((), found.spec)
     bare = [(name, tuple(axis.rstrip("?") for axis in axes)) for name, axes in rules]
     theirs = linen.logical_to_mesh_axes(names, bare)
+    assert [spec_axes(part) for part in theirs] == [dim.taken for dim in found.dims]
+
+
+one_axis = st.tuples(*[st.sampled_from(["", "data", "model", "data?", "model?"])] * len(NAMES)).map(
+    lambda axes: ours.AxisRules(zip(NAMES, axes, strict=True))
+)
+
+
+@given(strict_names, one_axis)
+@settings(max_examples=100, deadline=None)
+def test_what_yields_is_linens_answer_to_the_order_written_out(names: Any, rules: Any) -> None:
+    """Rules of one axis, those that must not yield first, the others by rank and by dim."""
+    found = ours.resolve(tuple(names), rules)
+    assume(not found.problems)
+
+    def order(rule: Any) -> Any:
+        name, axes = rule
+        yields = bool(axes) and axes[0].endswith("?")
+        return yields, tie_rank(name), names.index(name) if name in names else 0
+
+    written = [
+        (name, [axis.rstrip("?") for axis in axes]) for name, axes in sorted(rules, key=order)
+    ]
+    theirs = linen.logical_to_mesh_axes(names, written)
     assert [spec_axes(part) for part in theirs] == [dim.taken for dim in found.dims]
 
 

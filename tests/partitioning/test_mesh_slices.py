@@ -311,7 +311,7 @@ def test_abstract_meshes_are_those_of_the_spec() -> None:
             assert getattr(mesh, what) == getattr(real, what)
     mesh = make_abstract_mesh("dcn(data=-1) ici(fsdp=-1,tensor=4)", 512, slices=2)
     assert mesh.axis_sizes == (2, 64, 4)
-    with pytest.raises(MeshSpecError, match=r"what is left for -1. Write the size, or make_abs"):
+    with pytest.raises(MeshSpecError, match=r"-1 is what is left. Write the size, or make_abs"):
         make_abstract_mesh("fsdp=-1")
     with pytest.raises(MeshSpecError, match="needs 8 devices, and there are 512"):
         make_abstract_mesh("fsdp=8", 512)

@@ -187,7 +187,10 @@ def test_no_axis_twice_and_no_indivisible_dim(array: Any, rules: AxisRules, axes
 def test_order_of_dims_matters_only_in_ties(
     array: Any, rules: AxisRules, axes: Any, random: Any
 ) -> None:
-    """Permuting the dims permutes the spec, unless two dims of one rank may yield one axis."""
+    """Permuting the dims permutes the spec, unless two dims of one rank may yield one axis.
+
+    The order in which the rules are written never matters.
+    """
     names, shape = array
     wishes = [
         (e.rstrip("?"), tie_rank(name)) for name in names for e in rules[name] if e[-1] == "?"
@@ -196,6 +199,8 @@ def test_order_of_dims_matters_only_in_ties(
     order = list(range(len(names)))
     random.shuffle(order)
     one = resolve(names, rules, shape, axes)
+    shuffled = AxisRules(random.sample(list(rules), len(rules)))
+    assert resolve(names, shuffled, shape, axes) == one
     two = resolve(tuple(names[i] for i in order), rules, tuple(shape[i] for i in order), axes)
     assert bool(one.problems) == bool(two.problems)
     assume(not one.problems)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 import shardflax.nn as nn
 from shardflax import partitioning as pt
+from shardflax import struct
 
 RULES = pt.AxisRules({"batch": "data", "embed": "fsdp", "mlp": "tensor", "act_mlp": "tensor"})
 MESH = pt.make_mesh("fsdp=4,tensor=2")
@@ -221,3 +223,138 @@ def test_one_string_is_not_taken_by_its_letters() -> None:
     ):
         with pytest.raises(pt.NamesRankError, match=text):
             wrong()
+
+
+# Not typed: what a type checker would refuse is what is tried.
+loose: Any = pt
+LOOSE: Any = RULES
+WRONG_TYPES: dict[str, tuple[type[Exception], str, Any]] = {
+    "rules": (pt.InvalidRuleError, r"'fsdp' is no table of rules.*preset\('fsdp'\)",
+              lambda: loose.AxisRules("fsdp")),
+    "rules-none": (pt.InvalidRuleError, "None is no table of rules", lambda: loose.AxisRules(None)),
+    "rules-pair": (pt.InvalidRuleError, r"\('a',\) is no pair", lambda: loose.AxisRules([("a",)])),
+    "rules-axes": (pt.InvalidRuleError, "'a': 4 is no axis", lambda: loose.AxisRules({"a": 4})),
+    "rules-size": (pt.InvalidRuleError, "number of elements, not 'x'",
+                   lambda: LOOSE.with_min_size("x")),
+    "rules-name": (pt.UnknownNameError, "no rule for the name 'emebd': did you mean 'embed'",
+                   lambda: LOOSE["emebd"]),
+    "rules-or": (pt.InvalidRuleError, "overrides: None is no table", lambda: LOOSE | None),
+    "rules-add": (pt.InvalidRuleError, r"rules \+ a dict: .* Write \|",
+                  lambda: LOOSE + {"embed": "data"}),
+    "overrides": (pt.OverrideError, "overrides of params: a str is no dict of names by path",
+                  lambda: LOOSE.with_overrides(params="kernel")),
+    "preset": (pt.UnknownPresetError, "such as 'fsdp_tp' .*found None", lambda: loose.preset(None)),
+    "preset-sum": (pt.UnknownPresetError, r"no preset '' \(in 'fsdp \+'\)",
+                   lambda: loose.preset("fsdp +")),
+    "mesh": (pt.MeshSpecError, "not by None. Write 'fsdp=4", lambda: loose.make_mesh(None)),
+    "mesh-sizes": (pt.MeshSpecError, "not by a tuple", lambda: loose.make_mesh((4, 2))),
+    "mesh-devices": (pt.MeshSpecError, r"jax.devices\(\)\[:4\], not an int",
+                     lambda: loose.make_mesh("fsdp=4", 4)),
+    "mesh-types": (pt.MeshSpecError, "found a tuple. Write one type for all axes",
+                   lambda: loose.make_mesh("fsdp=8", axis_types=("explicit",))),
+    "mesh-type": (pt.MeshSpecError, "an int is no axis type",
+                  lambda: loose.make_mesh("fsdp=8", axis_types={"fsdp": 1})),
+    "abstract": (pt.MeshSpecError, "devices is a number, such as 8, not a list",
+                 lambda: loose.make_abstract_mesh("fsdp=-1", jax.devices())),
+    "picture": (pt.MeshSpecError, "a mesh is expected, not 'fsdp=8'",
+                lambda: loose.mesh_picture("fsdp=8")),
+    "picture-show": (pt.LayoutError, "show='ids': did you mean 'id'",
+                     lambda: loose.mesh_picture(MESH, "ids")),
+    "networks": (pt.MeshSpecError, "with devices is expected, not None",
+                 lambda: loose.networks(None)),
+    "slices": (pt.MeshSpecError, r"fake_slices\('2'\): .*Write a divisor of 8",
+               lambda: loose.fake_slices("2").__enter__()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG_TYPES)
+def test_what_is_of_another_type(case: str) -> None:
+    error, text, run = WRONG_TYPES[case]
+    with pytest.raises(error, match=text):
+        run()
+
+
+def test_names_that_are_no_collection() -> None:
+    """One name, where several may be given, is no collection of letters."""
+    wanted = {"fsdp": 4, "fspd": 2}
+    for given in ("fspd", ("fspd",)):
+        assert dict(pt.make_abstract_mesh("fsdp=4,fspd=2", other_axes=given).shape) == wanted
+    with pytest.raises(pt.UnknownAxisError, match="other_axes"):
+        pt.make_abstract_mesh("fsdp=4,fspd=2", other_axes="not fspd")
+    assert pt.make_abstract_mesh("dcn(tensor=2)", across_dcn="tensor").size == 2
+    assert loose.make_mesh("fsdp=8", MESH.devices).size == 8  # an array of devices is one too
+
+
+def test_an_axis_that_may_yield_in_plain_pairs() -> None:
+    """There it is the name of an axis, as in Linen: what meets the mesh says what to write."""
+    pairs = [("batch", "fsdp?")]
+    assert pt.logical_to_mesh_axes(("batch",), pairs) == jax.P("fsdp?")
+    box = nn.LogicallyPartitioned(X, ("batch", None), rules=pairs)
+    text = r"'fsdp\?', which the mesh lacks: .*strict rules: write AxisRules"
+    with pytest.raises(pt.UnknownAxisError, match=text):
+        pt.Layout({"w": box}, MESH, pairs).check()
+    with pytest.raises(pt.UnknownAxisError, match=text):
+        pt.with_logical_constraint(X, ("batch", None), pairs, MESH)
+
+
+def test_where_in_the_model_a_constraint_is() -> None:
+    class Inner(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            return nn.with_logical_constraint(x, ("bacth", None))
+
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            return Inner(name="block")(x)
+
+    for model, text in (
+        (Inner(), r"\(in an Inner, the outermost module\)"),
+        (Outer(), r"\(in block, an Inner\)"),
+    ):
+        with pytest.raises(pt.UnknownNameError, match=text):
+            _in_scope(lambda model=model: model.apply({}, X))
+
+
+def test_rules_that_a_preset_brought_are_not_missed() -> None:
+    """No model has all names of a preset; those that one wrote oneself are listed."""
+    state = {"w": nn.LogicallyPartitioned(X, ("embed", "mlp"))}
+    rules = pt.preset("fsdp_tp") | {"stale": "fsdp", "mlp": "tensor?"}
+    layout = pt.Layout(state, MESH, rules)
+    assert layout.unused_rules == ("stale",)
+    assert {"batch", "heads"} <= set(layout.unused_defaults) and "mlp" not in layout.unused_defaults
+    assert "rules that nothing used: stale\n" in f"{layout}\n"
+    assert "rules of presets that nothing used: batch" in str(pt.rule_usage(layout))
+    assert pickle.loads(pickle.dumps(rules)).own == rules.own == {"stale", "mlp"}
+    for own, expected in (
+        (rules | pt.preset("tp_sp"), {"stale"}),  # the preset's rule is in the place of mine
+        (rules + pt.preset("tp_sp"), {"stale", "mlp"}),
+        (pt.preset("dp").with_sets(compute={"embed": None}), {"embed"}),
+        (pt.AxisRules(pt.preset("dp"), eval={"batch": None}, title="mine"), {"batch"}),
+        (pt.preset("zero1"), set()),
+        (pt.AxisRules(zip(("embed",), ("fsdp",), strict=True)), {"embed"}),
+    ):
+        assert own.own == expected
+
+
+def test_a_layout_crosses_processes_without_its_devices() -> None:
+    state = {"w": nn.LogicallyPartitioned(X, ("embed", "mlp")), "few": optax.adam(1e-3).init(X[0])}
+    layout = pt.Layout(state, pt.make_mesh("dcn(data=2) ici(fsdp=2,tensor=2)"), RULES)
+    assert layout.shardings and layout.abstract  # kept, with devices in them
+    again = pickle.loads(pickle.dumps(layout))
+    assert isinstance(again.mesh, jax.sharding.AbstractMesh)
+    assert (str(again), again.specs, again.leaves) == (str(layout), layout.specs, layout.leaves)
+    assert again.shardings["w"].spec == layout.shardings["w"].spec
+    assert copy.deepcopy(layout).mesh is layout.mesh
+    shown = pt.explain(layout, layout.mesh, RULES)
+    assert pickle.loads(pickle.dumps(shown)).to_json() == shown.to_json()
+
+
+def test_a_layout_that_cannot_cross_says_what_can() -> None:
+    class State(struct.PyTreeNode):
+        w: Any
+        fn: Any = struct.field(pytree_node=False, default=None)
+
+    layout = pt.Layout(State(X, lambda x: x), MESH, RULES)
+    with pytest.raises(pt.LayoutError, match=r"cannot be pickled.*abstract_layout.*lock\(layout\)"):
+        pickle.dumps(layout)

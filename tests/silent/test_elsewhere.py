@@ -76,7 +76,7 @@ def test_names_of_activations_that_no_rule_knows() -> None:
         lambda: layout_of(Constrained()).check(),
         pt.UnknownNameError,
         "test_elsewhere.py:",
-        "in the module /",
+        "in a Constrained, the outermost module",
         "('batch', 'act_embd')",
         "did you mean 'act_embed'?",
     )

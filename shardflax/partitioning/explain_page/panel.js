@@ -127,11 +127,12 @@ function showRules() {
   const sets = Object.entries(data.rules.sets ?? {});
   const heads = ["Name", "Axes, in order", ...sets.map(([kind]) => `For ${kind}`), "Leaves"];
   byId("rules").querySelector("thead tr").append(...heads.map((head) => el("th", "", head)));
+  const idle = new Set([...data.unused_rules, ...data.unused_defaults]);
   const byName = sets.map(([, entries]) => new Map(entries.map((entry) => [entry.name, entry])));
   byId("rules").querySelector("tbody").append(...data.rules.entries.map((entry) => {
     const others = byName.map((entries) => el("td", "", ruleAxes(entries.get(entry.name) ?? { axes: [] })));
     const count = used.get(entry.name) ?? 0;
-    return el("tr", data.unused_rules.includes(entry.name) ? "unused" : "",
+    return el("tr", idle.has(entry.name) ? "unused" : "",
       el("td", "", entry.name), el("td", "", ruleAxes(entry)), ...others,
       el("td", "", count ? count.toLocaleString("en") : "–"));
   }));
