@@ -103,11 +103,12 @@ def mesh_picture(
     >>> print(mesh_picture(make_mesh("dcn(data=2) ici(fsdp=2,tensor=2)")))
     data=2 (DCN), fsdp=2 (ICI), tensor=2 (ICI): 8 cpu devices in 2 slices
     <BLANKLINE>
-    slice 0: data=0   slice 1: data=1
-             tensor            tensor
-             0  1              0  1
-    fsdp  0  0  1     fsdp  0  4  5
-          1  2  3           1  6  7
+    slice 0: data=0    slice 1: data=1
+              tensor             tensor
+              0  1               0  1
+            ┌─────             ┌─────
+    fsdp  0 │ 0  1     fsdp  0 │ 4  5
+          1 │ 2  3           1 │ 6  7
     """
     check_mesh(mesh)
     if show not in _LABELS:
@@ -262,22 +263,25 @@ def _panel(drawing: _Drawing, place: Box, head: str) -> _Panel:
 
 
 def _table(drawing: _Drawing, place: Box) -> Iterator[tuple[Piece, ...]]:
-    """The lines of a table: labels of the columns above, those of the rows before."""
+    """The lines of a table: labels of the columns above a rule, those of the rows before one."""
     long = [dim for dim, positions in enumerate(place) if len(positions) > 1]
     rows, columns = ([None, None, *long])[-2:]
     down, right = (_along(place, dim, drawing.limit) for dim in (rows, columns))
     width = max(len(str(text)) for text in drawing.cells.flat)
     name = "" if rows is None else drawing.axes[rows]
     margin = max(len(_label(i)) for i in down)
-    blank = "" if rows is None else " " * (len(name) + margin + 4)
+    head = "" if rows is None else " " * (len(name) + margin + 3)
     if columns is not None:
+        blank = f"{head}  " if head else ""
+        labels = "  ".join(f"{_label(i):>{width}}" for i in right)
         yield ((blank, ""), (drawing.axes[columns], "italic"))
-        yield ((blank, ""), ("  ".join(f"{_label(i):>{width}}" for i in right), "dim"))
+        yield ((blank, ""), (labels, "dim"))
+        yield ((head, ""), (f"┌{'─' * (len(labels) + 1)}" if head else "─" * len(labels), "dim"))
     for i in down:
         line: list[Piece] = []
         if rows is not None:
-            line += [(f"{name:{len(blank) - margin - 2}}", "italic")]
-            line += [(f"{_label(i):>{margin}}  ", "dim")]
+            line += [(f"{name:{len(head) - margin - 1}}", "italic")]
+            line += [(f"{_label(i):>{margin}} │ ", "dim")]
             name = ""
         for j in right:
             text, style = _cell(drawing, place, {rows: i, columns: j})
