@@ -74,6 +74,7 @@ CORE = [
         "construct",
         "copies",
         "marks",
+        "stateful",
         "sharing",
         "summary",
         "lift",

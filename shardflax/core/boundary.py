@@ -21,7 +21,7 @@ import jax
 
 from shardflax.core import boxes
 from shardflax.core.frozen_dict import unfreeze
-from shardflax.core.names import ALL, NONE, Names
+from shardflax.core.names import ALL, NONE, CollectionFilter, Names
 from shardflax.core.node import Frozen, Node
 from shardflax.core.rng import Stream
 from shardflax.core.scope import Scope, Store
@@ -78,6 +78,18 @@ class Lift:
     outs: tuple[Group, ...] = (Group(ALL),)
     streams: Names = ALL
     rekey: bool = False
+
+    @classmethod
+    def whole(
+        cls,
+        run: Callable[..., tuple[Any, Groups]],
+        variables: CollectionFilter,
+        rngs: CollectionFilter,
+        rekey: bool = False,
+    ) -> Lift:
+        """A lift of all `variables` as one group that keeps its dims, and of the streams `rngs`."""
+        group = (Group(Names.of(variables)),)
+        return cls(run, group, group, Names.of(rngs), rekey)
 
 
 @dataclass(frozen=True)

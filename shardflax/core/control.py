@@ -112,8 +112,7 @@ def _branch(
                 raise BranchVariablesError(pure.entries[pure.home].path, written) from error
             raise
 
-    group = (Group(Names.of(variables)),)
-    return cross(Lift(run, group, group, Names.of(rngs)), fns, args)
+    return cross(Lift.whole(run, variables, rngs), fns, args)
 
 
 def while_loop(

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, cast
 
 from shardflax.core.boundary import Group, Groups, Lift, Pure, State
-from shardflax.core.names import NONE, CollectionFilter, Names
+from shardflax.core.names import ALL, NONE, CollectionFilter, Names
 from shardflax.core.remat import remat
 from shardflax.core.transform_errors import TransformAxisError
 from shardflax.core.transforms import NO_AXES, axis_groups, by_mutability, scan
@@ -130,9 +130,6 @@ def add_metadata_axis(
     ('layers', 'embed', 'mlp')
     """
 
-    def run(pure: Pure, state: State, *args: Any, **kwargs: Any) -> tuple[Any, Groups]:
-        return pure(state, *args, **kwargs)
-
     ins, outs = axis_groups(variable_axes, metadata_params)
     for group in (*ins, *outs):
         if group.axis is not None and group.axis < 0:
@@ -140,8 +137,13 @@ def add_metadata_axis(
                 f"add_metadata_axis: axis {group.axis} is negative, and values do not have the dim "
                 f"that is added; count it from the front."
             )
-    others = (Group(Names.of(True)),)
-    return Lift(run, ins + others, outs + others)
+    others = (Group(ALL),)
+    return Lift(_call, ins + others, outs + others)
+
+
+def _call(pure: Pure, state: State, *args: Any, **kwargs: Any) -> tuple[Any, Groups]:
+    """The `run` of a lift that only changes what comes in or out."""
+    return pure(state, *args, **kwargs)
 
 
 def fold_rngs(variables: CollectionFilter = True, rngs: CollectionFilter = True) -> Lift:
@@ -155,12 +157,7 @@ def fold_rngs(variables: CollectionFilter = True, rngs: CollectionFilter = True)
     >>> variables["params"]["kernel"].shape
     (3, 2)
     """
-
-    def run(pure: Pure, state: State, *args: Any, **kwargs: Any) -> tuple[Any, Groups]:
-        return pure(state, *args, **kwargs)
-
-    group = (Group(Names.of(variables)),)
-    return Lift(run, group, group, Names.of(rngs), rekey=True)
+    return Lift.whole(_call, variables, rngs, rekey=True)
 
 
 def remat_scan(
@@ -186,6 +183,12 @@ def remat_scan(
     """
     single = isinstance(metadata_params, Mapping)
     metas: Any = [metadata_params] * len(lengths) if single else metadata_params
+    if not isinstance(metas, Sequence) or len(cast("Sequence[Any]", metas)) != len(lengths):
+        raise TransformAxisError(
+            f"remat_scan: lengths={tuple(lengths)} are {len(lengths)} levels, and metadata_params "
+            f"are {metadata_params!r}. Give a list with one mapping a level, the outermost first, "
+            f"or a single mapping for all."
+        )
     lifts: list[Lift] = []
     for length, meta in zip(lengths, cast("list[Mapping[Any, Any]]", metas), strict=True):
         options: dict[str, Any] = {

@@ -10,9 +10,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypeVar, dataclass_transform
-
-import jax
+from typing import Any, TypeVar, dataclass_transform
 
 from shardflax.core import holders, run, summary
 from shardflax.core.calls import context, run_setup, wrap_method
@@ -23,26 +21,21 @@ from shardflax.core.classes import (
     represent,
 )
 from shardflax.core.copies import deep_copies, detached, is_module
-from shardflax.core.cross import Crossable
 from shardflax.core.errors import NameInUseError
 from shardflax.core.functional import bind
 from shardflax.core.marks import compact, compact_name_scope, nowrap
 from shardflax.core.module_errors import (
     AssignSubModuleError,
-    CallCompactUnboundModuleError,
     CallUnbindOnUnboundModuleError,
-    DeclareOutsideOfCompactError,
     IncorrectPostInitOverrideError,
     InvalidInstanceModuleError,
     InvalidParentError,
-    PerturbationNotFoundError,
     SetAttributeFrozenModuleError,
     SetAttributeInModuleSetupError,
 )
 from shardflax.core.names import CollectionFilter
 from shardflax.core.scope import Scope
-from shardflax.core.staging import jx
-from shardflax.core.variable import Variable
+from shardflax.core.stateful import Progress, Stateful
 
 __all__ = ["Module", "compact", "compact_name_scope", "nowrap"]
 
@@ -68,24 +61,12 @@ class _Parent:
         return _UNSET if parent is None else parent()
 
 
-class _Progress:
-    """How far a module has got: the rest of its Python-side state is in the node of its scope."""
-
-    __slots__ = ("children", "compact", "ready", "setup")
-
-    def __init__(self) -> None:
-        self.ready = False  # fields adopted and setup run
-        self.setup = False  # in setup
-        self.compact = False  # in a compact method
-        self.children: dict[str, Module] = {}
-
-
 @dataclass_transform(kw_only_default=False, field_specifiers=(dataclasses.field,))
 class _Typed:
     """Makes type checkers see modules as dataclasses."""
 
 
-class Module(Crossable, _Typed):
+class Module(Stateful, _Typed):
     """The base class of all layers and models.
 
     Subclasses are dataclasses: their annotated attributes are hyperparameters.  They compute in
@@ -93,7 +74,7 @@ class Module(Crossable, _Typed):
     `compact`.  `parent` and `name` are fields of every module, given by keyword; a module made in
     a method of another is its child, and `parent=None` makes it nobody's.
 
-    >>> import jax.numpy as jnp, shardflax.nn as nn
+    >>> import jax, jax.numpy as jnp, shardflax.nn as nn
     >>> class Scale(nn.Module):
     ...     features: int
     ...
@@ -110,7 +91,6 @@ class Module(Crossable, _Typed):
     name: str | None = dataclasses.field(default=None, kw_only=True)
 
     scope = None
-    _progress: ClassVar[_Progress]
 
     # --- classes
 
@@ -129,7 +109,7 @@ class Module(Crossable, _Typed):
         if type(parent) is _Unset:
             parent = context.stack[-1] if context.stack else None
             self.__dict__["parent"] = parent
-        self.__dict__["_progress"] = _Progress()
+        self.__dict__["_progress"] = Progress()
         if isinstance(parent, Module):
             self.__dict__.pop("parent", None)
             self.__dict__["_parent"] = weakref.ref(parent)
@@ -292,144 +272,6 @@ class Module(Crossable, _Typed):
         """
         return self.clone(parent=parent, _deep_clone=True, name=name, **updates)
 
-    # --- where
-
-    def _bound(self) -> Scope:
-        if self.scope is None:
-            raise CallCompactUnboundModuleError(type(self).__name__)
-        return self.scope
-
-    @property
-    def path(self) -> tuple[str, ...]:
-        """The names from the root of the run to this module."""
-        return self._bound().path
-
-    @property
-    def variables(self) -> dict[str, Any]:
-        """The collections of variables at and below this module."""
-        scope = self._bound()
-        found = {col: scope.collection(col) for col in scope.store.collections}
-        return {col: dict(tree) for col, tree in found.items() if tree}
-
-    # --- state
-
-    def param(
-        self,
-        name: str,
-        init_fn: Callable[..., Any],
-        *init_args: Any,
-        unbox: bool = True,
-        **init_kwargs: Any,
-    ) -> Any:
-        """The parameter `name`, made by `init_fn(key, *init_args, **init_kwargs)` at `init`.
-
-        `unbox` takes it out of its box, if `init_fn` put it in one.  Raises
-        `ScopeParamNotFoundError` or `ScopeParamShapeError` if the variables passed to `apply` do
-        not fit.
-        """
-        return self._declares(name).param(name, init_fn, *init_args, unbox=unbox, **init_kwargs)
-
-    def variable(
-        self,
-        col: str,
-        name: str,
-        init_fn: Callable[..., Any] | None = None,
-        *init_args: Any,
-        unbox: bool = True,
-        **init_kwargs: Any,
-    ) -> Variable:
-        """The variable `name` of the collection `col`, made by `init_fn(*init_args)` if missing."""
-        scope = self._declares(name)
-        return scope.variable(col, name, init_fn, *init_args, unbox=unbox, **init_kwargs)
-
-    def _declares(self, name: str) -> Scope:
-        scope = self.scope or self._bound()
-        if not (self._progress.compact or self._progress.setup):
-            raise DeclareOutsideOfCompactError(name, scope.path_text)
-        if isinstance(self.__dict__.get(name), Module):
-            raise NameInUseError("variable", name, scope.path_text)
-        return scope
-
-    def get_variable(self, col: str, name: str, default: Any = None) -> Any:
-        """The value of a variable, or `default`."""
-        return self._bound().get_variable(col, name, default)
-
-    def put_variable(self, col: str, name: str, value: Any) -> None:
-        """Writes a variable."""
-        self._bound().put_variable(col, name, value)
-
-    def has_variable(self, col: str, name: str) -> bool:
-        """True if the variable exists."""
-        return self._bound().has_variable(col, name)
-
-    def is_mutable_collection(self, col: str) -> bool:
-        """True if variables of `col` may be written in this run."""
-        return self._bound().is_mutable_collection(col)
-
-    def is_initializing(self) -> bool:
-        """True within `init`."""
-        return bool(self._bound().store.flags.get("initializing", False))
-
-    def has_rng(self, name: str) -> bool:
-        """True if the run has the RNG stream `name`."""
-        return self._bound().has_rng(name)
-
-    def make_rng(self, name: str = "params") -> jax.Array:
-        """A new key from the RNG stream `name`, or from `params` where the run has no such stream.
-
-        Keys depend on the module's path and on how many were drawn there before.
-        """
-        return self._bound().make_rng(name)
-
-    def sow(
-        self,
-        col: str,
-        name: str,
-        value: Any,
-        reduce_fn: Callable[[Any, Any], Any] = lambda old, new: (*old, new),
-        init_fn: Callable[[], Any] = tuple,
-    ) -> bool:
-        """Stores `value` in a collection if that may change; tells whether it did.
-
-        By default, values stored under one name form a tuple.
-        """
-        scope = self._bound()
-        if not scope.is_mutable_collection(col):
-            return False
-        if scope.has_variable(col, name):
-            old = scope.get_variable(col, name)
-        else:
-            scope.reserve(name, col)
-            old = init_fn()
-        scope.put_variable(col, name, reduce_fn(old, value))
-        return True
-
-    def perturb(self, name: str, value: Any, collection: str = "perturbations") -> Any:
-        """`value`, plus a variable of zeros whose gradient is that of `value`.
-
-        The variable is made at `init`.  Where `apply` gets no `collection`, nothing is added.
-        Raises `PerturbationNotFoundError` if it gets one that does not have `name`.
-
-        >>> import jax.numpy as jnp, shardflax.nn as nn
-        >>> class Square(nn.Module):
-        ...     @nn.compact
-        ...     def __call__(self, x):
-        ...         return self.perturb("root", x) ** 2
-        >>> variables = Square().init(jax.random.key(0), 3.0)
-        >>> jax.grad(Square().apply)(variables, 3.0)["perturbations"]["root"].item()
-        6.0
-        """
-        scope = self._bound()
-        if not scope.has_variable(collection, name):
-            if scope.is_mutable_collection(collection):
-                scope.put_variable(collection, name, jx.tree.map(jx.numpy.zeros_like, value))
-            elif collection not in scope.store.collections:
-                return value
-            else:
-                found = scope.collection(collection)
-                raise PerturbationNotFoundError(name, collection, scope.path_text, found)
-        return jx.tree.map(jx.numpy.add, value, scope.get_variable(collection, name))
-
     # --- runs
 
     def init_with_output(
@@ -490,7 +332,7 @@ class Module(Crossable, _Typed):
 
         Raises `LazyInitError` if a variable depends on the values of such an argument.
 
-        >>> import shardflax.nn as nn
+        >>> import jax, shardflax.nn as nn
         >>> shape = jax.ShapeDtypeStruct((10**9, 3), "float32")
         >>> nn.Dense(2).lazy_init(jax.random.key(0), shape)["params"]["kernel"].shape
         (3, 2)
@@ -573,7 +415,7 @@ class Module(Crossable, _Typed):
 
         With `show_repeated`, modules that are called in other ways than by `__call__` count too.
 
-        >>> import jax.numpy as jnp, shardflax.nn as nn
+        >>> import jax, jax.numpy as jnp, shardflax.nn as nn
         >>> sorted(nn.Sequential([nn.Dense(2)]).module_paths(jax.random.key(0), jnp.ones((1, 2))))
         ['', 'layers_0']
         """

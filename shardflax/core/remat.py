@@ -9,8 +9,8 @@ from typing import Any
 import jax
 
 from shardflax.core import staging
-from shardflax.core.boundary import Group, Groups, Lift, Pure, State
-from shardflax.core.names import CollectionFilter, Names
+from shardflax.core.boundary import Groups, Lift, Pure, State
+from shardflax.core.names import CollectionFilter
 from shardflax.core.transform_errors import RematNameError, RematPolicyError
 from shardflax.core.transforms import argnums
 
@@ -80,8 +80,7 @@ def remat(
         )
         return checkpointed(state, *args, **kwargs)
 
-    group = (Group(Names.of(variables)),)
-    return Lift(run, group, group, Names.of(rngs))
+    return Lift.whole(run, variables, rngs)
 
 
 def _checked(pure: Pure, named: frozenset[str], args: Any, kwargs: Any) -> Any:

@@ -74,11 +74,22 @@ def axis_groups(axes: Axes, meta: Mapping[Any, Any]) -> tuple[tuple[Group, ...],
     >>> [group.axis for group in axis_groups({"params": 1}, {})[0]]
     [1]
     """
+    _check_mapping("variable_axes", axes, "{'params': 0}, from collections to axes")
+    _check_mapping("metadata_params", meta, "{'partition_name': 'layers'}")
+    for axis in axes.values():
+        number = axis.axis if isinstance(axis, In | Out) else axis
+        if not (number is None or isinstance(number, int)):
+            raise TransformAxisError(f"variable_axes: expected an axis (int), got {number!r}.")
     ins = [(f, a.axis if isinstance(a, In) else a) for f, a in axes.items() if type(a) is not Out]
     outs = [(f, a.axis if isinstance(a, Out) else a) for f, a in axes.items() if type(a) is not In]
     return tuple(Group(Names.of(f), a, meta) for f, a in ins), tuple(
         Group(Names.of(f), a, meta) for f, a in outs
     )
+
+
+def _check_mapping(option: str, given: Any, example: str) -> None:
+    if not isinstance(given, Mapping):
+        raise TransformAxisError(f"{option}: expected a dict such as {example}; got {given!r}.")
 
 
 @dataclass(frozen=True)
@@ -95,6 +106,7 @@ class Splits:
 
     @classmethod
     def of(cls, split_rngs: Mapping[CollectionFilter, bool]) -> Splits:
+        _check_mapping("split_rngs", split_rngs, "{'params': True}, from streams to bools")
         split = kept = NONE
         for spec, flag in split_rngs.items():
             fresh = Names.of(spec) - split - kept
@@ -136,36 +148,58 @@ def _spread(axes: Any, tree: Any) -> list[Any]:
     return out
 
 
-def _size(what: str, given: int | None, dims: Iterable[tuple[Any, Any]]) -> int:
-    """The one size of all mapped dims.
+Dim = tuple[Any, str, Any]  # an axis (`None` or `broadcast`: not mapped), what of, and the array
 
-    `dims` are pairs of an axis (`None` or `broadcast`: not mapped) and a leaf.
-    """
-    mapped: list[tuple[int, tuple[int, ...]]] = [
-        (a, jnp.shape(x)) for a, x in dims if a is not None and a is not broadcast
+
+def _size(what: str, pure: Pure, given: int | None, dims: Iterable[Dim]) -> int:
+    """The one size of all mapped dims."""
+    mapped: list[tuple[int, str, tuple[int, ...]]] = [
+        (a, of, jnp.shape(x)) for a, of, x in dims if a is not None and a is not broadcast
     ]
-    for axis, shape in mapped:
+    for axis, of, shape in mapped:
         if not -len(shape) <= axis < len(shape):
             raise TransformAxisError(
-                f"{what}: axis {axis} of an array of shape {shape} does not exist."
+                f"at {_where(pure)}: {what}: axis {axis} of {of} of shape {shape} does not exist."
             )
-    sizes = {shape[axis] for axis, shape in mapped}
+    sizes = {shape[axis] for axis, _, shape in mapped}
     sizes |= set() if given is None else {given}
     if len(sizes) != 1:
         found = "there is none" if not sizes else f"found {sorted(sizes)}"
         raise TransformAxisError(
-            f"{what}: all mapped dims of arguments and variables need one size; {found}. Give "
-            f"{'length' if what == 'scan' else 'axis_size'}=, or map an argument (in_axes)."
+            f"at {_where(pure)}: {what}: all mapped dims of arguments and variables need one size; "
+            f"{found}. Give {'length' if what == 'scan' else 'axis_size'}=, or map an argument "
+            f"(in_axes)."
         )
     return sizes.pop()
 
 
-def _state_dims(groups: tuple[Group, ...], state: State) -> list[tuple[Any, Any]]:
+def _where(pure: Pure) -> str:
+    return "/" + "/".join(pure.entries[pure.home].path)
+
+
+def _state_dims(groups: tuple[Group, ...], trees: Groups) -> list[Dim]:
     return [
-        (group.axis, leaf)
-        for group, trees in zip(groups, state.groups, strict=True)
-        for leaf in staging.jx.tree.leaves(trees)
+        (group.axis, f"a variable of {col!r} (variable_axes)", leaf)
+        for group, per_root in zip(groups, trees, strict=True)
+        for collections in per_root
+        for col, tree in collections.items()
+        for leaf in staging.jx.tree.leaves(tree)
     ]
+
+
+def _argument_dims(axes: Iterable[Any], leaves: list[Any]) -> list[Dim]:
+    return [(a, "an argument (in_axes)", x) for a, x in zip(axes, leaves, strict=True)]
+
+
+def _check_places(what: str, pure: Pure, groups: Iterable[Group], made: Groups) -> None:
+    """Raises unless each variable that comes out has a place for the dim that it gains."""
+    for axis, of, x in _state_dims(tuple(groups), made):
+        ndim = jnp.ndim(x)
+        if axis is not None and not -ndim - 1 <= axis <= ndim:
+            raise TransformAxisError(
+                f"at {_where(pure)}: {what}: axis {axis} for the new dim of {of} of shape "
+                f"{jnp.shape(x)} does not exist; expected {-ndim - 1} to {ndim}."
+            )
 
 
 # --- vmap
@@ -190,12 +224,14 @@ def vmap(
     splits = Splits.of(split_rngs)
 
     def run(pure: Pure, state: State, *args: Any, **kwargs: Any) -> tuple[Any, Groups]:
-        dims = [*zip(_spread(in_axes, args), staging.jx.tree.leaves(args), strict=True)]
-        size = _size("vmap", axis_size, [*dims, *_state_dims(ins, state)])
+        dims = _argument_dims(_spread(in_axes, args), staging.jx.tree.leaves(args))
+        size = _size("vmap", pure, axis_size, [*dims, *_state_dims(ins, state.groups)])
         split, kept = splits.apply(state.keys, size)
 
         def mapped(groups: Groups, split: Any, args: tuple[Any, ...]) -> tuple[Any, Groups]:
-            return pure(State(groups, _merge(split, kept)), *args, **kwargs)
+            y, made = pure(State(groups, _merge(split, kept)), *args, **kwargs)
+            _check_places("vmap", pure, outs, made)
+            return y, made
 
         return jax.vmap(
             mapped,
@@ -242,9 +278,10 @@ def scan(
     def run(pure: Pure, state: State, carry: Any, *args: Any, **kwargs: Any) -> tuple[Any, Groups]:
         axes = _spread(in_axes, args)
         leaves, treedef = staging.jx.tree.flatten(args)
-        size = _size("scan", length, [*zip(axes, leaves, strict=True), *_scanned(ins, state)])
+        dims = [*_argument_dims(axes, leaves), *_state_dims(ins[2:], state.groups[2:])]
+        size = _size("scan", pure, length, dims)
         split, kept = splits.apply(state.keys, size)
-        body = _Body(pure, treedef, axes, leaves, out_axes, kept, kwargs, data_transform)
+        body = _Body(pure, outs, treedef, axes, leaves, out_axes, kept, kwargs, data_transform)
         body.broadcast, carried = state.groups[0], state.groups[1]
         body.constant, carried = by_mutability(pure, carried)
         scanned = _move(state.groups[2:], [g.axis for g in ins[2:]], to_front=True)
@@ -256,10 +293,6 @@ def scan(
         return (carry, y), (hoisted[0], carried, *groups)
 
     return Lift(run, ins, outs, splits.split | splits.kept)
-
-
-def _scanned(ins: tuple[Group, ...], state: State) -> list[tuple[Any, Any]]:
-    return _state_dims(ins[2:], State(state.groups[2:], state.keys))
 
 
 def by_mutability(pure: Pure, group: tuple[dict[str, Any], ...]) -> tuple[Any, Any]:
@@ -289,6 +322,7 @@ class _Body:
     """The body of a scan as a function of `(carry, xs)`: `((carry, ys), (invariants))`."""
 
     pure: Pure
+    outs: tuple[Group, ...]
     treedef: Any
     axes: list[Any]
     leaves: list[Any]
@@ -316,6 +350,7 @@ class _Body:
         ]
         args = staging.jx.tree.unflatten(self.treedef, leaves)
         (carry, y), out = self.pure(state, carry, *args, **self.kwargs)
+        _check_places("scan", self.pure, self.outs, out)
         ys, fixed = self._split_outputs(y)
         return ((out[1], carry), (ys, out[2:])), (out[0], fixed)
 
@@ -415,8 +450,7 @@ def jit(
         pure.traced(nodes.value)
         return result
 
-    group = (Group(Names.of(variables)),)
-    return Lift(run, group, group, Names.of(rngs), rekey=True)
+    return Lift.whole(run, variables, rngs, rekey=True)
 
 
 def _ignore(nodes: Any) -> None:

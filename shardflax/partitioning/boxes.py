@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from shardflax.core.boxes import AxisMetadata
 from shardflax.partitioning.constraints import constrain_box, constrain_spec
 from shardflax.partitioning.errors import (
+    LayoutError,
     PartitioningUnspecifiedError,
     PartitionNameMismatchError,
     RepeatedNameError,
@@ -30,7 +31,19 @@ def _partition_name(box: Partitioned, params: Mapping[Any, Any]) -> Any:
     """The name that a transform's `metadata_params` give to the dim it adds or takes."""
     if PARTITION_NAME not in params:
         raise PartitioningUnspecifiedError(box)
-    return params[PARTITION_NAME]
+    name = params[PARTITION_NAME]
+    if isinstance(name, list | dict | set):
+        raise LayoutError(
+            f"a transform adds or takes a dim of a variable with the names {box.names!r}, and its "
+            f"metadata_params name that dim {name!r}. Expected one name. {_PER_LEVEL}"
+        )
+    return name
+
+
+_PER_LEVEL = (
+    "For a name at each level of remat_scan write a list of mappings, the outermost first: "
+    "metadata_params=[{'partition_name': 'stages'}, {'partition_name': 'layers'}]."
+)
 
 
 @packed
@@ -78,11 +91,13 @@ class Partitioned(Packed, AxisMetadata):
         that the box has already.
         """
         name = _partition_name(self, params)
-        if isinstance(name, str) and name in self.names:
+        if isinstance(name, str | tuple) and name in self.names:
+            one = f"A tuple is one name, of one dim. {_PER_LEVEL}"
             raise RepeatedNameError(
                 f"a transform adds a dim named {name!r} to a variable with the names "
                 f"{self.names!r}, which have it already. Give nested transforms different "
                 f"names: metadata_params={{'partition_name': ...}}."
+                f"{' ' + one if isinstance(name, tuple) else ''}"
             )
         names = list(self.names)
         if index < 0:

@@ -125,8 +125,61 @@ def test_no_size() -> None:
 
 
 def test_axis_that_does_not_exist() -> None:
-    with pytest.raises(errors.TransformAxisError, match=r"axis 2 of an array of shape \(2, 3\)"):
+    text = r"at /: vmap: axis 2 of an argument \(in_axes\) of shape \(2, 3\)"
+    with pytest.raises(errors.TransformAxisError, match=text):
         nn.vmap(nn.Lin, in_axes=2)().apply({}, X)
+
+
+class Holder(nn.Module):
+    """Calls another module, which so has a path."""
+
+    layer: Any
+
+    @nn.compact
+    def __call__(self, *xs: Any) -> Any:
+        return self.layer(*xs)
+
+
+class Pair(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any, _: Any) -> Any:
+        return nn.Lin()(x), None
+
+
+@pytest.mark.parametrize("kind", ["vmap", "scan"])
+def test_an_axis_of_variables_that_does_not_exist_names_the_module(kind: str) -> None:
+    def model(axis: int) -> Any:
+        size = {"length": 2} if kind == "scan" else {"axis_size": 2, "in_axes": None}
+        lifted = getattr(nn, kind)(Pair, {"params": axis}, split_rngs={"params": True}, **size)
+        return Holder(lifted())
+
+    new = rf"at /layer: {kind}: axis 5 for the new dim of a variable of 'params'.*-2 to 1"
+    with pytest.raises(errors.TransformAxisError, match=new):
+        model(5).init(KEY, X, None)
+    variables = model(0).init(KEY, X, None)
+    there = rf"at /layer: {kind}: axis 5 of a variable of 'params' \(variable_axes\) of shape"
+    with pytest.raises(errors.TransformAxisError, match=there):
+        model(5).apply(variables, X, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"variable_axes": 5}, r"variable_axes: expected a dict such as \{'params': 0\}.*got 5"),
+        ({"variable_axes": {"params": "0"}}, r"variable_axes: expected an axis \(int\), got '0'"),
+        ({"split_rngs": "params"}, r"split_rngs: expected a dict .*got 'params'"),
+        ({"metadata_params": "layers"}, r"metadata_params: expected .*got 'layers'"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["vmap", "scan"])
+def test_options_of_a_wrong_type(kind: str, options: Any, text: str) -> None:
+    with pytest.raises(errors.TransformAxisError, match=text):
+        getattr(nn, kind)(nn.Lin, **options)
+
+
+def test_metadata_of_another_number_of_levels() -> None:
+    with pytest.raises(errors.TransformAxisError, match=r"lengths=\(2, 3\) are 2 levels"):
+        nn.remat_scan(nn.Lin, (2, 3), metadata_params=[{"partition_name": "layers"}])
 
 
 def test_broadcast_that_varies() -> None:

@@ -13,7 +13,7 @@ import pytest
 from shardflax.core.boxes import is_box
 from shardflax.core.transform_errors import TransformAxisError
 from shardflax.partitioning import LogicallyPartitioned, Partitioned
-from shardflax.partitioning.errors import RepeatedNameError
+from shardflax.partitioning.errors import LayoutError, RepeatedNameError
 from tests.core.harness import OURS as nn
 from tests.core.harness import quick_key, same
 
@@ -280,6 +280,13 @@ def test_levels_of_remat_scan_have_names_of_their_own() -> None:
 def test_one_name_for_two_levels_is_refused() -> None:
     model = nn.remat_scan(square(("a", "b")), (2, 2), metadata_params={"partition_name": "layers"})
     with pytest.raises(RepeatedNameError, match="'layers'"):
+        jax.eval_shape(model().init, KEY, jnp.ones((2, 4)))
+
+
+@pytest.mark.parametrize("names", [("stage", "layers"), ["stage", "layers"]])
+def test_names_of_levels_in_one_mapping_say_how_to_write_them(names: Any) -> None:
+    model = nn.remat_scan(square(("a", "b")), (2, 2), metadata_params={"partition_name": names})
+    with pytest.raises(LayoutError, match=r"params=\[\{'partition_name': .*'layers'\}\]"):
         jax.eval_shape(model().init, KEY, jnp.ones((2, 4)))
 
 
