@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 __all__ = ["Budget"]
 
@@ -17,8 +18,10 @@ class Budget:
     0
     """
 
-    def __init__(self, limit: int | None) -> None:
-        self.limit, self.used = limit, 0
+    def __init__(
+        self, limit: int | None, heard: Callable[[int], object] = lambda nbytes: None
+    ) -> None:
+        self.limit, self.used, self._heard = limit, 0, heard
         self._changed = threading.Condition()
         self._open = False
 
@@ -32,7 +35,8 @@ class Budget:
         return self.limit is None or not self.used or self.used + size <= self.limit
 
     def give(self, size: int) -> None:
-        """Says that bytes are written."""
+        """Says that bytes are written; whoever wants to hear of it does."""
+        self._heard(size)
         with self._changed:
             self.used -= size
             self._changed.notify_all()

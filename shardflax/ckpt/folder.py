@@ -10,7 +10,6 @@ import dataclasses
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 
 from shardflax.ckpt.durable import sync_folder
@@ -19,23 +18,9 @@ from shardflax.ckpt.manifest import NAME
 from shardflax.ckpt.orbax_files import MARKER, TREE
 from shardflax.ckpt.saving import SAVING, in_use
 
-__all__ = ["StepFolder", "expired", "is_busy"]
+__all__ = ["StepFolder", "is_busy"]
 
 _UNFINISHED = (SAVING, ".orbax-checkpoint-tmp", ".deleting")
-
-
-def expired(
-    steps: Iterable[int], keep: int | None, keep_every: int | None, spared: Iterable[int] = ()
-) -> list[int]:
-    """The steps that a policy lets go: all but the newest `keep` and multiples of `keep_every`.
-
-    >>> expired([10, 20, 30, 40, 50], keep=2, keep_every=20)
-    [10, 30]
-    """
-    ordered = sorted(steps)
-    old = ordered[: max(0, len(ordered) - keep)] if keep is not None else []
-    kept = set(spared)
-    return [s for s in old if (keep_every is None or s % keep_every) and s not in kept]
 
 
 @dataclasses.dataclass(frozen=True)

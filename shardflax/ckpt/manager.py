@@ -2,37 +2,40 @@
 
 from __future__ import annotations
 
-import atexit
+import datetime
 import itertools
 import operator
 import os
-import sys
-import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from shardflax.ckpt.at_exit import IN_FLIGHT, commit_at_exit
 from shardflax.ckpt.budget import Budget
 from shardflax.ckpt.errors import (
     CheckpointError,
     CheckpointExistsError,
-    CheckpointFolderError,
     CheckpointNotFoundError,
     CheckpointSaveError,
 )
 from shardflax.ckpt.faults import at
-from shardflax.ckpt.folder import StepFolder, expired
+from shardflax.ckpt.folder import StepFolder
 from shardflax.ckpt.handle import SaveHandle
+from shardflax.ckpt.keeping import Rules
 from shardflax.ckpt.manifest import check_json
 from shardflax.ckpt.match import Options, Patterns
-from shardflax.ckpt.opening import open_step
+from shardflax.ckpt.metering import Meter, Mode, showing
 from shardflax.ckpt.plan import Plan, make_plan
+from shardflax.ckpt.preemption import Preemption
 from shardflax.ckpt.reading import Restored, restore_step
-from shardflax.ckpt.rendezvous import Rendezvous, meet, new_token
+from shardflax.ckpt.rendezvous import Rendezvous, meet
 from shardflax.ckpt.saving import Save
+from shardflax.ckpt.sharing import get_ready
+from shardflax.ckpt.shelf import Shelf
 from shardflax.ckpt.staging import Staged, stage
+from shardflax.ckpt.timer import Timer
 from shardflax.ckpt.worker import Worker
 
 __all__ = ["CheckpointManager"]
@@ -52,14 +55,22 @@ class CheckpointManager:
       directory: a local or network folder; made if it is not there.
       keep: how many of the newest steps to keep; None keeps all.
       save_every: `save` does nothing for steps that this does not divide.
+      temporary_every: seconds, or a `timedelta`: other steps are saved too where the last save is
+        longer ago, by process 0's clock.  Such a step goes as soon as a later one is committed, and
+        does not count for `keep`.  Then `is_due` or `save` must be called at every step.
       keep_every: steps that this divides are never deleted.
       best: the name of a metric: the step with the least one is not deleted either; the greatest
         with `best_is_max`.
+      preemptible: SIGTERM does not kill the process: `save` saves the step at which all processes
+        have heard of it, and `reached_preemption` is true from then on.
       read_only: for a second program that looks on: nothing is written, tested or cleaned up.
       timeout: seconds that processes wait for one another.
       staging: how many bytes a process may hold for a save that are not yet written; `save` waits
         for the writer then.  None for no bound: one copy of what the process holds of the state.
       on_error: called, on another thread, with the CheckpointError of a save that failed.
+      progress: what of process 0 shows on stderr how far a restore is, or a save that is waited
+        for, when it takes more than two seconds: "auto" is a bar if that is a terminal; "lines" are
+        lines for a log, of saves in the background too; None is nothing.
 
     Raises CheckpointFolderError if the folder cannot be written to or the processes do not share
     it.  Making a manager removes what a killed run left unfinished in the folder.
@@ -79,58 +90,42 @@ class CheckpointManager:
         *,
         keep: int | None = 3,
         save_every: int = 1,
+        temporary_every: float | datetime.timedelta | None = None,
         keep_every: int | None = None,
         best: str | None = None,
         best_is_max: bool = False,
+        preemptible: bool = False,
         read_only: bool = False,
         timeout: float = 600,
         staging: int | None = None,
         on_error: Callable[[CheckpointError], object] | None = None,
+        progress: Mode = "auto",
     ) -> None:
-        for name, value in (("keep", keep), ("save_every", save_every), ("keep_every", keep_every)):
-            if value is not None and value < 1:
-                raise ValueError(f"CheckpointManager: {name} must be at least 1, not {value}.")
-        self.keep, self.save_every, self.keep_every = keep, save_every, keep_every
-        self.best, self.best_is_max = best, best_is_max
+        self.rules = Rules(keep, save_every, keep_every, best, best_is_max)
         self.read_only, self.staging, self.on_error = read_only, staging, on_error
-        self._folder = StepFolder(_local_path(directory))
+        self._meeting = meet(timeout)
+        self._timer = _timer(temporary_every, self._meeting)
+        self._preemption = Preemption() if preemptible else None
+        self._progress: Mode = progress if self._meeting.primary else None
+        folder = StepFolder(_local_path(directory))
+        self._shelf = Shelf(folder, self.rules, looks=self._meeting.primary or read_only)
         self._own: set[int] = set()
         self._numbers, self._restores = itertools.count(1), itertools.count(1)
         self._pending: SaveHandle | None = None
+        self._meter = Meter("saving")
         self._failure: CheckpointError | None = None
-        self._meeting = meet(timeout)
-        self._token = ""
-        self._seen: list[int] = []
-        self._metrics: dict[int, dict[str, float]] = {}
         if not read_only:
-            self._begin()
+            self._token, self._shelf.seen = get_ready(folder, self._meeting)
             self._writer = Worker("shardflax-save")
             self._syncer = Worker("shardflax-sync")
-            _commit_at_exit()
-
-    def _begin(self) -> None:
-        """Prepares the folder, and proves that all processes see the same one."""
-        meeting, folder = self._meeting, self._folder
-        failure: CheckpointFolderError | None = None
-        try:
-            folder.prepare()
-            self._seen = folder.steps()
-        except CheckpointFolderError as error:
-            failure = error
-        if meeting.count > 1:
-            self._token = _check_shared(meeting, folder.root, failure)
-            self._seen = meeting.agree("steps", self._seen, "making a manager")
-        else:
-            self._token = new_token()
-        if failure is not None:
-            raise failure
-        if meeting.primary:
-            folder.clean()
+            commit_at_exit()
+        if self._preemption is not None:
+            self._preemption.start()
 
     @property
     def directory(self) -> Path:
         """The folder, as an absolute path."""
-        return self._folder.root
+        return self._shelf.folder.root
 
     @property
     def pending_step(self) -> int | None:
@@ -140,9 +135,7 @@ class CheckpointManager:
 
     def all_steps(self) -> list[int]:
         """The committed steps, in order, as process 0 sees the folder."""
-        if self._meeting.primary or self.read_only:
-            return self._folder.steps()
-        return list(self._seen)
+        return self._shelf.steps()
 
     def latest_step(self) -> int | None:
         """The newest committed step, or None."""
@@ -150,11 +143,48 @@ class CheckpointManager:
 
     def best_step(self) -> int | None:
         """The committed step with the best metric; None if no step has it."""
-        return self._best_of(self.all_steps())
+        return self._shelf.best()
 
     def is_due(self, step: int) -> bool:
-        """True if `save(step, ...)` would save without `force`."""
-        return step % self.save_every == 0 and step not in self._own
+        """True if `save(step, ...)` would save without `force`, in all processes alike."""
+        early = self._early(step)
+        return step not in self._own and (early or self.rules.regular(step))
+
+    def _early(self, step: int) -> bool:
+        """True if a step is to be saved though `save_every` may not divide it."""
+        if self.read_only:
+            return False
+        # Both are asked at every step, whatever comes of it, so that processes count alike.
+        stop = self._preemption is not None and self._preemption.reached(step)
+        late = self._timer is not None and self._timer.due(step)
+        return stop or late
+
+    def reached_preemption(self, step: int | None = None) -> bool:
+        """True once the run shall stop: SIGTERM came, and all processes have heard of it.
+
+        To be asked equally often in all processes: at each step, with its number, and wherever else
+        it takes long, without one: between the batches of an evaluation, after compiling.  It turns
+        true in all of them at the same question, and stays true.
+
+        Raises CheckpointError if the manager was not made with `preemptible=True`.
+
+        >>> import os, signal, tempfile
+        >>> with CheckpointManager(tempfile.mkdtemp(), save_every=100, preemptible=True) as manager:
+        ...     for step in range(1, 10):
+        ...         if step == 3:
+        ...             os.kill(os.getpid(), signal.SIGTERM)
+        ...         saved = manager.save(step, {"step": step})
+        ...         if manager.reached_preemption(step):
+        ...             break
+        >>> manager.all_steps()
+        [3]
+        """
+        if self._preemption is None:
+            raise CheckpointError(
+                f"The manager of {str(self.directory)!r} does not listen to SIGTERM: make it with "
+                f"CheckpointManager(..., preemptible=True)."
+            )
+        return self._preemption.reached(step)
 
     def save(
         self,
@@ -190,34 +220,36 @@ class CheckpointManager:
             raise CheckpointSaveError(self.directory, step, "the manager is read_only")
         if step < 0:
             raise ValueError(f"CheckpointManager.save: step must not be negative, got {step}.")
-        if step in self._own or not (force or self.is_due(step)):
+        early, lasting = self._early(step), force or self.rules.regular(step)
+        if step in self._own or not (early or lasting):
             self._raise_failure()
             return None
-        if step in self._seen:
+        if step in self._shelf.seen:
             raise CheckpointExistsError(self.directory, step)
         checked = check_json(dict(extras or {}))
+        own = check_json(dict(process_extras or {}))
         plan, leaves = make_plan(state)
         self._settle()
         failure, self._failure = self._failure, None
-        numbers = {name: float(value) for name, value in (metrics or {}).items()}
-        own = check_json(dict(process_extras or {}))
-        handle = self._start(step, plan, leaves, checked, numbers, own)
+        job = self._job(step, plan, leaves, checked, own)
+        job.metrics = {name: float(value) for name, value in (metrics or {}).items()}
+        job.temporary = not lasting
+        handle = self._start(job, leaves)
         if failure is not None:
             raise failure
         return handle
 
-    def _start(
+    def _job(
         self,
         step: int,
         plan: Plan,
         leaves: list[Any],
         extras: dict[str, Any],
-        metrics: dict[str, float],
         process_extras: dict[str, Any],
-    ) -> SaveHandle:
-        """Hands the staged state to the writer."""
-        budget = Budget(self.staging)
-        job = Save(
+    ) -> Save:
+        """A save, not yet begun."""
+        self._meter = meter = Meter(f"saving step {step}", _nbytes(plan))
+        return Save(
             root=self.directory,
             step=step,
             number=next(self._numbers),
@@ -225,21 +257,26 @@ class CheckpointManager:
             plan=plan,
             values=_python_values(plan, leaves),
             extras=extras,
-            metrics=metrics,
+            metrics={},
             process_extras=process_extras,
             meeting=self._meeting,
             syncer=self._syncer,
-            budget=budget,
+            budget=Budget(self.staging, meter.advance),
         )
-        handle = SaveHandle(step)
-        self._own.add(step)
+
+    def _start(self, job: Save, leaves: list[Any]) -> SaveHandle:
+        """Hands the staged state to the writer."""
+        handle = SaveHandle(job.step)
+        self._own.add(job.step)
         self._pending = handle
-        _IN_FLIGHT.add(self)
+        IN_FLIGHT.add(self)
+        if self._timer is not None:
+            self._timer.saved()
         self._writer.submit(lambda: self._run(job, handle))
         staged: list[Staged] = []
         try:
-            for parcel in plan.parcels:
-                budget.take(sum(lot.nbytes for lot in parcel))
+            for parcel in job.plan.parcels:
+                job.budget.take(sum(lot.nbytes for lot in parcel))
                 group = stage(parcel, leaves)
                 job.groups.put(group)
                 staged += [x for x in group if x.moving]
@@ -255,12 +292,14 @@ class CheckpointManager:
 
     def _run(self, job: Save, handle: SaveHandle) -> None:
         """A save from beginning to end, on the writer's thread."""
+        shelf = self._shelf
         try:
-            self._metrics[job.step] = dict(job.metrics)
-            self._seen = job.run(self._after)
+            shelf.note(job.step, job.metrics, job.temporary)
+            with showing(self._meter, "lines" if self._progress == "lines" else None):
+                shelf.seen = job.run(shelf.after)
         except BaseException as error:
             self._own.discard(job.step)
-            self._metrics.pop(job.step, None)
+            shelf.forget(job.step)
             failure = CheckpointSaveError(self.directory, job.step, error)
             failure.__cause__ = error
             self._fail(failure)
@@ -269,45 +308,14 @@ class CheckpointManager:
             self._expire(job.step)
             handle.committed.set_result(None)
         finally:
-            _IN_FLIGHT.discard(self)
-
-    def _after(self, step: int) -> list[int]:
-        """The steps that there will be once one more is committed, for the other processes."""
-        steps = sorted({*self._folder.steps(), step})
-        gone = self._expired(steps)
-        return [s for s in steps if s not in gone]
-
-    def _expired(self, steps: list[int]) -> list[int]:
-        """What the policy lets go."""
-        best = self._best_of(steps)
-        return expired(steps, self.keep, self.keep_every, () if best is None else (best,))
-
-    def _best_of(self, steps: list[int]) -> int | None:
-        """The step with the best metric, of those that have it."""
-        if self.best is None:
-            return None
-        found = {step: self._metrics_of(step).get(self.best) for step in steps}
-        sign = -1 if self.best_is_max else 1
-        known = [(sign * value, -step) for step, value in found.items() if value is not None]
-        return -min(known)[1] if known else None
-
-    def _metrics_of(self, step: int) -> dict[str, float]:
-        """The metrics saved with a step; none for one that cannot be read."""
-        if step not in self._metrics:
-            try:
-                about = open_step(self._folder.step(step)).manifest
-            except (ValueError, OSError):
-                about = None
-            self._metrics[step] = dict(about.metrics) if about else {}
-        return self._metrics[step]
+            IN_FLIGHT.discard(self)
 
     def _expire(self, step: int) -> None:
         """Deletes what the keep policy lets go."""
         if not self._meeting.primary:
             return
         try:
-            for old in self._expired(self._folder.steps()):
-                self._folder.delete(old)
+            self._shelf.expire()
             at("expired")
         except (OSError, CheckpointError) as error:
             failure = CheckpointError(
@@ -332,8 +340,9 @@ class CheckpointManager:
     def _settle(self) -> None:
         """Returns when no save is in flight."""
         pending = self._pending
-        if pending is not None:
-            pending.committed.exception()
+        if pending is not None and not pending.committed.done():
+            with showing(self._meter, None if self._progress == "lines" else self._progress):
+                pending.committed.exception()
 
     def wait(self) -> None:
         """Returns when no save is in flight; raises the error of the last one, if it failed."""
@@ -369,6 +378,9 @@ class CheckpointManager:
         With `fallback`, a step that is damaged is passed over for the newest earlier one that is
         not, in all processes.
 
+        A save in flight is waited for, unless a `step` is asked for that is committed: that is read
+        while the save goes on, and not deleted meanwhile.
+
         Raises CheckpointNotFoundError; CheckpointMismatchError, before any array is read, with
         every leaf that does not fit; CheckpointReadError if the step is damaged; the error of an
         earlier background save.
@@ -380,43 +392,45 @@ class CheckpointManager:
         >>> manager.restore({"w": jax.ShapeDtypeStruct((2,), jnp.float32)}).state["w"].tolist()
         [1.0, 1.0]
         """
-        self.wait()
+        if step is None or not self._shelf.has(step):
+            self._settle()
+        self._raise_failure()
         options = Options(cast, missing, extra, dict(rename or {}), include)
-        steps = self._choose(step, fallback)
-        number = next(self._restores)
-        restored = restore_step(
-            self._folder.root, steps, target, options, self._meeting, f"restore/{number}"
-        )
+        wanted = None if step is None else operator.index(step)
+        with self._shelf.reading(lambda steps: _picked(steps, wanted, fallback)) as steps:
+            steps = self._meeting.agree(f"choose/{next(self._restores)}", steps, "choosing a step")
+            chosen = _picked(steps, wanted, fallback)
+            if not chosen:
+                raise CheckpointNotFoundError(self.directory, step, steps)
+            key, meter = f"restore/{next(self._restores)}", Meter(f"restoring step {chosen[0]}")
+            with showing(meter, self._progress):
+                restored = restore_step(
+                    self.directory, chosen, target, options, self._meeting, key, meter
+                )
         self._own.add(restored.step)
         return restored
-
-    def _choose(self, step: int | None, fallback: bool = False) -> list[int]:
-        """The steps to try, the best first: process 0 says which there are."""
-        steps = self._folder.steps() if self._meeting.primary or self.read_only else self._seen
-        key = f"choose/{next(self._restores)}"
-        steps = self._meeting.agree(key, steps, "choosing a step")
-        newest = max(steps, default=-1) if step is None else operator.index(step)
-        if newest not in steps:
-            raise CheckpointNotFoundError(self.directory, step, steps)
-        return [s for s in reversed(steps) if s <= newest] if fallback else [newest]
 
     def delete(self, step: int) -> None:
         """Deletes a committed step; raises CheckpointNotFoundError if it is not there."""
         self.wait()
-        (step,) = self._choose(step)
-        key = f"delete/{next(self._restores)}"
+        step, key = operator.index(step), f"delete/{next(self._restores)}"
+        steps = self._meeting.agree(f"{key}/steps", self.all_steps(), "choosing a step")
+        if step not in steps:
+            raise CheckpointNotFoundError(self.directory, step, steps)
         self._meeting.together(f"{key}/begin", {}, f"deleting step {step}")
         if self._meeting.primary:
-            self._folder.delete(step)
+            self._shelf.folder.delete(step)
         self._meeting.together(f"{key}/end", {}, f"deleting step {step}")
         self._own.discard(step)
-        self._seen = [s for s in self._seen if s != step]
+        self._shelf.forget(step)
 
     def close(self) -> None:
         """Waits for the save in flight and ends the threads; raises its error if it failed."""
         try:
             self.wait()
         finally:
+            if self._preemption is not None:
+                self._preemption.stop()
             if not self.read_only:
                 self._writer.close()
                 self._syncer.close()
@@ -451,36 +465,23 @@ def _local_path(directory: str | os.PathLike[str]) -> Path:
     return Path(name).expanduser().absolute()
 
 
-def _check_shared(meeting: Rendezvous, root: Path, failure: CheckpointFolderError | None) -> str:
-    """Proves that all processes see one folder: process 0 leaves a mark, the others look for it.
+def _timer(every: float | datetime.timedelta | None, meeting: Rendezvous) -> Timer | None:
+    if isinstance(every, datetime.timedelta):
+        every = every.total_seconds()
+    return None if every is None else Timer(every, meeting)
 
-    Returns a name for this manager's files.  Raises CheckpointFolderError, in each process, if
-    one of them cannot use the folder or does not see it.
-    """
-    token = meeting.agree("token", new_token(), "making a manager")
-    mark = root / f".shared-test-{token}"
-    if meeting.primary and failure is None:
-        mark.touch()
-    meeting.agree("mark", True, "making a manager")
-    said = meeting.together(
-        "shared", {"seen": mark.exists(), "error": str(failure or "")}, "making a manager"
-    )
-    if meeting.primary:
-        mark.unlink(missing_ok=True)
-    if failure is not None:
-        raise failure
-    broken = {index: report["error"] for index, report in said.items() if report["error"]}
-    if broken:
-        text = "; ".join(f"process {index}: {error}" for index, error in broken.items())
-        raise CheckpointFolderError(root, "another process cannot use it", text)
-    blind = [index for index, report in said.items() if not report["seen"]]
-    if blind:
-        raise CheckpointFolderError(
-            root,
-            f"processes {', '.join(map(str, blind))} do not see what process 0 writes there",
-            "Give a folder on a file system that all hosts share.",
-        )
-    return token
+
+def _picked(steps: list[int], step: int | None, fallback: bool) -> list[int]:
+    """The steps to try, the best first; none if the one that is wanted is not there."""
+    newest = max(steps, default=-1) if step is None else step
+    if newest not in steps:
+        return []
+    return [s for s in reversed(steps) if s <= newest] if fallback else [newest]
+
+
+def _nbytes(plan: Plan) -> int:
+    """What this process writes."""
+    return sum(lot.nbytes for parcel in plan.parcels for lot in parcel)
 
 
 def _python_values(plan: Plan, leaves: list[Any]) -> dict[Any, Any]:
@@ -504,27 +505,3 @@ def _when_ready(worker: Worker, staged: list[Staged], future: Future[None]) -> N
             future.set_exception(error)
 
     worker.submit(wait)
-
-
-_IN_FLIGHT: set[CheckpointManager] = set()
-"""Managers that are saving; kept here, they live until they are done."""
-
-
-def _commit_at_exit() -> None:
-    """Lets a program that ends without `wait` commit its last save.
-
-    Hooks run in reverse order: ours comes before the shutdown of JAX's, whenever that was
-    registered.
-    """
-    atexit.unregister(_wait_at_exit)
-    atexit.register(_wait_at_exit)
-
-
-def _wait_at_exit() -> None:
-    """Waits for the saves in flight; a failure can only be printed."""
-    for manager in tuple(_IN_FLIGHT):
-        try:
-            manager.wait()
-        except Exception:
-            print("The last checkpoint was lost at exit; call close() to be sure:", file=sys.stderr)
-            traceback.print_exc()

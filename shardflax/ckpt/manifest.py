@@ -36,7 +36,8 @@ class Manifest:
 
     `leaves` has the specs by path; `stored` those that are arrays with elements; `files` are
     relative to the folder of the step; `nones` are the paths of None; `mesh` is the sizes of the
-    mesh axes that the state was saved under; `process_extras` has a JSON value for each process.
+    mesh axes that the state was saved under; `process_extras` has a JSON value for each process;
+    `temporary` says that the step only bridges the time to the next one.
 
     >>> m = Manifest(3, {("n",): LeafSpec("python", (), "int", value=7)}, {}, {})
     >>> Manifest.read(m.text()) == m
@@ -56,6 +57,7 @@ class Manifest:
     time: float = 0.0
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
     process_extras: tuple[Any, ...] = ()
+    temporary: bool = False
 
     def text(self) -> bytes:
         """The file."""
@@ -76,6 +78,8 @@ class Manifest:
             "process_extras": self.process_extras,
             "files": self.files,
         }
+        if self.temporary:
+            body["temporary"] = True
         rest = json.dumps(body).encode() + b"}"
         return b'{"crc32": "' + checksum(rest).encode() + b'", "body":\n' + rest
 
@@ -121,6 +125,7 @@ class Manifest:
             time=float(body["time"]),
             metrics={_text(name): float(value) for name, value in body["metrics"].items()},
             process_extras=tuple(body["process_extras"]),
+            temporary=body.get("temporary") is True,
         )
         found._check_sizes()
         return found

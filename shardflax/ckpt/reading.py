@@ -15,11 +15,13 @@ from shardflax.ckpt.errors import (
     CheckpointReadError,
 )
 from shardflax.ckpt.match import Options, Report, covers, match
+from shardflax.ckpt.metering import Meter, Mode, showing
 from shardflax.ckpt.opening import damage, open_step
 from shardflax.ckpt.paths import show
 from shardflax.ckpt.rendezvous import Rendezvous
 from shardflax.ckpt.restore import load, load_on_host
-from shardflax.ckpt.sources import Source
+from shardflax.ckpt.sources import LeafDataError, Source
+from shardflax.ckpt.tree_source import pieces
 
 __all__ = ["Restored", "load_checkpoint", "restore_source", "restore_step"]
 
@@ -43,7 +45,11 @@ class Restored:
 
 
 def load_checkpoint(
-    folder: str | Path, target: Any = None, options: Options | None = None
+    folder: str | Path,
+    target: Any = None,
+    options: Options | None = None,
+    *,
+    progress: Mode = "auto",
 ) -> Restored:
     """Reads one checkpoint that is not in the folder of a manager, whoever wrote it.
 
@@ -60,7 +66,9 @@ def load_checkpoint(
     """
     path = Path(folder)
     step = int(path.name) if path.name.isdigit() else 0
-    return _attempt(path, path.parent, step, target, options or Options())
+    meter = Meter(f"reading {path}")
+    with showing(meter, progress):
+        return _attempt(path, path.parent, step, target, options or Options(), meter)
 
 
 def restore_step(
@@ -70,13 +78,14 @@ def restore_step(
     options: Options,
     meeting: Rendezvous,
     key: str,
+    meter: Meter,
 ) -> Restored:
     """The first of some steps that is not damaged, in all processes the same one."""
     first: CheckpointReadError | None = None
     for step in steps:
         restored, failure = None, None
         try:
-            restored = _attempt(root / str(step), root, step, target, options)
+            restored = _attempt(root / str(step), root, step, target, options, meter)
         except (CheckpointReadError, CheckpointMismatchError) as error:
             failure = error
         if isinstance(failure, CheckpointMismatchError):
@@ -109,7 +118,9 @@ def _elsewhere(root: Path, step: int, index: int, value: dict[str, Any]) -> Chec
     return CheckpointReadError(root, step, f"process {index}: {value['damaged']}")
 
 
-def _attempt(folder: Path, root: Path, step: int, target: Any, options: Options) -> Restored:
+def _attempt(
+    folder: Path, root: Path, step: int, target: Any, options: Options, meter: Meter
+) -> Restored:
     """Reads one step in this process."""
     try:
         opened = open_step(folder)
@@ -117,7 +128,9 @@ def _attempt(folder: Path, root: Path, step: int, target: Any, options: Options)
         raise CheckpointReadError(root, step, error) from error
     about = opened.manifest
     files = about.files if about else {}
-    found = restore_source(opened.source, root, step, target, options, opened.extras, folder, files)
+    found = restore_source(
+        opened.source, root, step, target, options, opened.extras, folder, files, meter
+    )
     if about is None:
         return found
     return dataclasses.replace(found, metrics=about.metrics, process_extras=about.process_extras)
@@ -132,6 +145,7 @@ def restore_source(
     extras: Callable[[], dict[str, Any]],
     folder: Path = Path(),
     files: Mapping[str, FileRecord] = MappingProxyType({}),
+    meter: Meter | None = None,
 ) -> Restored:
     """What a source offers, as the target; `files` of `folder` are looked at if it is damaged.
 
@@ -139,20 +153,41 @@ def restore_source(
     >>> restore_source(TreeSource({"a": 1}), Path("x"), None, {"a": 0}, Options(), dict).state
     {'a': 1}
     """
+    heard = meter or Meter("reading")
     if target is None:
         loaded = tuple(show(p) for p in source.leaves if covers(options.include, p))
         report = Report(loaded, (), (), (), (), ())
         makes: Any = functools.partial(
-            load_on_host, source, functools.partial(covers, options.include)
+            load_on_host, source, functools.partial(covers, options.include), heard
         )
     else:
         takes, report, differences = match(source, target, options)
         if differences:
             raise CheckpointMismatchError(root, step, differences)
-        makes = functools.partial(load, source, takes, target)
+        makes = functools.partial(load, source, takes, target, heard)
     try:
         found = extras()
         return Restored(step or 0, makes(), found, report)
     except Exception as error:
-        text = "; ".join([str(error), *damage(folder, files)])
+        lines = damage(folder, files)
+        if lines and not isinstance(error, LeafDataError):
+            lines = [*_damaged_leaves(source), *lines]
+        text = "; ".join(dict.fromkeys([*str(error).split("; "), *lines]))
         raise CheckpointReadError(root, step, text) from error
+
+
+def _damaged_leaves(source: Source, most: int = 3) -> list[str]:
+    """A line for each of the first leaves that cannot be read."""
+    found: list[str] = []
+    for path, spec in source.leaves.items():
+        try:
+            if spec.kind != "python" and spec.on_disk:
+                for box in pieces(source, path):
+                    source.read(path, box)()
+        except LeafDataError as error:
+            found.append(str(error))
+        except Exception as error:
+            found.append(f"leaf {show(path)!r}: {error}")
+        if len(found) == most:
+            return [*found, "there may be more"]
+    return found

@@ -14,6 +14,7 @@ import numpy as np
 
 from shardflax.ckpt.leaves import LeafSpec, is_key, key_words
 from shardflax.ckpt.match import Take
+from shardflax.ckpt.metering import Meter
 from shardflax.ckpt.paths import Path, nest, tree_of
 from shardflax.ckpt.regions import Box
 from shardflax.ckpt.sources import Later, Source
@@ -27,27 +28,47 @@ _WASTE = 1.3
 """A box around all that is wanted is read at once if single reads would read this much more."""
 
 
-def load(source: Source, takes: Mapping[Path, Take], target: Any) -> Any:
+def load(source: Source, takes: Mapping[Path, Take], target: Any, meter: Meter) -> Any:
     """The target's tree, boxes included, with the values of the source.
+
+    `meter` hears of each leaf, all of it: other processes may read other parts of it.
 
     Raises LeafDataError for a leaf that is damaged.
     """
     tree = tree_of(target)
     wanted = tree.zip(jax.tree.leaves(target))
-    found = dict(_ahead(_Leaf(source, path, takes[path], leaf) for path, leaf in wanted.items()))
+    sizes = {path: _size(take) for path, take in takes.items()}
+    meter.expect(sum(sizes.values()))
+    found: dict[Path, Any] = {}
+    for path, value in _ahead(_Leaf(source, p, takes[p], leaf) for p, leaf in wanted.items()):
+        found[path] = value
+        meter.advance(sizes[path])
     return jax.tree.unflatten(tree.treedef, [found[path] for path in tree.paths])
 
 
-def load_on_host(source: Source, wanted: Callable[[Path], bool] = lambda path: True) -> Any:
+def _size(take: Take) -> int:
+    """The bytes of a leaf that comes from the source."""
+    return take.target.nbytes if take.taken is not None else 0
+
+
+def load_on_host(
+    source: Source,
+    wanted: Callable[[Path], bool] = lambda path: True,
+    meter: Meter | None = None,
+) -> Any:
     """All leaves as numpy arrays (keys as the words of their data), in nested dicts."""
+    source.check_size(sum(s.nbytes for p, s in source.leaves.items() if wanted(p) and _reads(s)))
     host: dict[Path, Any] = dict.fromkeys(source.nones)
     laters: list[tuple[Path, Later | None, LeafSpec]] = []
     for path, spec in source.leaves.items():
         if wanted(path):
             later = source.read(path, Box.whole(spec.stored[0])) if _reads(spec) else None
             laters.append((path, later, spec))
+    heard = meter or Meter("reading")
+    heard.expect(sum(spec.nbytes for _, _, spec in laters))
     for path, later, spec in laters:
         host[path] = _made(spec) if later is None else later()
+        heard.advance(spec.nbytes)
     return nest(host)
 
 

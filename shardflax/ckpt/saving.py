@@ -56,6 +56,7 @@ class Save:
     meeting: Rendezvous
     syncer: Worker
     budget: Budget
+    temporary: bool = False
     groups: queue.SimpleQueue[list[Staged] | BaseException | None] = dataclasses.field(
         default_factory=queue.SimpleQueue
     )
@@ -222,6 +223,7 @@ class Save:
             time=time.time(),
             metrics=self.metrics,
             process_extras=self._extras_of_all,
+            temporary=self.temporary,
         )
         write_file(self.folder / NAME, manifest.text())
         sync_folder(self.folder)
