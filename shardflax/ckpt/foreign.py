@@ -5,9 +5,11 @@ Read through TensorStore: OCDBT databases and plain folders, zarr of version 2 a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import numpy as np
 import tensorstore as ts
 
 from shardflax.ckpt.leaves import LeafSpec, key_words
+from shardflax.ckpt.manifest import spec_of
 from shardflax.ckpt.orbax_files import TREE
 from shardflax.ckpt.paths import Path as LeafPath
 from shardflax.ckpt.regions import Box
@@ -24,6 +27,8 @@ __all__ = ["OrbaxSource", "find_item", "first_format", "open_orbax"]
 
 _ITEMS = ("state", "default", "pytree", "params", "items")
 """Where people keep their arrays, the likeliest first."""
+_SLACK, _RATIO = 64 << 20, 1000
+"""Arrays are at most so much larger than the files that they are compressed in."""
 
 
 def find_item(folder: Path) -> Path | None:
@@ -54,6 +59,14 @@ class OrbaxSource(Source):
     def chunk(self, path: LeafPath) -> tuple[int, ...]:
         return self.arrays[path].chunk_layout.read_chunk.shape
 
+    def check_size(self, nbytes: int) -> None:
+        files = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+        if nbytes > _SLACK + _RATIO * files:
+            raise ValueError(
+                f"the arrays have {nbytes:,} bytes, the files in {self.folder} {files:,}: that is "
+                f"hardly possible; if they are all zeros, give a target"
+            )
+
     def read(self, path: LeafPath, box: Box) -> Later:
         spec = self.leaves[path]
         future = self.arrays[path][box.slices].read(order="C")
@@ -70,12 +83,10 @@ class OrbaxSource(Source):
 def open_orbax(folder: Path) -> OrbaxSource:
     """What Orbax saved in an item's folder; raises ValueError for what cannot be read."""
     about = _json(folder / TREE)
-    try:
+    with _as_orbax_writes(folder / TREE):
         entries = list(about["tree_metadata"].values())
         ocdbt, zarr3 = bool(about.get("use_ocdbt", True)), bool(about.get("use_zarr3", False))
-        kinds = {_path(entry): entry["value_metadata"] for entry in entries}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / TREE} is not what Orbax writes: {error!r}") from error
+        kinds = {_path(entry): dict(entry["value_metadata"]) for entry in entries}
     present = [path for path, kind in kinds.items() if not kind.get("skip_deserialize")]
     strings = _strings(folder)
     texts = {p: strings[".".join(p)] for p in present if ".".join(p) in strings}
@@ -89,15 +100,14 @@ def open_orbax(folder: Path) -> OrbaxSource:
 
 def first_format(folder: Path) -> OrbaxSource:
     """A step in the first format of this library: a manifest beside what Orbax wrote."""
-    about = _json(folder / "manifest" / "manifest.json")
-    if about.get("format") != "shardflax.ckpt":
-        raise ValueError("not a manifest of this library")
+    path = folder / "manifest" / "manifest.json"
+    about = _json(path)
+    if not isinstance(about, dict) or about.get("format") != "shardflax.ckpt":
+        raise ValueError(f"{path} is not a manifest of this library")
     if about.get("version") != 1:
-        raise ValueError(f"manifest version {about.get('version')!r}; this library reads 1 and 2")
-    try:
-        leaves = {tuple(leaf["path"]): _first_spec(leaf) for leaf in about["leaves"]}
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"the manifest is not what it should be: {error!r}") from error
+        raise ValueError(f"{path} has version {about.get('version')!r}; this library reads 1 and 2")
+    with _as_orbax_writes(path):
+        leaves = {tuple(map(str, leaf["path"])): spec_of(leaf) for leaf in about["leaves"]}
     stored = [path for path, x in leaves.items() if x.kind != "python" and x.on_disk]
     arrays = _open(folder / "state", stored, ocdbt=True, zarr3=True)
     for path, array in arrays.items():
@@ -108,15 +118,13 @@ def first_format(folder: Path) -> OrbaxSource:
     return OrbaxSource(folder / "state", arrays, leaves)
 
 
-def _first_spec(leaf: Mapping[str, Any]) -> LeafSpec:
-    value = leaf.get("value")
-    return LeafSpec(
-        kind=leaf["kind"],
-        shape=tuple(leaf["shape"]),
-        dtype=leaf["dtype"],
-        impl=leaf.get("impl"),
-        value=complex(*value) if isinstance(value, list) else value,
-    )
+@contextlib.contextmanager
+def _as_orbax_writes(path: Path) -> Iterator[None]:
+    """What looks otherwise in a file is a ValueError that names it."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{path} is not what it should be: {error!r}") from error
 
 
 def _json(path: Path) -> Any:
@@ -132,18 +140,23 @@ def _path(entry: Mapping[str, Any]) -> LeafPath:
 
 def _strings(folder: Path) -> Mapping[str, str]:
     path = folder / "_strings.json"
-    return _json(path) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    with _as_orbax_writes(path):
+        return {name: str(text) for name, text in _json(path).items()}
 
 
 def _key_impls(folder: Path) -> dict[str, str]:
     """The generators of the leaves that are PRNG keys, by name."""
     found: dict[str, str] = {}
     for path in sorted((folder / "array_metadatas").glob("process_*")):
-        for entry in _json(path).get("array_metadatas", ()):
-            about = entry.get("array_metadata", {})
-            extra = about.get("ext_metadata") or {}
-            if "random_key_impl" in extra:
-                found[about["param_name"]] = extra["random_key_impl"]
+        with _as_orbax_writes(path):
+            for entry in _json(path).get("array_metadatas", ()):
+                about = entry.get("array_metadata", {})
+                extra = about.get("ext_metadata") or {}
+                if "random_key_impl" in extra:
+                    key_words(extra["random_key_impl"])  # raises for what is no generator
+                    found[about["param_name"]] = extra["random_key_impl"]
     return found
 
 
@@ -155,18 +168,28 @@ def _open(folder: Path, paths: list[LeafPath], ocdbt: bool, zarr3: bool) -> dict
         name = ".".join(path)
         if ocdbt:
             store = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+        elif ".." in name.split("/") or "\0" in name:
+            raise LeafDataError(path, f"it would be outside of {folder}")
         else:
             store = {"driver": "file", "path": f"{folder}/{name}/"}
         spec = {"driver": "zarr3" if zarr3 else "zarr", "kvstore": store}
-        futures[path] = ts.open(spec, open=True, read=True, context=shared)
+        try:
+            futures[path] = ts.open(spec, open=True, read=True, context=shared)
+        except ValueError as error:
+            raise LeafDataError(path, str(error)) from error
     return {path: _opened(path, future) for path, future in futures.items()}
 
 
 def _opened(path: LeafPath, future: Any) -> Any:
     try:
-        return future.result()
+        array = future.result()
     except Exception as error:
         raise LeafDataError(path, str(error)) from error
+    chunk = array.chunk_layout.read_chunk.shape or ()
+    itemsize = array.dtype.numpy_dtype.itemsize
+    if math.prod(chunk) * itemsize > _SLACK + 2 * math.prod(array.shape) * itemsize:
+        raise LeafDataError(path, f"chunks of {chunk} are larger than the array, {array.shape}")
+    return array
 
 
 def _spec(array: Any, impl: str | None) -> LeafSpec:

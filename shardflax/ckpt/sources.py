@@ -73,6 +73,13 @@ class Source(abc.ABC):
         del path
         return None
 
+    def check_size(self, nbytes: int) -> None:
+        """Raises ValueError if arrays of this size cannot be in the files, before memory is taken.
+
+        For what is read without a target; a target says itself how large arrays may be.
+        """
+        del nbytes
+
 
 @dataclasses.dataclass
 class OurSource(Source):

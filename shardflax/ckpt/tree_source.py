@@ -84,6 +84,9 @@ class RenamedSource(Source):
     def read(self, path: LeafPath, box: Box) -> Later:
         return self.inner.read(self.old[path], box)
 
+    def check_size(self, nbytes: int) -> None:
+        self.inner.check_size(nbytes)
+
 
 def with_names(source: Source, rules: Mapping[str, str] | None) -> Source:
     """The source with components of its paths renamed, as by `CheckpointManager.restore`.
@@ -112,6 +115,7 @@ def pieces(
     [(2, 3)]
     """
     shape, dtype = source.leaves[path].stored
+    source.check_size(source.leaves[path].nbytes)
     return _boxes(Box.whole(shape), 0, chunk or source.chunk(path), dtype.itemsize, ordered)
 
 
