@@ -99,7 +99,7 @@ def _claims_manifest(folder: Path) -> bool:
     try:
         about = json.loads((folder / MARKER).read_bytes())
         return OURS in (about.get("custom_metadata") or {})
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return False
 
 
