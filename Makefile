@@ -8,6 +8,9 @@ PYTHON ?= python3
 VENV ?= .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 ARGS ?=
 PY := $(VENV)/bin/python
+# The compiler for TPUs, which needs none.  Beside the packages: among them JAX would look for a TPU.
+LIBTPU := $(VENV)/libtpu
+WITH_LIBTPU = $$(cd $(LIBTPU) 2>/dev/null && pwd)$${PYTHONPATH:+:$$PYTHONPATH}
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -22,10 +25,17 @@ train: $(VENV)/.run.stamp ## train the small model on 2 processes x 4 emulated d
 	$(PY) -m launch.local --processes 2 --devices 4 -- \
 	  -m launch.train --mesh data=2,fsdp=2,tensor=2 --preset fsdp_tp $(ARGS)
 
-# The fast group runs in two workers; tests that start processes of their own run one by one.
+# The fast group runs in two workers; tests that start processes of their own run one by one.  What
+# compiles for TPUs runs where libtpu could be fetched: only there is, and only then, the folder.
 test: $(VENV)/.test.stamp ## run all tests and every example in the docs
-	$(PY) -m pytest -q -n 2 --dist worksteal -m "not (multiprocess or slow or gpu)" $(ARGS)
-	$(PY) -m pytest -q -m "(multiprocess or slow) and not gpu" $(ARGS) tests
+	@$(PY) -m tests.tpu.fetch $(LIBTPU)
+	$(PY) -m pytest -q -n 2 --dist worksteal -m "not (multiprocess or slow or gpu or tpu)" $(ARGS)
+	$(PY) -m pytest -q -m "(multiprocess or slow) and not (gpu or tpu)" $(ARGS) tests
+	@if [ -d $(LIBTPU) ]; then \
+	  set -x; PYTHONPATH="$(WITH_LIBTPU)" $(PY) -m pytest -q -m "tpu and not gpu" $(ARGS) tests/tpu; \
+	else \
+	  echo "make: the tests of the group tpu were not run: no libtpu (see the first line of the output)"; \
+	fi
 
 lint: $(VENV)/.test.stamp ## ruff check, ruff format --check, pyright
 	$(PY) -m ruff check .
@@ -37,7 +47,8 @@ format: $(VENV)/.test.stamp ## let ruff fix and format the code
 	$(PY) -m ruff format .
 
 bench: $(VENV)/.test.stamp ## measure the overheads beside Flax's
-	$(PY) benchmarks/overhead.py $(ARGS)
+	@$(PY) -m tests.tpu.fetch $(LIBTPU)
+	PYTHONPATH="$(WITH_LIBTPU)" $(PY) benchmarks/overhead.py $(ARGS)
 
 install: $(VENV)/.test.stamp ## make the environment for development, run nothing
 

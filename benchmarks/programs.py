@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from benchmarks import sharded
+from benchmarks import sharded, topology
 from benchmarks.compiled import cost_of, differences
 from benchmarks.report import Row
 from benchmarks.timing import in_turn
@@ -29,7 +29,7 @@ print(time.process_time() - start)
 
 def rows(rounds: int) -> list[Row]:
     """The rows about the compiled step and the import."""
-    return [_compiled(), _import(rounds)]
+    return [_compiled(), topology.row(), _import(rounds)]
 
 
 def _compiled() -> Row:

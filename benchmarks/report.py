@@ -18,11 +18,14 @@ __all__ = ["Row", "machine", "markdown", "write"]
 
 @dataclass(frozen=True)
 class Row:
-    """One row: a figure of ours beside Flax's and its budget; `texts` say how to print them."""
+    """One row: a figure of ours beside Flax's and its budget; `texts` say how to print them.
+
+    `ours` None was not measured; `texts` may say why.
+    """
 
     what: str
     budget: float
-    ours: float
+    ours: float | None
     flax: float | None = None
     unit: str = "x"
     texts: Mapping[str, str] = field(default_factory=dict)
@@ -45,21 +48,24 @@ class Row:
         )
 
     @property
-    def met(self) -> bool:
-        """Whether the figure, as it is printed, is within its budget.
+    def met(self) -> bool | None:
+        """Whether the figure, as it is printed, is within its budget; None if there is no figure.
 
         >>> Row("", budget=1.25, ours=1.253).met, Row("", budget=1.25, ours=1.26).met
         (True, False)
         """
-        return round(self.ours, 2) <= self.budget
+        return None if self.ours is None else round(self.ours, 2) <= self.budget
 
     def text(self, column: str) -> str:
         """How a column is printed."""
         value = getattr(self, column)
         if value is None:
-            return "-"
+            return self.texts.get(column, "-")
         written = {"x": f"{value:.2f}", "us": f"{value:.1f} us", "s": f"{value:.3f} s"}
         return self.texts.get(column) or written.get(self.unit, f"{value:g} {self.unit}")
+
+
+_MET = {True: "met", False: "missed", None: "-"}
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -73,7 +79,7 @@ def markdown(rows: Sequence[Row]) -> str:
     lines = ["| what | Flax | ours | budget | |", "|---|---|---|---|---|"]
     for row in rows:
         cells = [row.what, row.text("flax"), row.text("ours"), _budget(row)]
-        lines.append(f"| {' | '.join(cells)} | {'met' if row.met else 'missed'} |")
+        lines.append(f"| {' | '.join(cells)} | {_MET[row.met]} |")
     return "\n".join(lines)
 
 

@@ -24,21 +24,45 @@ from benchmarks.models import Sizes
 from shardflax import partitioning
 from shardflax.training.train_state import TrainState
 
-__all__ = ["SHARDED", "VOCAB", "by_hand", "make_mesh", "step_by_hand", "tokens", "with_names"]
+__all__ = [
+    "AXES",
+    "SHARDED",
+    "VOCAB",
+    "by_hand",
+    "lowered_by_hand",
+    "lowered_with_names",
+    "make_mesh",
+    "step_by_hand",
+    "tokens",
+    "with_names",
+]
 
+AXES = "data=2,fsdp=2,tensor=2"
 SHARDED = Sizes(blocks=3, width=64, heads=4, mlp=256, batch=8, length=32)
 VOCAB = 512
 
 
 def make_mesh() -> Mesh:
-    return partitioning.make_mesh("data=2,fsdp=2,tensor=2")
+    return partitioning.make_mesh(AXES)
 
 
 def tokens(mesh: Mesh) -> jax.Array:
     """A batch of token ids, spread over the axes of the batch."""
     ids = jnp.arange(SHARDED.batch * SHARDED.length) % VOCAB
-    spread = NamedSharding(mesh, P(("data", "fsdp")))
-    return jax.device_put(ids.reshape(SHARDED.batch, SHARDED.length), spread)
+    return jax.device_put(ids.reshape(SHARDED.batch, SHARDED.length), _spread(mesh))
+
+
+def _spread(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def _lying(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _tokens(mesh: Mesh) -> jax.ShapeDtypeStruct:
+    ids = jax.ShapeDtypeStruct((SHARDED.batch, SHARDED.length), jnp.int32)
+    return _lying(ids, _spread(mesh))
 
 
 def loss(logits: jax.Array, ids: jax.Array) -> jax.Array:
@@ -83,26 +107,44 @@ class Decoder(nn.Module):
         return nn.Dense(VOCAB, kernel_axes=("embed", "vocab"), name="logits")(x)
 
 
+RULES = partitioning.preset("fsdp_tp")
+MODEL = Decoder(SHARDED)
+
+
+def _init(key: jax.Array) -> TrainState:
+    ids = jnp.zeros((SHARDED.batch, SHARDED.length), jnp.int32)
+    return TrainState.create(
+        apply_fn=MODEL.apply, params=MODEL.init(key, ids)["params"], tx=optimizer()
+    )
+
+
 def with_names(mesh: Mesh) -> tuple[Callable[..., Any], Any]:
     """The jitted step `(state, ids) -> (state, loss)` and a state to start from."""
-    model, rules = Decoder(SHARDED), partitioning.preset("fsdp_tp")
-    ids, tx = tokens(mesh), optimizer()
+    state, layout = partitioning.init_sharded(_init, jax.random.key(0), mesh=mesh, rules=RULES)
+    return _step_with_names(mesh, layout), state
 
-    def init(key: jax.Array) -> TrainState:
-        params = model.init(key, ids)["params"]
-        return TrainState.create(apply_fn=model.apply, params=params, tx=tx)
 
-    state, layout = partitioning.init_sharded(init, jax.random.key(0), mesh=mesh, rules=rules)
+def lowered_with_names(mesh: Mesh) -> Any:
+    """The same step, lowered for a mesh whose devices need not be there."""
+    layout = _layout(mesh)
+    return _step_with_names(mesh, layout).lower(layout.abstract, _tokens(mesh))
 
+
+def _layout(mesh: Mesh) -> partitioning.Layout:
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return partitioning.abstract_layout(_init, key, mesh=mesh, rules=RULES)
+
+
+def _step_with_names(mesh: Mesh, layout: partitioning.Layout) -> Any:
     def step(state: TrainState, ids: jax.Array) -> tuple[TrainState, jax.Array]:
         def objective(params: Any) -> jax.Array:
-            with partitioning.use(mesh, rules):
-                return loss(model.apply({"params": params}, ids), ids)
+            with partitioning.use(mesh, RULES):
+                return loss(MODEL.apply({"params": params}, ids), ids)
 
         value, grads = jax.value_and_grad(objective)(state.params)
         return state.apply_gradients(grads=grads), value
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(layout.shardings, None)), state
+    return jax.jit(step, donate_argnums=0, out_shardings=(layout.shardings, None))
 
 
 # --- by hand
@@ -188,15 +230,22 @@ def _forward(params: Any, ids: jax.Array, hand: _Hand) -> jax.Array:
 
 def by_hand(mesh: Mesh, params: Any) -> tuple[Callable[..., Any], Any]:
     """The same step with explicit shardings, and its state from a copy of the same parameters."""
-    tx, shardings = optimizer(), _state_shardings(mesh)
-
-    def start(params: Any) -> Any:
-        return jnp.int32(0), params, tx.init(params)
-
-    return step_by_hand(mesh), jax.jit(start, out_shardings=shardings)(params)
+    start = jax.jit(_start_by_hand, out_shardings=_state_shardings(mesh))
+    return step_by_hand(mesh), start(params)
 
 
-def step_by_hand(mesh: Mesh, residual: P = RESIDUAL) -> Callable[..., Any]:
+def lowered_by_hand(mesh: Mesh, residual: P = RESIDUAL) -> Any:
+    """The same step, lowered for a mesh whose devices need not be there."""
+    state = jax.eval_shape(_start_by_hand, _layout(mesh).abstract.params)
+    state = jax.tree.map(_lying, state, _state_shardings(mesh))
+    return step_by_hand(mesh, residual).lower(state, _tokens(mesh))
+
+
+def _start_by_hand(params: Any) -> Any:
+    return jnp.int32(0), params, optimizer().init(params)
+
+
+def step_by_hand(mesh: Mesh, residual: P = RESIDUAL) -> Any:
     """The jitted step; `residual` is the layout of the residual stream."""
     tx, hand = optimizer(), _Hand(mesh, residual)
 

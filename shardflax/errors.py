@@ -61,6 +61,7 @@ from shardflax.partitioning.errors import (
     IndivisibleDimError,
     InvalidRuleError,
     LayoutError,
+    LibtpuError,
     LockDriftError,
     LockFileError,
     MeshScopeError,
@@ -79,6 +80,7 @@ from shardflax.partitioning.errors import (
     UnknownAxisError,
     UnknownNameError,
     UnknownPresetError,
+    UnknownTopologyError,
 )
 from shardflax.serialization import MsgpackError, StateDictError
 
@@ -113,6 +115,7 @@ __all__ = [
     "JaxTransformError",
     "LayoutError",
     "LazyInitError",
+    "LibtpuError",
     "LockDriftError",
     "LockFileError",
     "LoopVariantBroadcastError",
@@ -155,4 +158,5 @@ __all__ = [
     "UnknownAxisError",
     "UnknownNameError",
     "UnknownPresetError",
+    "UnknownTopologyError",
 ]

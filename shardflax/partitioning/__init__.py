@@ -21,6 +21,7 @@ from shardflax.partitioning.errors import (
     IndivisibleDimError,
     InvalidRuleError,
     LayoutError,
+    LibtpuError,
     LockDriftError,
     LockFileError,
     MeshScopeError,
@@ -39,6 +40,7 @@ from shardflax.partitioning.errors import (
     UnknownAxisError,
     UnknownNameError,
     UnknownPresetError,
+    UnknownTopologyError,
 )
 from shardflax.partitioning.explained import (
     AxisExplained,
@@ -92,6 +94,7 @@ from shardflax.partitioning.specs import (
     logical_to_mesh_sharding,
 )
 from shardflax.partitioning.summary_columns import TableSharding, table_sharding
+from shardflax.partitioning.topology import libtpu_requirement, libtpu_version, tpu_topology
 from shardflax.partitioning.usage import RuleUsage, UsedRule, rule_usage
 from shardflax.partitioning.vocabulary import KNOWN_AXES
 
@@ -118,6 +121,7 @@ __all__ = [
     "LayoutError",
     "Leaf",
     "LeafExplained",
+    "LibtpuError",
     "LockDriftError",
     "LockEntry",
     "LockFileError",
@@ -154,6 +158,7 @@ __all__ = [
     "UnknownAxisError",
     "UnknownNameError",
     "UnknownPresetError",
+    "UnknownTopologyError",
     "UsedRule",
     "abstract_layout",
     "assert_collectives",
@@ -180,6 +185,8 @@ __all__ = [
     "get_partition_spec",
     "get_sharding",
     "init_sharded",
+    "libtpu_requirement",
+    "libtpu_version",
     "lock",
     "logical_axis_rules",
     "logical_to_mesh",
@@ -199,6 +206,7 @@ __all__ = [
     "set_logical_axis_rules",
     "slices_of",
     "table_sharding",
+    "tpu_topology",
     "use",
     "with_logical_constraint",
     "with_logical_partitioning",
