@@ -18,7 +18,6 @@ from benchmarks.timing import in_turn
 from launch import train
 from launch.options import DataOptions, LayoutOptions, ModelOptions, RunOptions, TrainOptions
 from launch.plan import plan_run
-from launch.preemption import Preemption
 from shardflax import partitioning
 from shardflax.ckpt import CheckpointManager
 from shardflax.training import data as text
@@ -59,7 +58,9 @@ def _measure(folder: Path, rounds: int) -> Any:
     plan = plan_run(options)
     with (
         partitioning.use(plan.mesh, plan.rules),
-        CheckpointManager(folder / "checkpoints", keep=2, save_every=STEPS) as manager,
+        CheckpointManager(
+            folder / "checkpoints", keep=2, save_every=STEPS, preemptible=True
+        ) as manager,
         contextlib.closing(text.Loader(plan.windows, plan.batches, seed=0)) as loader,
     ):
         run = train._start(plan, manager, loader)
@@ -76,7 +77,7 @@ def _whole(run: Any, step: Any) -> Callable[[], object]:
         longer = dataclasses.replace(options.run, steps=run.step + STEPS)
         run.plan = dataclasses.replace(run.plan, options=dataclasses.replace(options, run=longer))
         run.plan.__dict__["train_step"] = _Compiled(step)
-        train._train(run, Preemption())
+        train._train(run)
         jax.block_until_ready(run.state)
 
     return go

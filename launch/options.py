@@ -133,6 +133,9 @@ class RunOptions:
     save_every: int = 25
     """Steps between checkpoints."""
 
+    save_minutes: float | None = None
+    """At the latest after so many minutes there is another checkpoint; it goes with the next."""
+
     keep: int = 3
     """How many checkpoints are kept."""
 
@@ -175,7 +178,12 @@ class TrainOptions:
     def identity(self) -> dict[str, Any]:
         """Everything that the numbers depend on, as JSON."""
         said = dataclasses.asdict(self)
-        for group, name in (("run", "run"), ("run", "save_every"), ("run", "keep")):
+        for group, name in (
+            ("run", "run"),
+            ("run", "save_every"),
+            ("run", "save_minutes"),
+            ("run", "keep"),
+        ):
             del said[group][name]
         return {group: {k: _plain(v) for k, v in part.items()} for group, part in said.items()}
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,6 @@ from launch.distributed import initialize_from_env, leave_together, progress_mod
 from launch.history import History
 from launch.options import TrainOptions
 from launch.plan import Plan, plan_run
-from launch.preemption import Preemption
 from shardflax import partitioning
 from shardflax.ckpt import CheckpointManager
 from shardflax.core.errors import FlaxError
@@ -91,7 +90,7 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
 # --- act 2: steps
 
 
-def _train(run: _Run, preemption: Preemption) -> None:
+def _train(run: _Run) -> None:
     """Takes the steps that are left, and saves on the way; stops early where it is asked to."""
     plan, steps = run.plan, run.plan.options.run.steps
     if run.step >= steps:
@@ -101,6 +100,8 @@ def _train(run: _Run, preemption: Preemption) -> None:
     began = time.monotonic()
     step_fn = plan.train_step.lower().compile()
     _say(f"compiled in {time.monotonic() - began:.1f} s")
+    if run.manager.reached_preemption():  # which was not heard of while the compiler ran
+        return
     path = Path(plan.options.run.run, "losses.jsonl")
     with ExitStack() as stack:
         history = stack.enter_context(History(path, step=run.step, write=_first()))
@@ -110,7 +111,7 @@ def _train(run: _Run, preemption: Preemption) -> None:
         while run.step < steps:
             run.state, metrics = step_fn(run.state, next(run.loader))
             run.step += 1
-            stop = preemption.asked(run.step)
+            stop = run.manager.reached_preemption(run.step)
             _save(run, last=stop or run.step == steps)
             late.append((run.step, metrics))
             if len(late) > 1:
@@ -186,7 +187,11 @@ def _evaluate(run: _Run) -> float:
     limit = plan.options.run.eval_batches
     batches = text.held_out_batches(plan.windows, plan.batches, limit)
     with partitioning.use(plan.mesh, plan.rules, "eval"):
-        losses = [float(step(run.state, batch)["cross_entropy"]) for batch in batches]
+        losses: list[float] = []
+        for batch in batches:
+            losses.append(float(step(run.state, batch)["cross_entropy"]))
+            if run.manager.reached_preemption():
+                _stop(run)
     return sum(losses) / max(len(losses), 1)
 
 
@@ -216,23 +221,36 @@ def _first() -> bool:
     return jax.process_index() == 0
 
 
+def _stop(run: _Run) -> NoReturn:
+    """Ends a run that was asked to stop."""
+    if run.step:
+        _say(f"stopped after step {run.step}, which is saved: the same command goes on")
+    else:
+        _say("stopped before the first step")
+    sys.exit(_TERMINATED)
+
+
 def _execute(options: TrainOptions) -> None:
     plan = plan_run(options)
     _say(f"{plan.windows.corpus.name}: {len(plan.windows.corpus.tokens):,} bytes")
     directory = Path(options.run.run, "checkpoints")
     with ExitStack() as stack:
-        preemption = stack.enter_context(Preemption())
         stack.enter_context(partitioning.use(plan.mesh, plan.rules))
         manager = stack.enter_context(
-            CheckpointManager(directory, keep=options.run.keep, save_every=options.run.save_every)
+            CheckpointManager(
+                directory,
+                keep=options.run.keep,
+                save_every=options.run.save_every,
+                temporary_every=options.run.save_minutes and 60 * options.run.save_minutes,
+                preemptible=True,
+            )
         )
         loader = text.Loader(plan.windows, plan.batches, seed=options.run.seed)
         stack.callback(loader.close)
         run = _start(plan, manager, loader)
-        _train(run, preemption)
+        _train(run)
         if run.step < options.run.steps:
-            _say(f"stopped after step {run.step}, which is saved: the same command goes on")
-            sys.exit(_TERMINATED)
+            _stop(run)
         _conclude(run)
 
 
