@@ -149,7 +149,7 @@ def read(folder: Path) -> None:
                 check(restored.state, target, (preset, step))
                 assert bool(restored.report.restacked) == bool(number % 2)
         half = abstract("fsdp", scan=True, dtype=jnp.bfloat16)
-        with pytest.raises(CheckpointMismatchError, match="saved float32.*, target bfloat16"):
+        with pytest.raises(CheckpointMismatchError, match=r"saved float32.*, target bfloat16"):
             manager.restore(half, step=1)
         restored = manager.restore(half, step=1, cast="train").state
         got = restored["train"].params["embedding"]

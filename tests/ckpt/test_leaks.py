@@ -1,0 +1,75 @@
+"""A thousand saves leave nothing behind: no file, thread, descriptor, object or memory."""
+
+import gc
+import os
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from shardflax import ckpt
+
+pytestmark = pytest.mark.slow
+
+CYCLES = 1000
+RUN = 50
+"""Saves of each manager."""
+SETTLED = 250
+"""Cycles after which all caches are full."""
+WORDS = 4096
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder in memory where there is one: forcing files to the disk costs nothing there."""
+    memory = Path("/dev/shm")
+    where = memory if os.access(memory, os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=where) as folder:
+        yield Path(folder)
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def counts() -> dict[str, int]:
+    """What must not grow."""
+    gc.collect()
+    return {
+        "threads": len(list(Path("/proc/self/task").iterdir())),
+        "Python threads": threading.active_count(),
+        "descriptors": len(os.listdir("/proc/self/fd")),
+        "objects": len(gc.get_objects()),
+        "bytes": resident(),
+    }
+
+
+def test_a_thousand_saves_and_restores_leave_nothing_behind(folder: Path) -> None:
+    """Faster than the disk, and each step read while the next one is written."""
+    target = {"w": np.zeros(WORDS, int), "v": jnp.zeros(3), "n": 0}
+    before: dict[str, int] = {}
+    for begin in range(0, CYCLES, RUN):
+        with ckpt.CheckpointManager(folder, keep=2) as manager:
+            for step in range(begin + 1, begin + RUN + 1):
+                manager.save(step, {"w": np.full(WORDS, step), "v": jnp.ones(3), "n": step})
+                if step % 5 == 0:
+                    assert manager.latest_step() in (step - 1, step)
+                    read = ckpt.load_checkpoint(folder / str(step - 1)).state
+                    assert (read["w"] == step - 1).all() and read["n"] == step - 1
+            assert manager.restore(target).state["n"] == begin + RUN
+        if begin + RUN == SETTLED:
+            before = counts()
+    after = counts()
+    assert {path.name for path in folder.iterdir()} == {str(CYCLES - 1), str(CYCLES)}
+    assert after["Python threads"] <= before["Python threads"]
+    assert after["threads"] <= before["threads"] + 2
+    assert after["descriptors"] <= before["descriptors"]
+    grown = {name: after[name] - before[name] for name in before}
+    # Less than one object and a quarter of one array for each cycle.
+    assert grown["objects"] < CYCLES - SETTLED, grown
+    assert grown["bytes"] < (CYCLES - SETTLED) * WORDS * 2, grown
