@@ -92,6 +92,7 @@ def _dispatch(ours: Any, flax: Any, rounds: int, leaves: int = 400) -> list[Row]
     loops = {"ours": _looped(_state_step, state), "raw": _looped(_step, raw)}
     without = in_turn(loops, rounds, cpu_time)
     text = f"dispatch of a jitted step over {leaves} leaves, over raw dicts"
+    beside = f"dispatch over {leaves} leaves in boxes, over leaves in a `NamedTuple` each"
     return [
         Row.of_ratio(f"{text}: boxed", 1.25, with_boxes, over="raw"),
         Row.of_ratio(
