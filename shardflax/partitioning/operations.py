@@ -10,7 +10,13 @@ from dataclasses import dataclass
 from jax.sharding import PartitionSpec
 
 from shardflax.partitioning.hlo import Instruction, Program
-from shardflax.partitioning.origin import module_path, shapes_of, source_line, type_bytes
+from shardflax.partitioning.origin import (
+    module_path,
+    operation_name,
+    shapes_of,
+    source_line,
+    type_bytes,
+)
 from shardflax.partitioning.replica_groups import ints
 from shardflax.partitioning.scope import AnyMesh
 from shardflax.partitioning.sharding_text import spec_of_text
@@ -96,7 +102,7 @@ def _repeated(
         return
     yield Repeated(
         path=module_path(made.op_name),
-        operation=made.op_name.rpartition("/")[2],
+        operation=operation_name(made.op_name),
         source=source_line(program, made),
         shape=whole.shape,
         bytes=type_bytes(made.type),

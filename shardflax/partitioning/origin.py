@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from pathlib import Path
@@ -10,9 +11,10 @@ import jax
 
 from shardflax.partitioning.hlo import Instruction, Program
 
-__all__ = ["module_path", "shapes_of", "source_line", "type_bytes"]
+__all__ = ["module_path", "operation_name", "shapes_of", "source_line", "type_bytes"]
 
 _PACKAGES = (str(Path(jax.__file__).parent), str(Path(__file__).parent.parent))
+_MOST = 2  # paths of one operation that are shown
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 # What JAX adds to the names of operations: around a part of the path, and as a part of its own.
 _AROUND = re.compile(r"^(?:jvp|transpose|vmap|rematted_computation|custom_vjp|checkpoint)\((.*)\)$")
@@ -27,14 +29,56 @@ _BETWEEN = {"", "body", "checkpoint", "closed_call", "cond", "eval_jaxpr", "pjit
 def module_path(called: str) -> str:
     """The module path in the name that JAX gave an operation; its last part is the primitive.
 
-    >>> module_path("jit(step)/transpose(jvp(layers))/while/body/up/dot_general")
+    What XLA makes of several operations has all of their names, and so several paths here.
+
+    >>> module_path("jit(step)/transpose(jvp(layers))/while/body/layers.project/up/dot_general")
     'layers/up'
+    >>> module_path("jit(step)/jvp(layers)/(up/dot_general:gate/dot_general:norm/mul:down/mul)")
+    'layers/(up, gate and 2 more)'
     """
+    paths = list(dict.fromkeys(filter(None, map(_module_path, _operations(called)))))
+    if len(paths) < 2:
+        return "".join(paths)
+    split = [path.split("/") for path in paths]
+    same = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*split, strict=False))
+    common = [parts[0] for parts in same][: min(map(len, split)) - 1]
+    rest = ["/".join(parts[len(common) :]) for parts in split]
+    more = f" and {len(rest) - _MOST} more" if len(rest) > _MOST else ""
+    return "/".join([*common, f"({', '.join(rest[:_MOST])}{more})"])
+
+
+def operation_name(called: str) -> str:
+    """The primitive in the name that JAX gave an operation: the last part.
+
+    >>> operation_name("jit(step)/layers/(up/dot_general:norm/mul)")
+    'mul'
+    """
+    return _operations(called)[-1].rpartition("/")[2]
+
+
+def _operations(called: str) -> list[str]:
+    """All names that a name stands for: XLA writes `a/b` and `a/c` as `a/(b:c)`."""
+    head, _, rest = f"/{called}".partition("/(")
+    if not rest.endswith(")"):
+        return [called]
+    names, depth = [""], 0
+    for char in rest[:-1]:
+        depth += (char == "(") - (char == ")")
+        if char == ":" and depth == 0:
+            names.append("")
+        else:
+            names[-1] += char
+    return [f"{head}/{name}".lstrip("/") for name in names]
+
+
+def _module_path(called: str) -> str:
+    """The same for the name of one operation."""
     parts: list[str] = []
     for part in called.split("/")[:-1]:
         while found := _AROUND.match(part):
             part = found[1]
-        if part not in _BETWEEN and not part.startswith(("jit(", "pjit(")):
+        method = parts and part.startswith(f"{parts[-1]}.")  # of the module that was there before
+        if part not in _BETWEEN and not method and not part.startswith(("jit(", "pjit(")):
             parts.append(part)
     half = len(parts) // 2
     # A rematerialised region says its path twice: as it was, and where it is computed anew.

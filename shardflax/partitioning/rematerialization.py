@@ -18,7 +18,13 @@ from jax.sharding import PartitionSpec
 
 from shardflax.partitioning.dataflow import Dataflow, Place
 from shardflax.partitioning.hlo import Instruction, Program
-from shardflax.partitioning.origin import module_path, shapes_of, source_line, type_bytes
+from shardflax.partitioning.origin import (
+    module_path,
+    operation_name,
+    shapes_of,
+    source_line,
+    type_bytes,
+)
 from shardflax.partitioning.replica_groups import instruction_groups, mesh_axes
 from shardflax.partitioning.scope import AnyMesh
 from shardflax.partitioning.sharding_text import spec_of_text, spec_of_tiles, tile_counts
@@ -108,7 +114,7 @@ def from_log(
     instruction = Instruction(name.strip("% "), "", "", (), rest)
     return Rematerialization(
         path=module_path(instruction.op_name),
-        operation=instruction.op_name.rpartition("/")[2] or name.strip("% "),
+        operation=operation_name(instruction.op_name) or name.strip("% "),
         shape=shape,
         bytes=size,
         before=spec_of_text(before, mesh) if mesh is not None else None,
@@ -159,7 +165,7 @@ def _cut_anew(
     kind, shape = _TYPE.findall(last.type)[-1], shapes_of(last.type)[-1]
     yield Rematerialization(
         path=module_path(last.op_name),
-        operation=last.op_name.rpartition("/")[2] or last.name,
+        operation=operation_name(last.op_name) or last.name,
         shape=shape,
         bytes=type_bytes(kind),
         before=before,

@@ -9,7 +9,13 @@ from dataclasses import dataclass
 
 from shardflax.partitioning.dataflow import Dataflow, Place
 from shardflax.partitioning.hlo import Instruction, Program
-from shardflax.partitioning.origin import module_path, shapes_of, source_line, type_bytes
+from shardflax.partitioning.origin import (
+    module_path,
+    operation_name,
+    shapes_of,
+    source_line,
+    type_bytes,
+)
 from shardflax.partitioning.replica_groups import ints
 
 __all__ = ["WholeValue", "lowered_names", "tensor_shape", "whole_values"]
@@ -67,7 +73,7 @@ def whole_values(
             seen.add(made.op_name)
             yield WholeValue(
                 path=module_path(made.op_name),
-                operation=made.op_name.rpartition("/")[2],
+                operation=operation_name(made.op_name),
                 source=source_line(program, made),
                 shape=whole,
                 bytes=type_bytes(made.type),
