@@ -14,9 +14,9 @@ from pathlib import Path
 
 from shardflax.ckpt.durable import sync_folder
 from shardflax.ckpt.errors import CheckpointFolderError
+from shardflax.ckpt.landing import SAVING, in_use
 from shardflax.ckpt.manifest import NAME
 from shardflax.ckpt.orbax_files import MARKER, TREE
-from shardflax.ckpt.saving import SAVING, in_use
 
 __all__ = ["StepFolder", "is_busy"]
 

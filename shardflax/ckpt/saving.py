@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
-import os
 import queue
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,10 +12,11 @@ from typing import Any
 
 from shardflax.ckpt import faults, orbax_files
 from shardflax.ckpt.budget import Budget
-from shardflax.ckpt.durable import FileRecord, sync_folder, write_file
-from shardflax.ckpt.errors import CheckpointAbortedError, CheckpointExistsError, CheckpointPeerError
+from shardflax.ckpt.durable import FileRecord, sync_folder
+from shardflax.ckpt.errors import CheckpointAbortedError, CheckpointPeerError
+from shardflax.ckpt.landing import landing
 from shardflax.ckpt.leaves import LeafSpec, describe
-from shardflax.ckpt.manifest import NAME, Manifest
+from shardflax.ckpt.manifest import Manifest
 from shardflax.ckpt.orbax_files import STATE
 from shardflax.ckpt.paths import Path as LeafPath
 from shardflax.ckpt.paths import storage_names
@@ -28,10 +26,8 @@ from shardflax.ckpt.staging import Staged
 from shardflax.ckpt.store import Store, merge
 from shardflax.ckpt.worker import Worker
 
-__all__ = ["SAVING", "Save", "in_use"]
+__all__ = ["Save"]
 
-SAVING = ".saving-"
-"""In the name of a folder that is not committed."""
 _PATIENCE = 10.0
 """Seconds to wait, after a failure, until the others have stopped writing."""
 
@@ -60,12 +56,14 @@ class Save:
     groups: queue.SimpleQueue[list[Staged] | BaseException | None] = dataclasses.field(
         default_factory=queue.SimpleQueue
     )
-    _lock: int | None = None
+
+    def __post_init__(self) -> None:
+        self._landing = landing(self.root, self.step, f"{self.token}-{self.number}")
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> Any:
         """Where it is written until it is committed."""
-        return self.root / f"{self.step}{SAVING}{self.token}-{self.number}"
+        return self._landing.folder
 
     def _key(self, what: str) -> str:
         return f"save/{self.number}/{what}"
@@ -91,10 +89,7 @@ class Save:
         self._digest = [self.step, self.plan.digest]
         if self.meeting.primary:
             self._began = time.time()
-            self.folder.mkdir()
-            (self.folder / STATE).mkdir()
-            self._lock = _lock(self.folder)
-            sync_folder(self.root)
+            self._landing.begin()
             self.meeting.tell(self._key("go"), self._digest)
         else:
             said = self.meeting.hear(self._key("go"), by=0, doing=f"beginning step {self.step}")
@@ -156,14 +151,7 @@ class Save:
             error.add_note(f"The other processes could not be told: {second}")
         finally:
             if self.meeting.primary:
-                self._remove()
-            self._unlock()
-
-    def _unlock(self) -> None:
-        """The folder is no longer being written to."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+                self._landing.abandon()
 
     # --- process 0
 
@@ -173,12 +161,10 @@ class Save:
         """Waits for the others, completes the folder, and gives it its name."""
         try:
             files = self._collect(report)
-            self._complete(files)
-            self._rename()
+            self._landing.commit(self._complete(files))
         except BaseException as error:
             self._fail(error)
             raise
-        self._unlock()
         faults.at("committed")
         steps = steps_after(self.step)
         self.meeting.tell(self._key("outcome"), {"steps": steps})
@@ -201,8 +187,8 @@ class Save:
         faults.at("merged")
         return files
 
-    def _complete(self, files: dict[str, FileRecord]) -> None:
-        """Writes everything but the arrays; the manifest last."""
+    def _complete(self, files: dict[str, FileRecord]) -> bytes:
+        """Writes everything but the arrays and the manifest, which is written last; that."""
         stored = [leaf for leaf in self.plan.stored if leaf is not None]
         scalars = [leaf for leaf, _ in self._scalars()]
         strings = {p: v for p, v in self.values.items() if isinstance(v, str)}
@@ -225,22 +211,7 @@ class Save:
             process_extras=self._extras_of_all,
             temporary=self.temporary,
         )
-        write_file(self.folder / NAME, manifest.text())
-        sync_folder(self.folder)
-        faults.at("manifest")
-
-    def _rename(self) -> None:
-        """The commit."""
-        faults.at("rename")
-        target = self.root / str(self.step)
-        try:
-            os.rename(self.folder, target)
-        except OSError as error:
-            if target.is_dir() and self.folder.is_dir() and any(target.iterdir()):
-                raise CheckpointExistsError(self.root, self.step) from error
-            raise
-        faults.at("renamed")
-        sync_folder(self.root)
+        return manifest.text()
 
     def _abort(self, why: str, gone: Sequence[int]) -> None:
         """Tells the others, and gives those that are not gone some time to stop writing."""
@@ -251,14 +222,6 @@ class Save:
         known = dataclasses.replace(self.meeting, timeout=max(0.0, end - time.monotonic()))
         with contextlib.suppress(CheckpointPeerError):
             known.gather(self._key("done"), "stopping", stop=_never, without=gone)
-
-    def _remove(self) -> None:
-        """Removes the unfinished folder, so that it does not fill the disk."""
-        for _ in range(3):  # a transaction that was abandoned may still write a file
-            shutil.rmtree(self.folder, ignore_errors=True)
-            if not self.folder.exists():
-                return
-            time.sleep(0.1)
 
     # --- the other processes
 
@@ -309,28 +272,3 @@ def _check_there(folder: Path, files: Mapping[str, FileRecord]) -> None:
     for name, (size, _) in files.items():
         if (folder / name).stat().st_size != size:
             raise OSError(f"{folder / name} was changed while the step was saved")
-
-
-def _lock(folder: Path) -> int:
-    """Marks a folder as one that a living process writes to, where the file system can do that."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    with contextlib.suppress(OSError):
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return descriptor
-
-
-def in_use(folder: Path) -> bool:
-    """True if a living process is writing to an unfinished folder."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
-    return False

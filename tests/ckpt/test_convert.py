@@ -185,14 +185,14 @@ def test_leftovers_of_killed_runs(tmp_path: Path) -> None:
 
 
 def test_what_is_being_written_stays(tmp_path: Path) -> None:
-    from shardflax.ckpt.saving import _lock
+    from shardflax.ckpt.landing import lock
 
     (tmp_path / "7.saving-x-1").mkdir()
     found = ckpt.find_leftovers(tmp_path)
-    lock = _lock(tmp_path / "7.saving-x-1")
+    descriptor = lock(tmp_path / "7.saving-x-1")
     assert ckpt.find_leftovers(tmp_path) == ckpt.remove_leftovers(found) == []
     assert [step.state for step in ckpt.list_steps(tmp_path)] == ["saving"]
-    os.close(lock)
+    os.close(descriptor)
     assert len(ckpt.remove_leftovers(ckpt.find_leftovers(tmp_path))) == 1
 
 
