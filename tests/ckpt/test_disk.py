@@ -19,31 +19,58 @@ from shardflax.ckpt import faults
 
 ROOT = Path(__file__).parents[2]
 
-FULL = """
-import json, resource, signal, sys
+SMALL = """
+import json, os, resource, signal, subprocess, sys, tempfile
+from pathlib import Path
 import numpy as np
-from shardflax.ckpt import CheckpointManager, CheckpointSaveError, load_checkpoint
+from shardflax.ckpt import CheckpointManager, CheckpointSaveError, faults, load_checkpoint
 folder, how = sys.argv[1:]
 if how == "limit":
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, 3 << 20))
+    if os.geteuid() == 0:  # nothing is read-only for root
+        folder = tempfile.mkdtemp()
+        os.chown(folder, 65534, -1)
+        os.seteuid(65534)
 small, large = ({"w": np.arange(n)} for n in (1000, 1 << 20))
 told = []
 manager = CheckpointManager(folder, on_error=told.append)
+
+def fails(step, state):
+    # One step is lost, and says so everywhere; the next one is there.
+    handle = manager.save(step, state)
+    failure = handle.committed.exception()
+    left = sorted(p.name for p in manager.directory.iterdir())
+    steps = manager.all_steps()
+    change(True)
+    try:
+        manager.save(step + 1, small)
+        raised = None
+    except CheckpointSaveError as error:
+        raised = error
+    manager.wait()
+    same = (load_checkpoint(f"{folder}/{step + 1}").state["w"] == small["w"]).all()
+    assert raised is failure is told[-1] and same
+    return str(failure), left, steps
+
+def change(writable):
+    if how == "tmpfs":
+        mode = "rw" if writable else "ro"
+        subprocess.run(["mount", "-o", "remount," + mode, folder], check=True)
+        return
+    for path in [Path(folder), *Path(folder).rglob("*")]:
+        if path.is_dir():
+            path.chmod(0o755 if writable else 0o555)
+
 manager.save(1, small)
-handle = manager.save(2, large)
-failure = handle.committed.exception()
-left = sorted(p.name for p in manager.directory.iterdir())
-try:
-    manager.save(3, small)
-    raised = None
-except CheckpointSaveError as error:
-    raised = error
-manager.wait()
-same = (load_checkpoint(f"{folder}/3").state["w"] == small["w"]).all()
+full = fails(2, large)
+once = [False]
+faults.listen(lambda point: point == "written" and once and change(once.pop()))
+read_only = fails(4, small)
 manager.close()
-assert raised is failure is told[0] and same
-print(json.dumps([str(failure), left, manager.all_steps()]))
+CheckpointManager(folder).close()
+left = sorted(p.name for p in manager.directory.iterdir())
+print(json.dumps([full, read_only, left]))
 """
 
 
@@ -59,17 +86,22 @@ def small_disk(folder: Path) -> tuple[list[str], str]:
     return [], "limit"
 
 
-def test_a_full_disk_costs_one_step_and_nothing_else(tmp_path: Path) -> None:
+def test_a_disk_that_is_full_or_read_only_costs_one_step_and_nothing_else(tmp_path: Path) -> None:
+    """Read-only from one moment to the next, while a step is written."""
     prefix, how = small_disk(tmp_path)
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [*prefix, sys.executable, "-c", FULL, str(tmp_path), how],
+        [*prefix, sys.executable, "-c", SMALL, str(tmp_path), how],
         cwd=ROOT, env=env, text=True, capture_output=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    error, left, steps = json.loads(done.stdout.strip().splitlines()[-1])
+    full, read_only, left = json.loads(done.stdout.strip().splitlines()[-1])
+    error, there, steps = full
     assert "Saving step 2" in error and re.search("No space left|File too large", error)
-    assert left == ["1"] and steps == [1, 3]
+    assert there == ["1"] and steps == [1]
+    error, there, steps = read_only
+    assert "Saving step 4" in error and re.search("Read-only|Permission denied", error)
+    assert steps == [1, 3] and left == ["1", "3", "5"]
 
 
 def test_the_folder_of_the_run_vanishes_and_comes_back(tmp_path: Path) -> None:
