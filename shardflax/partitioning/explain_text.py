@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from shardflax.partitioning.explained import LeafExplained
+from shardflax.partitioning.path_cell import PathCell
 from shardflax.partitioning.table import bytes_text
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ __all__ = ["explanation_rich", "explanation_text", "problem_lines"]
 
 _COLUMNS = ("path", "array", "dims", "bytes / device", "notes")
 _RIGHT = 3  # the column of numbers
-_WHOLE = ("path", "array", "bytes / device")
 _BAR = 40
 
 
@@ -76,6 +76,8 @@ def problem_lines(explanation: Explanation) -> list[str]:
 def explanation_rich(explanation: Explanation) -> Group:
     """The same in colours: red is wrong, yellow is replicated without anybody having said so.
 
+    Notes stand below the dims, and paths are broken at slashes: a terminal may be narrow.
+
     >>> from shardflax.partitioning import explain, preset
     >>> import jax.numpy as jnp
     >>> group = explanation_rich(explain({"step": jnp.int32(0)}, "fsdp=8", preset("dp")))
@@ -88,18 +90,20 @@ def explanation_rich(explanation: Explanation) -> Group:
     from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    for i, column in enumerate(_COLUMNS):
+    for i, column in enumerate(_COLUMNS[:-1]):
         justify = "right" if i == _RIGHT else "left"
-        table.add_column(column, overflow="fold", justify=justify, no_wrap=column in _WHOLE)
+        table.add_column(column, overflow="fold", justify=justify)
     for leaf, count in _shown(explanation):
         path, array, _, size, notes = _cells(leaf)
         if count:
             following = f"{count} {'leaf' if count == 1 else 'leaves'}, each as its parameter"
-            table.add_row(Text(path, "dim"), "", Text(following, "dim"), Text(size, "dim"))
+            table.add_row(PathCell(path, "dim"), "", Text(following, "dim"), Text(size, "dim"))
             continue
         style = "red" if leaf.problems else "" if leaf.named else "yellow"
-        cells = Text(path, style), Text(array, "dim"), _coloured(leaf), size
-        table.add_row(*cells, Text(notes, style or "dim"))
+        dims = _coloured(leaf)
+        if notes:
+            dims.append("\n" if dims else "").append(notes, style or "dim")
+        table.add_row(PathCell(path, style), Text(array, "dim"), dims, size)
     notes = [Text(note, style) for style, note in _notes(explanation)]
     heading = Text(explanation.heading, "bold")
     return Group(heading, table, *map(Text, _memory(explanation)), *notes)
@@ -111,11 +115,11 @@ def _shown(explanation: Explanation) -> Iterator[tuple[LeafExplained, int]]:
 
     def prefix(leaf: LeafExplained) -> str:
         owner = followers.get(leaf.path, "")
-        return leaf.path.removesuffix(owner.partition("/")[2]) if not leaf.problems else ""
+        return leaf.path.removesuffix(owner.partition("/")[2]) if owner else ""
 
     for where, group in itertools.groupby(explanation.leaves, prefix):
         leaves = list(group)
-        if not where or len(leaves) == 1 or leaves[0].path not in followers:
+        if not where or len(leaves) == 1:
             yield from ((leaf, 0) for leaf in leaves)
             continue
         total = sum(leaf.bytes_per_device for leaf in leaves)

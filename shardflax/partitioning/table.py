@@ -6,6 +6,8 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from shardflax.partitioning.path_cell import PathCell
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -40,7 +42,8 @@ def layout_table(layout: Layout) -> Table:
     table.add_column(_COLUMNS[-1], justify="right")
     for leaf in layout.leaves:
         style = "red" if leaf.problems else "yellow" if leaf.names is None else None
-        table.add_row(*map(Text, _cells(leaf)), style=style)
+        path, *cells = _cells(leaf)
+        table.add_row(PathCell(path), *map(Text, cells), style=style)
     table.caption = Text("\n".join(_notes(layout)))
     return table
 

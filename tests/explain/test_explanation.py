@@ -304,6 +304,31 @@ def test_rich_shows_leaves_that_follow_their_parameters_as_one() -> None:
     assert "mu/up/kernel" not in text and "params/up/kernel" in text
 
 
+def test_rich_leaves_nothing_out_of_a_narrow_window() -> None:
+    from rich.console import Console
+
+    console = Console(width=64, file=io.StringIO(), record=True)
+    found = explain(state(), SPEC, RULES)
+    console.print(found, found.layout)
+    text = console.export_text()
+    assert all(len(line) <= 64 for line in text.splitlines())
+    words = " ".join(text.split())
+    for part in ("embed→fsdp", "mlp→tensor", "mlp not fsdp:", "taken by", "vocab not tensor:"):
+        assert part in words, part
+    assert "params/head/" in words and "  kernel" in text  # broken at a slash
+    wrong = explain(
+        {
+            "params": {"w": boxed((6, 2), "embed", None), "v": boxed((8,), "embed")},
+            "mu": {"w": jnp.ones((6, 2)), "v": jnp.ones(8)},
+        },
+        "fsdp=4",
+        RULES,
+    )
+    console.print(wrong)
+    text = console.export_text()
+    assert "mu/…" in text and "mu/w" not in text  # wrong in the way of its parameter
+
+
 def test_saved_files(found: Explanation, tmp_path: Any) -> None:
     assert json.loads(found.save(tmp_path / "a.json").read_text()) == found.to_dict()
     assert found.save(tmp_path / "a.html").read_text("utf-8") == found.to_html()
