@@ -6,11 +6,14 @@ complete, and renamed away before it is deleted, so a number is always a whole c
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from shardflax.ckpt.durable import sync_folder
 from shardflax.ckpt.errors import CheckpointFolderError
@@ -18,7 +21,7 @@ from shardflax.ckpt.landing import SAVING, in_use
 from shardflax.ckpt.manifest import NAME
 from shardflax.ckpt.orbax_files import MARKER, TREE
 
-__all__ = ["StepFolder", "is_busy"]
+__all__ = ["StepFolder", "step_folder"]
 
 _UNFINISHED = (SAVING, ".orbax-checkpoint-tmp", ".deleting")
 
@@ -57,7 +60,7 @@ class StepFolder:
         Raises CheckpointFolderError.
         """
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
+            _make(self.root)
             with tempfile.NamedTemporaryFile(dir=self.root, prefix=".write-test-"):
                 pass
         except FileExistsError as error:
@@ -81,7 +84,7 @@ class StepFolder:
 
         What a living process is still writing stays.
         """
-        found = [path for path in self.unfinished() if not is_busy(path)]
+        found = [path for path in self.unfinished() if not self.is_busy(path)]
         for path in found:
             shutil.rmtree(path, ignore_errors=True)
         return [path.name for path in found]
@@ -96,10 +99,28 @@ class StepFolder:
         )
 
 
-def is_busy(path: Path) -> bool:
-    """True if a living process is writing to the folder of a save.
+def _make(folder: Path) -> None:
+    """Makes a folder and those above it, so that their names are on the disk too."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in new:
+        with contextlib.suppress(PermissionError):  # what cannot be listed cannot be synced
+            sync_folder(path.parent)
 
-    >>> is_busy(Path("/nowhere/3.saving-1"))
-    False
+    def is_busy(self, path: Path) -> bool:
+        """True if a living process is writing to the folder of a save."""
+        return SAVING in path.name and in_use(path)
+
+    def discard(self, path: Path) -> None:
+        """Removes what an interrupted save or delete left; raises OSError."""
+        shutil.rmtree(path)
+
+
+@functools.singledispatch
+def step_folder(root: Any) -> StepFolder:
+    """The folder of a run, wherever it is.
+
+    >>> step_folder(Path("/run")).step(3)
+    PosixPath('/run/3')
     """
-    return SAVING in path.name and in_use(path)
+    return StepFolder(root)

@@ -166,30 +166,39 @@ def entries(step: Path) -> set[str]:
     return {str(path.relative_to(step)) for path in (step, *step.rglob("*"))}
 
 
-def check_order(events: list[tuple[str, str]], root: Path) -> None:
-    """Everything was synced before the rename, the folder of the run after it.
+Event = tuple[str, str]
+"""("fsync", path), ("write", path), ("names", folder): its names changed; ("commit", source)."""
 
-    Events are ("fsync", path) and ("rename", source).
+
+def check_order(events: list[Event], root: Path) -> None:
+    """Everything was synced after its last change and before the commit, the run's folder after it.
+
+    The manifest is the last file that is synced.
     """
-    renamed = next(i for i, (what, path) in enumerate(events) if what == "rename")
-    source = Path(events[renamed][1])
-    before = {path for what, path in events[:renamed] if what == "fsync"}
-    missing = {name for name in entries(root / "3") if str(source / name) not in before}
-    assert not missing
-    manifest = max(i for i, e in enumerate(events) if e == ("fsync", str(source / "MANIFEST.json")))
-    others = [
-        i
-        for i, (_, path) in enumerate(events[:renamed])
-        if path.startswith(f"{source}/") and (root / "3" / Path(path).relative_to(source)).is_file()
-    ]
-    assert max(others) == manifest
-    assert ("fsync", str(root)) in events[renamed:]
+    commit = next(i for i, (what, _) in enumerate(events) if what == "commit")
+    source = Path(events[commit][1])
+    synced = {path: i for i, (what, path) in enumerate(events[:commit]) if what == "fsync"}
+    names = entries(root / "3")
+    assert {"MANIFEST.json", "extras/metadata", "state/_METADATA", "state/d", "."} <= names
+    assert not {name for name in names if str(source / name) not in synced}
+    for i, (what, path) in enumerate(events[:commit]):
+        if what in ("write", "names") and path in synced and Path(path) != root:
+            assert synced[path] > i, (what, path)
+    files = [name for name in names if (root / "3" / name).is_file()]
+    assert max(files, key=lambda name: synced[str(source / name)]) == "MANIFEST.json"
+    assert ("fsync", str(root)) in events[commit:]
+
+
+STRACE = shutil.which("strace")
 
 
 def test_all_is_on_the_disk_before_a_step_can_be_seen(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    events: list[tuple[str, str]] = []
+    if STRACE is None:
+        with capsys.disabled():
+            print("\nstrace is not installed: only Python says what it forces to the disk")
+    events: list[Event] = []
     fsync, rename = os.fsync, os.rename
 
     def synced(descriptor: int) -> None:
@@ -197,33 +206,75 @@ def test_all_is_on_the_disk_before_a_step_can_be_seen(
         fsync(descriptor)
 
     def renamed(source: Any, target: Any) -> None:
-        events.append(("rename", str(source)))
+        events.append(("commit", str(source)))
         rename(source, target)
 
-    with ckpt.CheckpointManager(tmp_path) as manager:
-        monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "fsync", synced)
+    with ckpt.CheckpointManager(tmp_path / "new" / "run") as manager:
         monkeypatch.setattr(os, "rename", renamed)
         manager.save(3, STATE)
         manager.wait()
-    check_order(events, tmp_path)
+    check_order(events, tmp_path / "new" / "run")
+    begun = [path for _, path in events[: events.index(("fsync", str(manager.directory)))]]
+    assert begun == [str(tmp_path / "new"), str(tmp_path)], "the names of new folders are there too"
 
 
-def strace_says(log: Path) -> list[tuple[str, str]]:
-    """The same events from the system calls of a process."""
-    events: list[tuple[str, str]] = []
-    begun: dict[str, str] = {}  # by thread: a call that another thread's interrupts in the log
+CALLS = (
+    *("fsync", "fdatasync", "write", "writev", "pwrite64", "pwritev", "ftruncate"),
+    *("openat", "mkdir", "mkdirat", "rename", "renameat", "renameat2", "unlink", "unlinkat"),
+)
+
+
+def whole_lines(log: Path) -> list[str]:
+    """The calls that succeeded; what another thread's call interrupted in the log is put together.
+
+    An fsync stands where it began, all else where it ended.
+    """
+    lines: list[str] = []
+    begun: dict[str, tuple[int, str]] = {}
     for line in log.read_text(errors="replace").splitlines():
-        thread = line.split()[0]
-        if found := re.search(r"fsync\(\d+<([^>]*)>", line):
-            begun[thread] = found[1]
-        if re.search(r"fsync(\(| resumed>).*\)\s+= 0", line):
-            events.append(("fsync", begun.pop(thread)))
-        elif found := re.search(r'rename\w*\((?:AT_FDCWD\S*, )?"([^"]*\.saving[^"/]*)"', line):
-            events.append(("rename", found[1]))
+        thread, _, call = line.partition(" ")
+        call = call.strip()
+        if call.endswith("<unfinished ...>"):
+            begun[thread] = len(lines), call.removesuffix("<unfinished ...>")
+            lines.append("")
+        elif resumed := re.match(r"<\.\.\. \w+ resumed>(.*)", call):
+            at, start = begun.pop(thread)
+            if start.startswith(("fsync", "fdatasync")):
+                lines[at] = start + resumed[1]
+            else:
+                lines.append(start + resumed[1])
+        else:
+            lines.append(call)
+    return [line for line in lines if re.search(r"\) += \d", line)]
+
+
+def strace_says(log: Path, root: Path) -> list[Event]:
+    """What system calls did in a folder."""
+    events: list[Event] = []
+
+    def moved(source: str, target: str) -> None:
+        """What was done to a file is said of its new name."""
+        events[:] = [(what, target if path == source else path) for what, path in events]
+        events.extend(("names", str(Path(path).parent)) for path in (source, target))
+
+    for line in whole_lines(log):
+        quoted = re.findall(r'"([^"]*)"', line)
+        if found := re.match(r"f(data)?sync\(\d+<([^>]*)>", line):
+            events.append(("fsync", found[2]))
+        elif not str(root) in line:
+            continue
+        elif line.startswith("rename"):
+            committed = ".saving" in quoted[0] and Path(quoted[0]).parent == root
+            moved(*quoted) if not committed else events.append(("commit", quoted[0]))
+        elif found := re.match(r"(?:p?writev?(?:64)?|ftruncate)\(\d+<([^>]*)>", line):
+            events.append(("write", found[1]))
+        elif line.startswith(("mkdir", "unlink")) or "O_CREAT" in line:
+            events.append(("names", str(Path(quoted[0]).parent)))
     return events
 
 
-if shutil.which("strace"):
+if STRACE is not None:
 
     def test_the_kernel_says_so_too(tmp_path: Path) -> None:
         code = (
@@ -232,20 +283,16 @@ if shutil.which("strace"):
             "state = {'w': np.arange(1 << 18), 'b': np.arange(7), 'name': 'x', 'step': 3}\n"
             "CheckpointManager(sys.argv[1]).save(3, state)\n"
         )
-        log, run = tmp_path / "log", tmp_path / "run"
-        trace = [
-            "strace",
-            "-f",
-            "-y",
-            "-o",
-            str(log),
-            "-e",
-            "trace=fsync,rename,renameat,renameat2",
-        ]
+        log, root = tmp_path / "log", tmp_path / "run"
         done = subprocess.run(
-            [*trace, sys.executable, "-c", code, str(run)],
+            [str(STRACE), "-f", "-y", "-o", str(log), "-e", "trace=" + ",".join(CALLS),
+             sys.executable, "-c", code, str(root)],
             cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
             timeout=120, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        check_order(strace_says(log), run)
+        events = strace_says(log, root)
+        written = {path for what, path in events if what == "write"}
+        assert len(written) >= 6 and any("/state/d/" in path for path in written)
+        check_order(events, root)
+        assert ("fsync", str(tmp_path)) in events
