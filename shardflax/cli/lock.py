@@ -16,15 +16,18 @@ from shardflax.cli.errors import CommandError
 from shardflax.cli.subject import Subject, rules_of
 from shardflax.core.errors import did_you_mean
 from shardflax.partitioning import (
+    LibtpuError,
     LockEntry,
     collectives,
     lock,
     make_abstract_mesh,
     make_mesh,
     read_lock,
+    tpu_topology,
     write_lock,
 )
 from shardflax.partitioning.lock_changes import changes_between
+from shardflax.partitioning.mesh_spec import parse_mesh_spec
 from shardflax.programs import layout_of, traced_step
 
 __all__ = ["LockOptions", "main"]
@@ -49,6 +52,10 @@ class LockOptions:
     mesh: str | None = None
     """Axes and sizes, such as fsdp=4,tensor=2."""
 
+    topology: str | None = None
+    """TPUs to compile the step for, such as v5e:4x4, with their own compiler (the package libtpu, \
+which needs no TPU); emulated devices, if not said. The slices that dcn(...) joins are such each."""
+
     preset: str = "fsdp_tp"
     """Rules: presets, or package.module:NAME of AxisRules."""
 
@@ -62,7 +69,7 @@ class LockOptions:
     """Compare, and write nothing."""
 
     collectives: bool = True
-    """Compile the train step (on emulated devices) for what it sends; else the layout alone."""
+    """Compile the train step for what it sends; else the layout alone."""
 
     layers: int | None = None
     """Number of blocks of a decoder, if not that of its size."""
@@ -84,6 +91,7 @@ class _Asked:
     model: str
     mesh: str
     preset: str = "fsdp_tp"
+    topology: str | None = None
     collectives: bool = True
     layers: int | None = None
     batch: int | None = None
@@ -113,9 +121,17 @@ class _Asked:
         }
 
     @property
-    def devices(self) -> int:
-        """How many devices the mesh has."""
+    def emulated(self) -> int:
+        """How many emulated devices it takes."""
+        if not self.collectives or self.topology is not None:
+            return 0
         return math.prod(make_abstract_mesh(self.mesh).shape.values())
+
+    def devices(self) -> list[Any]:
+        """The devices to compile for."""
+        if self.topology is None:
+            return emulated_devices(self.emulated)
+        return tpu_topology(self.topology, max(1, math.prod(parse_mesh_spec(self.mesh).dcn)))
 
     def entry(self) -> LockEntry:
         """The entry, made anew."""
@@ -125,7 +141,7 @@ class _Asked:
             mesh: Any = make_abstract_mesh(self.mesh)
             layout = layout_of(subject.program(mesh, rules), mesh, rules)
             return lock(layout, asked=self.kept)
-        mesh = make_mesh(self.mesh, emulated_devices(self.devices))
+        mesh = make_mesh(self.mesh, self.devices())
         program = subject.program(mesh, rules)
         if program.step is None:
             raise CommandError(
@@ -134,8 +150,9 @@ class _Asked:
             )
         layout = layout_of(program, mesh, rules)
         layout.check()
-        sent = collectives(traced_step(program, layout, rules).lower().compile(), mesh)
-        return lock(layout, sent, asked=self.kept)
+        compiled = traced_step(program, layout, rules).lower().compile()
+        memory = None if self.topology is None else compiled.memory_analysis()
+        return lock(layout, collectives(compiled, mesh), asked=self.kept, memory=memory)
 
 
 def main(args: Sequence[str]) -> int:
@@ -155,9 +172,7 @@ def main(args: Sequence[str]) -> int:
         raise CommandError("--mesh goes with a model: shardflax lock MODEL --mesh ...")
     known = read_lock(options.file) if options.file.exists() or not _is_new(options) else {}
     asked = _asked(options, known)
-    needed = [one.devices for one in asked.values() if one.collectives]
-    if needed:
-        emulated_devices(max(needed))
+    _check_devices(asked)
     changed = 0
     entries = dict(known)
     for name, one in asked.items():
@@ -169,6 +184,23 @@ def main(args: Sequence[str]) -> int:
         write_lock(options.file, entries)
         print(f"wrote {options.file}", file=sys.stderr)
     return 0
+
+
+def _check_devices(asked: dict[str, _Asked]) -> None:
+    """Refuses, before anything is compiled, what this process has no devices or compiler for."""
+    if needed := max((one.emulated for one in asked.values()), default=0):
+        emulated_devices(needed)
+    for name, one in asked.items():
+        if one.topology is not None and not one.collectives:
+            raise CommandError(
+                f"{name}: --topology says what to compile for, and --no-collectives that nothing "
+                f"is compiled. Leave one of them out."
+            )
+        try:
+            if one.topology is not None:
+                one.devices()
+        except LibtpuError as error:
+            raise CommandError(f"{name} is compiled for TPUs ({one.topology}): {error}") from None
 
 
 def _is_new(options: LockOptions) -> bool:
@@ -184,7 +216,8 @@ def _asked(options: LockOptions, known: dict[str, LockEntry]) -> dict[str, _Aske
         raise CommandError(f"say the mesh: shardflax lock {options.model} --mesh fsdp=4,tensor=2")
     fields = [field.name for field in dataclasses.fields(_Asked)]
     asked = _Asked(**{name: getattr(options, name) for name in fields})
-    name = options.name or f"{asked.model} {asked.mesh} {asked.preset}"
+    made_from = filter(None, (asked.model, asked.mesh, asked.preset, asked.topology))
+    name = options.name or " ".join(made_from)
     if options.check:
         _known(name, known, options.file)
     return {name: asked}
@@ -201,8 +234,10 @@ def _report(name: str, old: LockEntry | None, new: LockEntry, check: bool) -> bo
     from shardflax.partitioning.table import bytes_text
 
     if old is None:
-        size = bytes_text(new.bytes_per_device)
-        print(f"{name}: new, {len(new.leaves)} leaves, {size} a device")
+        size = f"{bytes_text(new.bytes_per_device)} a device"
+        if new.memory is not None:
+            size += f", {bytes_text(sum(new.memory.values()))} while a step runs"
+        print(f"{name}: new, {len(new.leaves)} leaves, {size}")
         return True
     if dataclasses.replace(new, compiler=old.compiler, asked=old.asked) == old:
         print(f"{name}: as locked")

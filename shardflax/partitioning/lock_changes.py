@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from shardflax.partitioning.locked import LockedCollective, LockedLeaf, LockEntry
 from shardflax.partitioning.table import bytes_text
@@ -37,6 +37,11 @@ def changes_between(old: LockEntry, new: LockEntry) -> list[str]:
     lines += _leaves(old, new)
     if old.collectives != new.collectives:
         lines += _collectives(old, new)
+    if old.memory != new.memory:
+        lines += _memory(old.memory, new.memory)
+    compiled = (old.collectives, old.memory) != (new.collectives, new.memory)
+    if compiled and old.compiler and new.compiler and old.compiler != new.compiler:
+        lines.append(f"compiled by {old.compiler}, now by {new.compiler}")
     return lines
 
 
@@ -88,8 +93,18 @@ def _collectives(old: LockEntry, new: LockEntry) -> Iterator[str]:
         was, now = before.get(what, {}), after.get(what, {})
         if was != now:
             yield f"  {_group(what, was, now)}"
-    if old.compiler != new.compiler:
-        yield f"  compiled by {old.compiler}, now by {new.compiler}"
+
+
+def _memory(old: Mapping[str, int] | None, new: Mapping[str, int] | None) -> Iterator[str]:
+    if old is None or new is None:
+        known = "not recorded -> recorded" if old is None else "recorded -> not recorded"
+        yield f"memory of the step: {known}"
+        return
+    for what in dict.fromkeys((*old, *new)):
+        was, now = old.get(what, 0), new.get(what, 0)
+        if was != now:
+            sizes = f"{bytes_text(was)} -> {bytes_text(now)} ({_by(now - was)})"
+            yield f"memory of the step, {what}: {sizes}"
 
 
 def _known(entry: LockEntry) -> str:

@@ -25,6 +25,7 @@ from shardflax.partitioning.lock_changes import changes_between
 from shardflax.partitioning.locked import LockedCollective, LockedLeaf, LockEntry
 from shardflax.partitioning.rules import AxisRules
 from shardflax.partitioning.spec_check import spec_axes
+from shardflax.partitioning.topology import libtpu_version
 
 __all__ = ["check_lock", "lock", "read_lock", "write_lock"]
 
@@ -37,10 +38,12 @@ def lock(
     collectives: Iterable[Collective] | None = None,
     *,
     asked: Mapping[str, Any] | None = None,
+    memory: Any = None,
 ) -> LockEntry:
     """What is to be kept of a layout, and of the collectives of its compiled train step.
 
-    `collectives` None says nothing about them.  `asked` is kept as it is, for whoever makes the
+    `collectives` None says nothing about them, and `memory` None (or else what the step's
+    `memory_analysis()` gives) nothing about that.  `asked` is kept as it is, for whoever makes the
     entry anew: any JSON.  Raises the layout's problems, if it has any.
 
     >>> import jax.numpy as jnp
@@ -55,7 +58,7 @@ def lock(
     sent, compiler = None, ""
     if collectives is not None:
         sent = _merged(collectives)
-        compiler = f"jax {jax.__version__} for {_platform(layout)}"
+        compiler = f"jax {jax.__version__}{_libtpu(layout)} for {_platform(layout)}"
     return LockEntry(
         mesh=", ".join(f"{axis}={size}" for axis, size in layout.mesh.shape.items()),
         rules=rules.title if isinstance(rules, AxisRules) else "plain pairs",
@@ -64,6 +67,7 @@ def lock(
         collectives=sent,
         compiler=compiler,
         asked=dict(asked or {}),
+        memory=None if memory is None else _memory(memory),
     )
 
 
@@ -71,11 +75,12 @@ def check_lock(
     entry: LockEntry,
     layout: Layout,
     collectives: Iterable[Collective] | None = None,
+    memory: Any = None,
 ) -> None:
-    """Checks that a layout, and the collectives of its step, are what was locked.
+    """Checks that a layout, and the collectives and the memory of its step, are what was locked.
 
-    Collectives are compared if they are given.  Raises `LockDriftError`, whose `changes` are all
-    differences, with what it was and what it is.
+    Collectives and memory are compared if they are given.  Raises `LockDriftError`, whose `changes`
+    are all differences, with what it was and what it is.
 
     >>> import jax.numpy as jnp
     >>> from shardflax.partitioning import LogicallyPartitioned, make_abstract_mesh, preset
@@ -89,9 +94,11 @@ def check_lock(
     bytes per device: 6.0 KiB -> 3.0 KiB (-3.0 KiB)
     ~ -3.0 KiB a leaf: w
     """
-    now = lock(layout, collectives)
+    now = lock(layout, collectives, memory=memory)
     if collectives is None:
         entry = replace(entry, collectives=None, compiler="")
+    if memory is None:
+        entry = replace(entry, memory=None)
     changes = changes_between(entry, now)
     if changes:
         raise LockDriftError(changes)
@@ -164,6 +171,9 @@ def write_lock(path: str | Path, entries: Mapping[str, LockEntry]) -> Path:
     return path
 
 
+_ABOUT = ("asked", "mesh", "rules", "bytes_per_device", "compiler", "memory")
+
+
 def _values(entry: LockEntry) -> dict[str, Any]:
     """An entry as JSON, what is not known left out."""
     values: dict[str, Any] = dict(vars(entry))
@@ -172,8 +182,9 @@ def _values(entry: LockEntry) -> dict[str, Any]:
     values["collectives"] = [_sent(one) for one in entry.collectives or ()]
     if entry.collectives is None:
         del values["collectives"], values["compiler"]
-    order = ("asked", "mesh", "rules", "bytes_per_device", "compiler", "collectives", "leaves")
-    return {key: values[key] for key in order if key in values}
+    if entry.memory is None:
+        del values["memory"]
+    return {key: values[key] for key in (*_ABOUT, "collectives", "leaves") if key in values}
 
 
 def _sent(one: LockedCollective) -> dict[str, Any]:
@@ -193,6 +204,7 @@ def _entry(values: Mapping[str, Any]) -> LockEntry:
         collectives=None if sent is None else tuple(LockedCollective(**one) for one in sent),
         compiler=values.get("compiler", ""),
         asked=values.get("asked", {}),
+        memory=values.get("memory"),
     )
 
 
@@ -209,6 +221,20 @@ def _dump(value: Any, depth: int = 0) -> str:
         return "{\n" + ",\n".join(items) + f"\n{end}}}"
     items = [f"{pad}{_dump(item, depth + 1)}" for item in cast("list[Any]", value)]
     return "[\n" + ",\n".join(items) + f"\n{end}]"
+
+
+def _memory(found: Any) -> dict[str, int]:
+    """What the memory analysis of a program says of one device."""
+    return {
+        "arguments": found.argument_size_in_bytes,
+        "outputs": found.output_size_in_bytes - found.alias_size_in_bytes,
+        "temporary": found.temp_size_in_bytes,
+    }
+
+
+def _libtpu(layout: Layout) -> str:
+    """The compiler, where it is a package of its own."""
+    return f", libtpu {libtpu_version()}" if _platform(layout).startswith("TPU") else ""
 
 
 def _platform(layout: Layout) -> str:

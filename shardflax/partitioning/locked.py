@@ -58,7 +58,9 @@ class LockedCollective:
 class LockEntry:
     """One layout in a lock file; `lock` makes it.
 
-    `collectives` None: nobody asked for them.  `compiler` says what compiled them.
+    `collectives` None: nobody asked for them.  `memory` is what the program takes on a device, in
+    bytes: `arguments` as the device stores them, `outputs` that take the place of no argument, and
+    `temporary`.  `compiler` says what compiled it.
 
     >>> LockEntry("fsdp=4", "fsdp", 0, {}).collectives is None
     True
@@ -71,3 +73,4 @@ class LockEntry:
     collectives: tuple[LockedCollective, ...] | None = None
     compiler: str = ""
     asked: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    memory: Mapping[str, int] | None = None
