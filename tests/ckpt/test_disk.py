@@ -262,7 +262,7 @@ def strace_says(log: Path, root: Path) -> list[Event]:
         quoted = re.findall(r'"([^"]*)"', line)
         if found := re.match(r"f(data)?sync\(\d+<([^>]*)>", line):
             events.append(("fsync", found[2]))
-        elif not str(root) in line:
+        elif str(root) not in line:
             continue
         elif line.startswith("rename"):
             committed = ".saving" in quoted[0] and Path(quoted[0]).parent == root
