@@ -23,7 +23,7 @@ from shardflax.ckpt.paths import Path as LeafPath
 from shardflax.ckpt.regions import Box
 from shardflax.ckpt.sources import Later, LeafDataError, Source, context
 
-__all__ = ["OrbaxSource", "find_item", "first_format", "open_orbax"]
+__all__ = ["OrbaxSource", "check_choice", "find_item", "first_format", "open_orbax"]
 
 _ITEMS = ("state", "default", "pytree", "params", "items")
 """Where people keep their arrays, the likeliest first."""
@@ -43,6 +43,19 @@ def find_item(folder: Path) -> Path | None:
     found = [path.parent for path in folder.glob(f"*/{TREE}")]
     named = [folder / name for name in _ITEMS if folder / name in found]
     return next(iter(named or sorted(found)), None)
+
+
+def check_choice(folder: Path, item: Path) -> None:
+    """Raises ValueError if an item is one of several, and nothing says that it is the right one.
+
+    >>> check_choice(Path("/nowhere/3"), Path("/nowhere/3/state"))
+    """
+    names = sorted(path.parent.name for path in folder.glob(f"*/{TREE}"))
+    if item != folder and item.name not in _ITEMS and len(names) > 1:
+        raise ValueError(
+            f"{folder} holds several trees, {', '.join(names)}: give the folder of one of them to "
+            f"`load_checkpoint`"
+        )
 
 
 @dataclasses.dataclass

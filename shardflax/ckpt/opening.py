@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shardflax.ckpt.durable import FileRecord, checksum_file
-from shardflax.ckpt.foreign import find_item, first_format, open_orbax
+from shardflax.ckpt.foreign import check_choice, find_item, first_format, open_orbax
 from shardflax.ckpt.manifest import NAME, Manifest
 from shardflax.ckpt.orbax_files import EXTRAS, JSON_FILE, MARKER, OURS
 from shardflax.ckpt.sources import OurSource, Source
@@ -55,6 +55,7 @@ def open_step(folder: Path) -> Opened:
     item = find_item(folder)
     if item is None:
         raise ValueError(f"{folder} holds no checkpoint: neither {NAME} nor Orbax's files")
+    check_choice(folder, item)
     return Opened(open_orbax(item), extras)
 
 
