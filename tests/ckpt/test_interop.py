@@ -17,6 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from orbax.checkpoint.experimental import v1
 
 from shardflax import ckpt
+from shardflax.partitioning import LogicallyPartitioned
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 
@@ -89,6 +90,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "PyTreeCheckpointer": lambda root: ocp.PyTreeCheckpointer().restore(root / "5/state"),
     "StandardCheckpointer": lambda root: ocp.StandardCheckpointer().restore(root / "5/state"),
     "v1.load_pytree": lambda root: v1.load_pytree(root / "5"),
+    "v1.load_checkpointables": lambda root: v1.load_checkpointables(root / "5")["state"],
 }
 
 
@@ -157,11 +159,40 @@ def test_ours_reads_orbaxs(tmp_path: Path, writer: str) -> None:
         ckpt.load_checkpoint(tmp_path / "7", state() | {"more": 1})
 
 
-def test_boxes_that_orbax_saved_as_nodes_of_the_tree(tmp_path: Path) -> None:
+def test_several_trees_beside_each_other(tmp_path: Path) -> None:
+    """Orbax's new API reads all that is beside our state; of its own steps, one tree is one state."""
+    trees = {"model": {"w": jnp.arange(3.0)}, "moments": {"w": jnp.ones(3)}, "json": {"seen": 1}}
+    v1.save_checkpointables(tmp_path / "7", trees)
+    with pytest.raises(ckpt.CheckpointReadError, match="several trees, json, model, moments"):
+        ckpt.load_checkpoint(tmp_path / "7")
+    for name in ("model", "moments"):
+        assert bits(ckpt.load_checkpoint(tmp_path / "7" / name).state) == bits(trees[name])
+    v1.save_checkpointables(tmp_path / "8", {"state": trees["model"], "json": trees["json"]})
+    got = ckpt.load_checkpoint(tmp_path / "8", {"w": jnp.zeros(3)})
+    assert bits(got.state) == bits(trees["model"])
+
+
+@pytest.mark.parametrize("writer", ["ocdbt, zarr2", "zarr3", "StandardCheckpointer", "v1"])
+def test_boxes_that_orbax_saved_as_nodes_of_the_tree(tmp_path: Path, writer: str) -> None:
     kernel = jnp.arange(6.0).reshape(2, 3)
-    by_standard(tmp_path / "1", {"w": meta.Partitioned(kernel, ("a", None)), "b": kernel})
-    got = ckpt.load_checkpoint(tmp_path / "1", {"w": kernel * 0, "b": kernel * 0})
-    assert bits(got.state) == bits({"w": kernel, "b": kernel})
+    boxed = {"w": meta.Partitioned(kernel, ("a", None)), "b": kernel}
+    WRITERS[writer](tmp_path / "1", boxed)
+    ours = {"w": LogicallyPartitioned(kernel * 0, ("a", None)), "b": kernel * 0}
+    for target in ({"w": kernel * 0, "b": kernel * 0}, ours):
+        got = ckpt.load_checkpoint(tmp_path / "1", target)
+        assert bits(got.state) == bits({"w": kernel, "b": kernel})
+        assert jax.tree.structure(got.state) == jax.tree.structure(target)
+
+
+def test_boxes_of_ours_are_not_in_the_tree_that_orbax_reads(tmp_path: Path) -> None:
+    kernel = jnp.arange(6.0).reshape(2, 3)
+    with ckpt.CheckpointManager(tmp_path) as manager:
+        manager.save(1, {"w": LogicallyPartitioned(kernel, ("a", None)), "b": kernel})
+    for read in (ocp.StandardCheckpointer().restore, v1.load_pytree):
+        path = tmp_path / "1" if read is v1.load_pytree else tmp_path / "1/state"
+        assert bits(read(path)) == bits({"w": kernel, "b": kernel})
+        target = {"w": kernel * 0, "b": kernel * 0}
+        assert bits(read(path, target)) == bits({"w": kernel, "b": kernel})
 
 
 def test_the_first_format_of_this_library_is_still_read(tmp_path: Path) -> None:
