@@ -160,7 +160,7 @@ def test_ours_reads_orbaxs(tmp_path: Path, writer: str) -> None:
 
 
 def test_several_trees_beside_each_other(tmp_path: Path) -> None:
-    """Orbax's new API reads all that is beside our state; of its own steps, one tree is one state."""
+    """Which of them is the state is said by its name, or by whoever reads it."""
     trees = {"model": {"w": jnp.arange(3.0)}, "moments": {"w": jnp.ones(3)}, "json": {"seen": 1}}
     v1.save_checkpointables(tmp_path / "7", trees)
     with pytest.raises(ckpt.CheckpointReadError, match="several trees, json, model, moments"):
