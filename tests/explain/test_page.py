@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from shardflax.partitioning import Explanation, explain
@@ -19,7 +21,7 @@ NONE = f"no browser is installed: none of {', '.join(NAMES)} is found; {VARIABLE
 
 @pytest.fixture(scope="module")
 def found() -> Explanation:
-    return explain(many(14) | {"mu": state()["mu"]}, SPEC, RULES, title="</title><b>&")
+    return explain(many(14) | {"mu": moments()}, SPEC, RULES, title="</title><b>&")
 
 
 def test_the_page_needs_nothing_else(found: Explanation) -> None:
@@ -35,6 +37,12 @@ def test_values_are_embedded_whole_and_cannot_end_their_element(found: Explanati
     assert values and json.loads(values[1]) == found.to_dict()
     assert not set("<>&") & set(values[1])
     assert "<title>&lt;/title&gt;&lt;b&gt;&amp;</title>" in page
+
+
+def moments() -> Any:
+    """Of a state with its parameters, and of the one that is misspelt."""
+    wrong = {"kernel": jax.ShapeDtypeStruct((64, 96), jnp.float32)}
+    return {**state()["mu"], "layers_7x": wrong}
 
 
 # --- in a browser, one start for all
@@ -71,6 +79,9 @@ def check_what_is_shown(browser: Browser, values: dict[str, Any]) -> None:
 
 def check_problems(browser: Browser) -> None:
     assert "did you mean 'embed'?" in text(browser, "#problems")
+    assert text(browser, "#problems h2") == "1 problem"  # of a parameter, and of its moment
+    assert text(browser, "#problems li").endswith("(and 1 leaf as it)")
+    assert text(browser, "#facts .wrong dd") == "1"
     browser.click("#problems li button")
     assert "emebd" in text(browser, "#panel .problem")
     browser.press("Escape", 27)
@@ -106,7 +117,7 @@ def check_sort(browser: Browser, values: dict[str, Any]) -> None:
     numbered = [p for p in paths(browser) if re.fullmatch(r"params/layers_\d+/kernel", p)]
     assert numbered == [f"params/layers_{i}/kernel" for i in range(12)]
     browser.click("#filters button[data-key='bad']")
-    assert paths(browser) == ["params/layers_7x/kernel"]
+    assert paths(browser) == [f"{part}/layers_7x/kernel" for part in ("mu", "params")]
     browser.click("#filters button[data-key='all']")
 
 
@@ -172,7 +183,7 @@ def check_two_thousand(browser: Browser) -> None:
 @pytest.mark.multiprocess
 @pytest.mark.skipif(BROWSER is None, reason=NONE)
 def test_the_page_in_a_browser(tmp_path: Path) -> None:
-    small = explain(many(14) | {"mu": state()["mu"]}, SPEC, RULES, title="a state")
+    small = explain(many(14) | {"mu": moments()}, SPEC, RULES, title="a state")
     values = small.to_dict()
     pages = small.save(tmp_path / "small.html"), tmp_path / "large.html"
     explain(many(2000), "fsdp=64,tensor=8", RULES).save(pages[1])

@@ -117,7 +117,7 @@ const coordinates = (at) => data.mesh.axes.map((axis, k) => `${axis.name} ${at[k
 function showMesh() {
   const container = byId("mesh");
   const legend = el("div", "axes", ...data.mesh.axes.map((axis) => {
-    const networks = axis.dcn > 1 ? ` (${axis.dcn} slices × ${axis.ici})` : "";
+    const networks = axis.dcn > 1 ? ` (${axis.dcn} slices${axis.ici > 1 ? ` × ${axis.ici}` : ""})` : "";
     const kind = axis.type === "auto" ? "" : `, ${axis.type}`;
     return axisChip(axis.name, `${axis.name} = ${axis.size}${networks}${kind}`, "axis chip");
   }));

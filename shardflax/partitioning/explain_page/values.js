@@ -91,6 +91,11 @@ showTheme(remembered());
 
 // --- what there is
 
+/** What is wrong, once for all leaves that are wrong in the same way: moments as their parameter. */
+const problems = [...data.problems.reduce(
+  (found, problem) => found.set(problem.text, [...(found.get(problem.text) ?? []), problem]), new Map(),
+).values()];
+
 function showFacts() {
   const mesh = data.mesh;
   const sizes = mesh.axes.map((axis) => `${axis.name}=${axis.size}`).join(", ");
@@ -103,23 +108,26 @@ function showFacts() {
     ["Whole state", bytesText(data.bytes)],
     ["Devices", mesh.devices.toLocaleString("en")],
     ["Leaves", leaves.length.toLocaleString("en")],
-    ["Problems", data.problems.length.toLocaleString("en")],
+    ["Problems", problems.length.toLocaleString("en")],
   ];
   byId("facts").append(...facts.map(([what, value]) => el("div", "", el("dt", "", what), el("dd", "", value))));
-  if (data.problems.length) byId("facts").lastElementChild.className = "wrong";
+  if (problems.length) byId("facts").lastElementChild.className = "wrong";
 }
 
 function showProblems() {
-  if (!data.problems.length) return;
+  if (!problems.length) return;
   const section = byId("problems");
   section.hidden = false;
-  section.querySelector("h2").textContent = plural(data.problems.length, "problem");
-  section.querySelector("ul").append(...data.problems.map((problem) => {
+  section.querySelector("h2").textContent = plural(problems.length, "problem");
+  section.querySelector("ul").append(...problems.map((same) => {
+    // Parameters first: what is wrong with their moments follows from them.
+    const problem = same.find(({ path }) => path.startsWith("params/")) ?? same[0];
     const i = leaves.findIndex((leaf) => leaf.path === problem.path);
     if (i < 0) return el("li", "", problem.path ? `${problem.path}: ` : "", problem.text);
+    const more = same.length > 1 ? ` (and ${same.length - 1} ${same.length > 2 ? "leaves" : "leaf"} as it)` : "";
     const button = el("button", "", problem.path);
     button.type = "button";
     button.addEventListener("click", () => open(i));
-    return el("li", "", button, `: ${problem.text}`);
+    return el("li", "", button, `: ${problem.text}`, el("span", "quiet", more));
   }));
 }
