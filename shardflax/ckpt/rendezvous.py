@@ -55,7 +55,10 @@ class Rendezvous:
         if self.client is None:
             self.here[key] = text
         else:
-            self.client.key_value_set(f"{self.root}/{key}", text, allow_overwrite=True)
+            try:
+                self.client.key_value_set(f"{self.root}/{key}", text, allow_overwrite=True)
+            except Exception as error:
+                raise _gone(error) from error
 
     def peek(self, key: str) -> Any:
         """A value if it is there already, else None."""
@@ -66,9 +69,7 @@ class Rendezvous:
         except Exception as error:
             if "NOT_FOUND" in str(error):
                 return None
-            raise CheckpointPeerError(
-                [0], 0, f"the coordination service is gone: {error}"
-            ) from error
+            raise _gone(error) from error
 
     def hear(self, key: str, by: int, doing: str = "", patience: float = _GRACE) -> Any:
         """Waits for a value that process `by` leaves.
@@ -81,6 +82,8 @@ class Rendezvous:
         try:
             text = self.client.blocking_key_value_get(f"{self.root}/{key}", int(limit * 1000))
         except Exception as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise _gone(error) from error
             raise CheckpointPeerError([by], limit, doing or key) from error
         return json.loads(text)
 
@@ -144,6 +147,12 @@ class Rendezvous:
             raise
         self.tell(f"{key}/out", {"all": found})
         return found
+
+
+def _gone(error: Exception) -> CheckpointPeerError:
+    """The error for a coordination service that cannot be reached: process 0 runs it."""
+    why = str(error).partition("\n")[0]
+    return CheckpointPeerError([0], 0, f"the coordination service, which it runs, is gone: {why}")
 
 
 def _never(_: Any) -> bool:
