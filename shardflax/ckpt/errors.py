@@ -153,7 +153,7 @@ class CheckpointSaveError(CheckpointError):
         self, directory: str | os.PathLike[str], step: int, cause: BaseException | str
     ) -> None:
         self.directory, self.step = os.fspath(directory), step
-        why = cause if isinstance(cause, str) else f"{type(cause).__name__}: {cause}"
+        why = _why(cause)
         super().__init__(
             f"Saving step {step} to {self.directory!r} failed: {why}. "
             f"The step was not committed; earlier committed steps are untouched."
@@ -171,9 +171,15 @@ class CheckpointReadError(CheckpointError):
         self, directory: str | os.PathLike[str], step: int | None, cause: BaseException | str
     ) -> None:
         self.directory, self.step = os.fspath(directory), step
-        why = cause if isinstance(cause, str) else f"{type(cause).__name__}: {cause}"
+        why = _why(cause)
         cure = "" if step is None else " Restore an earlier step with `restore(target, step=...)`."
         super().__init__(f"{_which(self.directory, step)} cannot be read: {why}.{cure}")
+
+
+def _why(cause: BaseException | str) -> str:
+    """A cause as the middle of a sentence."""
+    text = cause if isinstance(cause, str) else f"{type(cause).__name__}: {cause}"
+    return text.rstrip(". ")
 
 
 def _which(where: str, step: int | None) -> str:
