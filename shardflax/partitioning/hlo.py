@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 __all__ = ["Instruction", "Program", "parse"]
 
@@ -18,6 +18,7 @@ _CALLED = re.compile(
     r"(body|condition|to_apply|calls|branch_computations|called_computations)="
     r"(?:\{([^}]*)\}|%?([\w.\-]+))"
 )
+_END = re.compile(r"^\}(?:,? execution_thread=.*)?$")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONDITION = r"condition=%?([\w.\-]+)"
 _TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
@@ -173,10 +174,13 @@ def parse(text: str) -> Program:
         elif head := _HEAD.match(line):
             current = program.computations.setdefault(head[2], [])
             program.entry = head[2] if head[1] else program.entry
-        elif line.startswith("}"):
+        elif _END.match(line):
             current = None
         elif current is not None and (start := _LINE.match(line)):
             current.append(_instruction(start[2], line[start.end() :], start[1] is not None))
+        elif current:  # attributes of kernels (Pallas) go on in the next line
+            attributes = f"{current[-1].attributes}\n{line}"
+            current[-1] = replace(current[-1], attributes=attributes)
     return program
 
 

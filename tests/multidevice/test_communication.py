@@ -321,6 +321,30 @@ def test_what_a_tpu_cuts_into_pieces_is_one() -> None:
     ]
 
 
+KERNEL = """HloModule m
+
+ENTRY %main (a: f32[4]) -> f32[8] {
+  %a = f32[4]{0} parameter(0)
+  %k = f32[4]{0} custom-call(%a), custom_call_target="tpu_custom_call", attributes={metadata={
+"xprof":"{\\"block\\": 128}"
+}}, metadata={op_name="jit(f)/up/kernel"}
+  ROOT %g = f32[8]{0} all-gather(%k), replica_groups=[1,2]<=[2], dimensions={0}
+}"""
+
+
+def test_what_comes_after_a_kernel_is_read() -> None:
+    """The attributes of a kernel (Pallas) take several lines, one of which begins with a brace."""
+    program = parse(KERNEL)
+    assert [i.op for i in program.computations["main"]] == [
+        "parameter",
+        "custom-call",
+        "all-gather",
+    ]
+    assert program.computations["main"][1].op_name == "jit(f)/up/kernel"
+    (found,) = _found(program, make_mesh("data=2", jax.devices()[:2]))
+    assert found.what == "all-gather over data"
+
+
 @pytest.mark.parametrize(
     ("what", "instead"),
     [
