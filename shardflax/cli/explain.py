@@ -6,13 +6,11 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import tyro
 
 from shardflax.cli.errors import CommandError
-from shardflax.cli.mesh import MeshOptions
-from shardflax.cli.subject import Subject, rules_of
+from shardflax.cli.subject import SubjectOptions, rules_of
 from shardflax.partitioning import Explanation
 from shardflax.partitioning.explain_text import problem_lines
 from shardflax.programs import layout_of
@@ -26,7 +24,7 @@ size of model and mesh. Exit status 1 if anything is wrong with the layout."""
 
 
 @dataclasses.dataclass(frozen=True)
-class ExplainOptions(MeshOptions):
+class ExplainOptions(SubjectOptions):
     """What to explain, and how to show it.
 
     >>> ExplainOptions("tiny", "fsdp=8").preset
@@ -40,9 +38,6 @@ a function that returns a state, or (model, *inputs), or of a shardflax.programs
     mesh: str
     """Axes and sizes, such as fsdp=4,tensor=2 or "dcn(data=2) ici(fsdp=16,tensor=8)"."""
 
-    preset: str = "fsdp_tp"
-    """Rules: presets, such as fsdp or "fsdp + tp_sp", or package.module:NAME of AxisRules."""
-
     json: Path | None = None
     """Write JSON to this file; - is standard output, in place of the table."""
 
@@ -52,18 +47,6 @@ a function that returns a state, or (model, *inputs), or of a shardflax.programs
     problems_only: bool = False
     """Print what is wrong, and nothing else."""
 
-    layers: int | None = None
-    """Number of blocks of a decoder, if not that of its size."""
-
-    batch: int | None = None
-    """Rows of a batch of a decoder; one for each device along it, if not said."""
-
-    seq_len: int = 128
-    """Tokens in a row."""
-
-    optimizer: Literal["adamw", "lion", "sgd"] = "adamw"
-    """Of a decoder."""
-
 
 def explanation_of(options: ExplainOptions) -> Explanation:
     """The explanation that options ask for.
@@ -71,11 +54,8 @@ def explanation_of(options: ExplainOptions) -> Explanation:
     >>> len(explanation_of(ExplainOptions("tiny", "fsdp=4,tensor=2")).leaves)
     39
     """
-    subject = Subject(
-        options.model, options.layers, options.batch, options.seq_len, options.optimizer
-    )
     (mesh, dcn), rules = options.read(options.mesh), rules_of(options.preset)
-    layout = layout_of(subject.program(mesh, rules), mesh, rules)
+    layout = layout_of(options.subject(options.model).program(mesh, rules), mesh, rules)
     return Explanation(layout, options.model, dcn)
 
 

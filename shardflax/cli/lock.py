@@ -7,21 +7,19 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tyro
 
 from shardflax.cli.devices import emulated_devices
 from shardflax.cli.errors import CommandError
-from shardflax.cli.subject import Subject, rules_of
+from shardflax.cli.subject import SubjectOptions, rules_of
 from shardflax.core.errors import did_you_mean
 from shardflax.partitioning import (
     LibtpuError,
     LockEntry,
     collectives,
     lock,
-    make_abstract_mesh,
-    make_mesh,
     read_lock,
     tpu_topology,
     write_lock,
@@ -39,7 +37,7 @@ anything has."""
 
 
 @dataclasses.dataclass(frozen=True)
-class LockOptions:
+class LockOptions(SubjectOptions):
     """What to lock, or to check.
 
     >>> LockOptions().file.name
@@ -56,9 +54,6 @@ class LockOptions:
     """TPUs to compile the step for, such as v5e:4x4, with their own compiler (the package libtpu, \
 which needs no TPU); emulated devices, if not said. The slices that dcn(...) joins are such each."""
 
-    preset: str = "fsdp_tp"
-    """Rules: presets, or package.module:NAME of AxisRules."""
-
     name: str | None = None
     """Of the entry; model, mesh and preset, if not said. Without a model: the one entry to take."""
 
@@ -71,39 +66,22 @@ which needs no TPU); emulated devices, if not said. The slices that dcn(...) joi
     collectives: bool = True
     """Compile the train step for what it sends; else the layout alone."""
 
-    layers: int | None = None
-    """Number of blocks of a decoder, if not that of its size."""
-
-    batch: int | None = None
-    """Rows of a batch of a decoder; one for each device along it, if not said."""
-
-    seq_len: int = 128
-    """Tokens in a row."""
-
-    optimizer: Literal["adamw", "lion", "sgd"] = "adamw"
-    """Of a decoder."""
-
 
 @dataclasses.dataclass(frozen=True)
-class _Asked:
+class _Asked(SubjectOptions):
     """What an entry is made from, as it is kept in the file."""
 
     model: str
     mesh: str
-    preset: str = "fsdp_tp"
     topology: str | None = None
     collectives: bool = True
-    layers: int | None = None
-    batch: int | None = None
-    seq_len: int = 128
-    optimizer: str = "adamw"
 
     @staticmethod
     def of(values: Any, name: str) -> _Asked:
         """As it was kept."""
         try:
-            return _Asked(**values)
-        except TypeError:
+            return _Asked(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        except (AttributeError, TypeError):
             raise CommandError(
                 f"the entry {name!r} does not say what it was made from. Write it anew, with "
                 f"shardflax lock MODEL --mesh ... --name {name!r}."
@@ -115,7 +93,7 @@ class _Asked:
         default = _Asked("", "")
         values = dataclasses.asdict(self)
         return {
-            key: value
+            key: list(value) if isinstance(value, tuple) else value
             for key, value in values.items()
             if key in ("model", "mesh", "preset") or value != getattr(default, key)
         }
@@ -125,23 +103,24 @@ class _Asked:
         """How many emulated devices it takes."""
         if not self.collectives or self.topology is not None:
             return 0
-        return math.prod(make_abstract_mesh(self.mesh).shape.values())
+        return int(self.read(self.mesh)[0].size)
 
-    def devices(self) -> list[Any]:
+    def hardware(self) -> list[Any]:
         """The devices to compile for."""
         if self.topology is None:
             return emulated_devices(self.emulated)
-        return tpu_topology(self.topology, max(1, math.prod(parse_mesh_spec(self.mesh).dcn)))
+        across = parse_mesh_spec(self.mesh, self.other_axes).dcn
+        return tpu_topology(self.topology, max(1, math.prod(across)))
 
     def entry(self) -> LockEntry:
         """The entry, made anew."""
         rules = rules_of(self.preset)
-        subject = Subject(self.model, self.layers, self.batch, self.seq_len, self.optimizer)
+        subject = self.subject(self.model)
         if not self.collectives:
-            mesh: Any = make_abstract_mesh(self.mesh)
+            mesh, _ = self.read(self.mesh)
             layout = layout_of(subject.program(mesh, rules), mesh, rules)
             return lock(layout, asked=self.kept)
-        mesh = make_mesh(self.mesh, self.devices())
+        mesh = self.place(self.mesh, self.hardware())
         program = subject.program(mesh, rules)
         if program.step is None:
             raise CommandError(
@@ -196,9 +175,11 @@ def _check_devices(asked: dict[str, _Asked]) -> None:
                 f"{name}: --topology says what to compile for, and --no-collectives that nothing "
                 f"is compiled. Leave one of them out."
             )
+        if one.topology is not None and one.devices is not None:
+            raise CommandError(f"{name}: --topology has devices of its own. Leave --devices out.")
         try:
             if one.topology is not None:
-                one.devices()
+                one.hardware()
         except LibtpuError as error:
             raise CommandError(f"{name} is compiled for TPUs ({one.topology}): {error}") from None
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
+from collections.abc import Iterator
 from typing import Any
 
-from shardflax.partitioning import LayoutError
+from shardflax.partitioning import LayoutError, make_mesh
 from shardflax.partitioning.explained import mesh_of_spec
 
 __all__ = ["MeshOptions"]
@@ -42,11 +44,31 @@ class MeshOptions:
         shardflax.partitioning.errors.MeshSpecError: mesh 'fsdp=-1': nothing says how many devices
         there are, of which -1 is what is left. Write the size, or --devices 256.
         """
-        said = {"across_dcn": self.across_dcn, "other_axes": self.other_axes}
-        try:
-            return mesh_of_spec(spec, self.devices, **said)
-        except LayoutError as error:
-            raise type(error)(_KEYWORD.sub(_option, str(error))) from None
+        with _options_for_a_cure():
+            return mesh_of_spec(spec, self.devices, **self._said)
+
+    def place(self, spec: str, devices: list[Any]) -> Any:
+        """The same on these devices.
+
+        >>> import jax
+        >>> dict(MeshOptions().place("fsdp=-1", jax.devices()[:4]).shape)
+        {'fsdp': 4}
+        """
+        with _options_for_a_cure():
+            return make_mesh(spec, devices, **self._said)
+
+    @property
+    def _said(self) -> dict[str, Any]:
+        return {"across_dcn": self.across_dcn, "other_axes": self.other_axes}
+
+
+@contextlib.contextmanager
+def _options_for_a_cure() -> Iterator[None]:
+    """Errors say options of the command where they would say keywords of Python's."""
+    try:
+        yield
+    except LayoutError as error:
+        raise type(error)(_KEYWORD.sub(_option, str(error))) from None
 
 
 def _option(call: re.Match[str]) -> str:

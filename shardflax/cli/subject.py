@@ -7,11 +7,13 @@ import importlib
 import math
 import os
 import sys
-from typing import Any
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 
 from shardflax.cli.errors import ImportPathError
+from shardflax.cli.mesh import MeshOptions
 from shardflax.core.errors import did_you_mean
 from shardflax.core.module import Module
 from shardflax.models import decoder_config
@@ -19,7 +21,7 @@ from shardflax.partitioning import AxisRules, batch_axes, preset
 from shardflax.programs import DecoderProgram, Program
 from shardflax.training import OptimizerConfig
 
-__all__ = ["Subject", "imported", "rules_of"]
+__all__ = ["Subject", "SubjectOptions", "imported", "rules_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +63,34 @@ class Subject:
         config = decoder_config(self.what, **updates)
         rows = self.batch or math.prod(mesh.shape[axis] for axis in batch_axes(mesh, rules))
         return DecoderProgram(config, OptimizerConfig(name=self.optimizer), (rows, self.seq_len))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SubjectOptions(MeshOptions):
+    """Options of all commands that look at a model on a mesh.
+
+    >>> SubjectOptions(layers=2).subject("tiny").layers
+    2
+    """
+
+    preset: str = "fsdp_tp"
+    """Rules: presets, such as fsdp or "fsdp + tp_sp", or package.module:NAME of AxisRules."""
+
+    layers: int | None = None
+    """Number of blocks of a decoder, if not that of its size."""
+
+    batch: int | None = None
+    """Rows of a batch of a decoder; one for each device along it, if not said."""
+
+    seq_len: int = 128
+    """Tokens in a row."""
+
+    optimizer: Literal["adamw", "lion", "sgd"] = "adamw"
+    """Of a decoder."""
+
+    def subject(self, model: str) -> Subject:
+        """The model, with what these options say about it."""
+        return Subject(model, self.layers, self.batch, self.seq_len, self.optimizer)
 
 
 def rules_of(text: str) -> AxisRules:
@@ -135,8 +165,13 @@ class _Init:
             problem = "the function returns a Program, which is traced later: name it instead of"
             raise ImportPathError(self.path, f"{problem} a function that makes it.")
         if isinstance(made, tuple) and made and isinstance(made[0], Module):
-            return made[0].init(key, *made[1:])
+            return made[0].init(key, *jax.tree.map(_as_array, made[1:]))
         return made
+
+
+def _as_array(x: Any) -> Any:
+    """An array for a shape: inside of the trace in which this runs, one that is never made."""
+    return jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
 
 
 def _needs_inputs(model: Module) -> str:

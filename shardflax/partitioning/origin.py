@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from pathlib import Path
@@ -36,15 +35,16 @@ def module_path(called: str) -> str:
     >>> module_path("jit(step)/jvp(layers)/(up/dot_general:gate/dot_general:norm/mul:down/mul)")
     'layers/(up, gate and 2 more)'
     """
-    paths = list(dict.fromkeys(filter(None, map(_module_path, _operations(called)))))
+    every = [_module_path(one) for one in _operations(called)]
+    paths = [path.split("/") for path in dict.fromkeys(every) if path]
     if len(paths) < 2:
-        return "".join(paths)
-    split = [path.split("/") for path in paths]
-    same = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*split, strict=False))
-    common = [parts[0] for parts in same][: min(map(len, split)) - 1]
-    rest = ["/".join(parts[len(common) :]) for parts in split]
+        return "/".join(*paths) if paths else ""
+    common = 0
+    while common < min(map(len, paths)) - 1 and len({path[common] for path in paths}) == 1:
+        common += 1
+    rest = ["/".join(path[common:]) for path in paths]
     more = f" and {len(rest) - _MOST} more" if len(rest) > _MOST else ""
-    return "/".join([*common, f"({', '.join(rest[:_MOST])}{more})"])
+    return "/".join([*paths[0][:common], f"({', '.join(rest[:_MOST])}{more})"])
 
 
 def operation_name(called: str) -> str:
@@ -61,7 +61,8 @@ def _operations(called: str) -> list[str]:
     head, _, rest = f"/{called}".partition("/(")
     if not rest.endswith(")"):
         return [called]
-    names, depth = [""], 0
+    names: list[str] = [""]
+    depth = 0
     for char in rest[:-1]:
         depth += (char == "(") - (char == ")")
         if char == ":" and depth == 0:

@@ -57,6 +57,19 @@ def test_entries_are_written_checked_and_renewed(
     assert run(capsys, file) == (0, out) and file.read_text("utf-8") == text
 
 
+def test_what_is_said_beside_the_mesh_is_kept(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "shardflax.lock"
+    mesh = ("--mesh", "dcn(tensor=-1) ici(fsdp=4)", "--devices", "8", "--across-dcn", "tensor")
+    quick = ("--no-collectives", "--layers", "1", "--name", "mine")
+    assert run(capsys, file, "tiny", *mesh, *quick)[0] == 0
+    entry = pt.read_lock(file)["mine"]
+    assert entry.mesh == "fsdp=4, tensor=2"
+    assert (entry.asked["devices"], entry.asked["across_dcn"]) == (8, ["tensor"])
+    assert run(capsys, file, "--check") == run(capsys, file) == (0, "mine: as locked\n")
+
+
 def test_drift_is_status_one_and_says_what_changed(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -91,6 +104,8 @@ def test_collectives_are_locked(capsys: pytest.CaptureFixture[str], tmp_path: Pa
 
 WRONG = {
     "mesh": (["tiny"], "say the mesh"),
+    "open": (["tiny", "--mesh", "fsdp=-1"], "or --devices 256"),
+    "dcn": (["tiny", "--mesh", "dcn(tensor=2)"], "say --across-dcn tensor"),
     "model": (["--mesh", "fsdp=4"], "--mesh goes with a model"),
     "file": (["--check"], "there is no such file"),
     "step": ([f"{SUBJECTS}:stateless", "--mesh", "fsdp=4"], "has no train step"),
