@@ -19,7 +19,7 @@ from shardflax.partitioning.given import check_mesh, check_rules
 from shardflax.partitioning.leaf import Leaf, place_leaf
 from shardflax.partitioning.overrides import freeze
 from shardflax.partitioning.paths import Path, keys_of, path_text
-from shardflax.partitioning.resolve import check_mesh_axes, resolve
+from shardflax.partitioning.resolve import check_mesh_axes
 from shardflax.partitioning.rules import AxisRules, LogicalRules
 from shardflax.partitioning.scope import AnyMesh, InitTrace, free_axes
 from shardflax.partitioning.spec_check import spec_axes
@@ -85,7 +85,6 @@ class Layout:
         root = find_root(state, found) if parameters is None else _said_root(parameters, found)
         named = StateNames(found, root, rules, freeze(names or {}, "the state"))
         self._by_path = named.problems
-        self._parameters = named.parameters
         axes = free_axes(mesh)
         self.leaves: tuple[Leaf, ...] = tuple(
             place_leaf(leaf.path, leaf.value, named.of(leaf), axes) for leaf in found
@@ -113,26 +112,6 @@ class Layout:
             jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
             for leaf, sharding in zip(self.leaves, self._shardings(), strict=True)
         )
-
-    def optimizer_spec(self, leaf: Leaf) -> PartitionSpec:
-        """The spec of what an optimizer keeps for a parameter, by the optimizer's rules.
-
-        For gradients and updates, which are not part of a state.  For a leaf that is no parameter,
-        or one whose rules have no sets, it is that of the leaf.
-
-        >>> import jax.numpy as jnp
-        >>> from shardflax.partitioning import LogicallyPartitioned, make_mesh, preset
-        >>> kernel = LogicallyPartitioned(jnp.ones((8, 16)), ("embed", "mlp"))
-        >>> layout = Layout({"w": kernel}, make_mesh("data=8"), preset("zero1"))
-        >>> layout.leaf("w").spec, layout.optimizer_spec(layout.leaf("w"))
-        (P(), P('data',))
-        """
-        owner = self._parameters.get(leaf.path)
-        if owner is None or not isinstance(owner.rules, AxisRules):
-            return leaf.spec
-        rules, axes = owner.rules, free_axes(self.mesh)
-        found = resolve(owner.names, rules.optimizer, leaf.shape, axes, rules.min_size)
-        return leaf.spec if found.problems else found.spec
 
     def _shardings(self) -> list[NamedSharding]:
         """The sharding of each leaf; one object for one spec."""

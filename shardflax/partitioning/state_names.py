@@ -97,11 +97,6 @@ class StateNames:
         self._parameters = self._find_parameters(leaves)
         self.problems: tuple[Problem, ...] = self._unmatched(leaves)
 
-    @property
-    def parameters(self) -> dict[Path, Parameter]:
-        """The named parameters by their path in the state."""
-        return {one.path: one for one in self._parameters.values()}
-
     def of(self, leaf: StateLeaf) -> NamedLeaf:
         """The names of one leaf."""
         if self._said and (found := self._by_path(self._said, leaf.path, "the state")):

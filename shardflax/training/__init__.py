@@ -6,7 +6,7 @@ from shardflax.training.errors import (
     MetricsError,
     OptimizerConfigError,
 )
-from shardflax.training.losses import cross_entropy
+from shardflax.training.losses import cross_entropy, next_tokens
 from shardflax.training.metrics import PEAK_FLOPS, Throughput, mfu, model_flops, peak_flops
 from shardflax.training.optimizer import (
     OptimizerConfig,
@@ -45,5 +45,6 @@ __all__ = [
     "make_train_step",
     "mfu",
     "model_flops",
+    "next_tokens",
     "peak_flops",
 ]

@@ -8,15 +8,22 @@ __all__ = ["BatchSplitError", "LossInputError", "MetricsError", "OptimizerConfig
 
 
 class LossInputError(FlaxError):
-    """Logits, targets or weights that do not belong together.
+    """Logits, targets or weights that do not belong together, or tokens that are none.
 
     >>> print(LossInputError("targets", "shape (2, 3)", "shape (2, 4)", "Shift them alike."))
     cross_entropy: targets have shape (2, 4), expected shape (2, 3). Shift them alike.
     """
 
-    def __init__(self, argument: str, expected: str, found: str, advice: str) -> None:
+    def __init__(
+        self,
+        argument: str,
+        expected: str,
+        found: str,
+        advice: str,
+        function: str = "cross_entropy",
+    ) -> None:
         self.argument = argument
-        super().__init__(f"cross_entropy: {argument} have {found}, expected {expected}. {advice}")
+        super().__init__(f"{function}: {argument} have {found}, expected {expected}. {advice}")
 
 
 class BatchSplitError(FlaxError):

@@ -1,4 +1,4 @@
-"""Cross-entropy that works where the vocabulary lies: sharded over mesh axes or not."""
+"""Cross-entropy that works where the arrays lie: vocabulary and length sharded over axes or not."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from shardflax.partitioning.alike import laid_out_like
+from shardflax.partitioning.explicit_out import laid_out_like as laid_out_as
 from shardflax.training.errors import LossInputError
 
-__all__ = ["cross_entropy"]
+__all__ = ["cross_entropy", "next_tokens"]
 
 
 def cross_entropy(
@@ -62,6 +63,38 @@ def cross_entropy(
         "weight": total,
     }
     return metrics["cross_entropy"] + metrics["z_loss"], metrics
+
+
+def next_tokens(tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Targets for `tokens` `(..., length)`: at each place the token after it; and their weights.
+
+    Nothing follows the last token: its target is 0, and so is its weight.  Weights are float32, 1
+    elsewhere.  Both lie as the tokens do, also where their length is over mesh axes, explicit ones
+    included: there `tokens[:, 1:]` would have a length that no axis divides, and devices exchange
+    one token each.
+
+    Raises LossInputError for an array without dims.
+
+    >>> targets, weights = next_tokens(jnp.array([[5, 6, 7]]))
+    >>> targets.tolist(), weights.tolist()
+    ([[6, 7, 0]], [[1.0, 1.0, 0.0]])
+    """
+    if jnp.ndim(tokens) == 0:
+        advice = "Give token ids, (batch, length) say."
+        raise LossInputError("tokens", "at least 1 dim", "none", advice, "next_tokens")
+    tokens = jnp.asarray(tokens)
+    return laid_out_as(tokens, _successors, tokens), laid_out_as(tokens, _followed, tokens)
+
+
+def _followed(tokens: jax.Array) -> jax.Array:
+    """1.0 for each token that another follows, 0.0 for the last."""
+    places = jax.lax.broadcasted_iota(jnp.int32, tokens.shape, tokens.ndim - 1)
+    return (places < tokens.shape[-1] - 1).astype(jnp.float32)
+
+
+def _successors(tokens: jax.Array) -> jax.Array:
+    """The token after each; 0 after the last."""
+    return jnp.where(_followed(tokens) == 1, jnp.roll(tokens, -1, -1), 0)
 
 
 def _check(logits: jax.Array, targets: jax.Array, weights: jax.Array | None) -> None:
