@@ -2,14 +2,17 @@
 
 import gc
 import os
+import re
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from shardflax import ckpt
 
@@ -73,3 +76,35 @@ def test_a_thousand_saves_and_restores_leave_nothing_behind(folder: Path) -> Non
     # Less than one object and a quarter of one array for each cycle.
     assert grown["objects"] < CYCLES - SETTLED, grown
     assert grown["bytes"] < (CYCLES - SETTLED) * WORDS * 2, grown
+
+
+def peak_during(work: Callable[[], object]) -> int:
+    """How many bytes more than before this process held at most while something was done."""
+    gc.collect()
+    before = resident()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is forgotten
+    work()
+    status = Path("/proc/self/status").read_text()
+    return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024 - before
+
+
+MOST = 64 << 20
+"""Bytes that a save may take beyond what it has staged."""
+
+
+def test_a_save_takes_little_more_memory_than_what_it_stages(folder: Path) -> None:
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
+    rows, whole = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in (("a",), ()))
+    make = jax.jit(lambda: [jnp.ones((64, 1 << 17)) * i for i in range(6)], out_shardings=rows)
+    large = make()  # 192 MiB, of which the CPU backend stages nothing: numpy looks at the buffers
+    repeated = jax.device_put(np.ones(1 << 18, np.float32), whole)
+    host = np.ones((8, 1 << 20), np.float32)  # 32 MiB, which are copied
+    with ckpt.CheckpointManager(folder, keep=1) as manager:
+
+        def save(step: int) -> None:
+            manager.save(step, {"large": large, "repeated": repeated, "host": host})
+            manager.wait()
+
+        save(1)
+        peaks = [peak_during(lambda: save(2)), peak_during(lambda: save(3))]
+    assert min(peaks) < host.nbytes + MOST, peaks
