@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import functools
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from typing import Any
 
 import tensorstore as ts
 
-__all__ = ["SCHEMES", "Place", "StorePath", "place"]
+__all__ = ["SCHEMES", "Place", "StorePath", "kvstore", "place"]
 
 SCHEMES = {"gs": "gcs", "s3": "s3"}
 """What begins a path in an object store, and TensorStore's driver for it."""
@@ -154,9 +155,18 @@ class StorePath:
         stamp = self._done(self._store.write(self.key, data, if_equal=before.stamp.generation))
         return bool(stamp.generation)
 
+    def open(self, mode: str = "rb", buffering: int = -1) -> io.BytesIO:
+        """What is stored, to be read."""
+        del mode, buffering
+        return io.BytesIO(self.read_bytes())
+
+    def stat(self) -> os.stat_result:
+        """Raises OSError: through TensorStore, stores tell neither sizes nor times."""
+        raise OSError(f"{self}: the size and time of objects are not known")
+
     def touch(self) -> None:
-        """Makes an empty object."""
-        self.write_bytes(b"")
+        """Makes a small object (an empty one is not taken by all stores)."""
+        self.write_bytes(b"-")
 
     def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
         """Nothing: there are no folders."""
@@ -188,12 +198,23 @@ class StorePath:
             raise OSError(f"{self}: {error}") from error
 
 
+def kvstore(folder: Path | StorePath) -> dict[str, Any]:
+    """TensorStore's description of a folder.
+
+    >>> kvstore(Path("/data/run"))
+    {'driver': 'file', 'path': '/data/run/'}
+    """
+    if isinstance(folder, StorePath):
+        return folder.spec
+    return {"driver": "file", "path": f"{folder}/"}
+
+
 Place = Path | StorePath
 """A folder of a file system, or of an object store."""
 
 
 def place(path: str | os.PathLike[str]) -> Any:
-    """A path as what it is: absolute in a file system, or in an object store (`gs://`, `s3://`).
+    """A path as what it is: one of a file system, or of an object store (`gs://`, `s3://`).
 
     Raises ValueError for other schemes.
 
@@ -205,7 +226,7 @@ def place(path: str | os.PathLike[str]) -> Any:
     text = os.fspath(path)
     scheme, found, rest = text.partition("://")
     if not found:
-        return Path(text).expanduser().absolute()
+        return Path(text).expanduser()
     bucket, _, key = rest.partition("/")
     if scheme not in SCHEMES or not bucket:
         known = " and ".join(f"{name}://BUCKET/..." for name in SCHEMES)

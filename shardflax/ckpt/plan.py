@@ -21,7 +21,7 @@ from shardflax.ckpt.paths import Names, Path, Tree, show, storage_names, tree_of
 from shardflax.ckpt.regions import SMALL_BYTES, Box, Part, boxes_of, chunk_shape
 from shardflax.ckpt.zarr import storable
 
-__all__ = ["GROUP_BYTES", "Lot", "Piece", "Plan", "Stored", "make_plan"]
+__all__ = ["GROUP_BYTES", "Lot", "Piece", "Plan", "Stored", "make_plan", "with_codec"]
 
 GROUP_BYTES = 128 << 20
 """Arrays of about this size go into one transaction, and one file."""
@@ -33,8 +33,8 @@ _BATCH_BYTES = 32 << 20
 class Stored:
     """A leaf as it is stored: where, and in chunks of which shape.
 
-    `public` says that other readers find it under its name; `names` are those of its dims, and
-    `spec` is the mesh axes it was sharded over.
+    `public` says that other readers find it under its name; `names` are those of its dims, `spec`
+    is the mesh axes it was sharded over, and `codec` compresses its chunks.
     """
 
     path: Path
@@ -46,6 +46,7 @@ class Stored:
     chunk: tuple[int, ...]
     names: Names = None
     spec: tuple[Any, ...] | None = None
+    codec: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +86,8 @@ class Plan:
     digest: str
 
 
-def make_plan(state: Any) -> tuple[Plan, list[Any]]:
-    """The plan of a state, and its leaves.
+def make_plan(state: Any, codec: str | None = None) -> tuple[Plan, list[Any]]:
+    """The plan of a state, and its leaves; `codec` compresses large ones.
 
     Raises CheckpointLeafError for leaves that cannot be stored.
 
@@ -97,14 +98,31 @@ def make_plan(state: Any) -> tuple[Plan, list[Any]]:
     tree = tree_of(state)
     leaves = jax.tree.leaves(state)
     forms = tuple(map(_form, tree.paths, leaves))
-    key = (tree.treedef, forms, jax.process_index(), jax.process_count())
+    key = (tree.treedef, forms, jax.process_index(), jax.process_count(), codec)
     with _LOCK:
         plan = _PLANS.get(key)
         if plan is None:
-            plan = _PLANS[key] = _plan(tree, leaves)
+            plan = _PLANS[key] = with_codec(_plan(tree, leaves), codec)
             while len(_PLANS) > 8:
                 _PLANS.popitem(last=False)
     return plan, leaves
+
+
+def with_codec(plan: Plan, codec: str | None) -> Plan:
+    """The plan with its large leaves compressed.
+
+    >>> plan, _ = make_plan({"small": np.ones(2), "large": np.ones((1024, 256))})
+    >>> [leaf.codec for leaf in with_codec(plan, "zstd").stored]
+    ['zstd', None]
+    """
+    if codec is None:
+        return plan
+    stored = tuple(
+        leaf if leaf is None or leaf.leaf.nbytes <= SMALL_BYTES
+        else dataclasses.replace(leaf, codec=codec)
+        for leaf in plan.stored
+    )  # fmt: skip
+    return dataclasses.replace(plan, stored=stored, digest=f"{plan.digest}-{codec}")
 
 
 _PLANS: collections.OrderedDict[Any, Plan] = collections.OrderedDict()

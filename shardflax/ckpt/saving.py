@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import queue
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,8 +24,8 @@ from shardflax.ckpt.paths import storage_names
 from shardflax.ckpt.plan import Plan, Stored
 from shardflax.ckpt.rendezvous import Rendezvous
 from shardflax.ckpt.staging import Staged
-from shardflax.ckpt.store import Store, merge
 from shardflax.ckpt.worker import Worker
+from shardflax.ckpt.writing import check_there, merged, writer
 
 __all__ = ["Save"]
 
@@ -104,14 +105,16 @@ class Save:
     def _write(self) -> dict[str, FileRecord]:
         """Writes this process's parts; the files, by their names in the state's folder."""
         part = f"ocdbt.process_{self.meeting.index}" if self.meeting.count > 1 else ""
-        store = Store(self.folder / STATE / part, self.syncer)
+        store = writer(self.folder / STATE / part, self.syncer)
         try:
             if self.meeting.primary:
                 store.write_metadata(self.plan.stored, self._scalars())
-            for group in self._staged():
-                store.write(self.plan.stored, group)
+            for group, done in self._staged():
+                store.write(self.plan.stored, group, done)
+                del group, done
                 if self.meeting.count > 1:
                     self._check_outcome()
+            store.wait()
             faults.at("written")
             records = store.finish() if self.meeting.primary or self.plan.parcels else {}
         except BaseException:
@@ -119,13 +122,13 @@ class Save:
             raise
         return {f"{part}/{name}".lstrip("/"): record for name, record in records.items()}
 
-    def _staged(self) -> Iterator[list[Staged]]:
-        """The groups as they come; each is let go before the next one is taken."""
+    def _staged(self) -> Iterator[tuple[list[Staged], Callable[[], None]]]:
+        """The groups as they come, and what is to be called when each is written."""
         while (group := self.groups.get()) is not None:
             if isinstance(group, BaseException):
                 raise RuntimeError(f"the state could not be copied: {group!r}") from group
-            yield group
-            self.budget.give(sum(staged.lot.nbytes for staged in group))
+            size = sum(staged.lot.nbytes for staged in group)
+            yield group, functools.partial(self.budget.give, size)
             del group
 
     def _check_outcome(self) -> None:
@@ -183,7 +186,7 @@ class Save:
         files = {name: record for value in said.values() for name, record in value["files"].items()}
         if self.meeting.count > 1:
             parts = [name.split("/")[0] for name in files if name.endswith("manifest.ocdbt")]
-            files |= merge(self.folder / STATE, sorted(parts), self.syncer)
+            files |= merged(self.folder / STATE, sorted(parts), self.syncer)
         faults.at("merged")
         return files
 
@@ -195,7 +198,7 @@ class Save:
         files |= orbax_files.write_item_files(self.folder / STATE, stored, scalars, strings)
         sync_folder(self.folder / STATE)
         files = {f"{STATE}/{name}": (size, crc) for name, (size, crc) in files.items()}
-        _check_there(self.folder, files)
+        check_there(self.folder, files)
         files |= orbax_files.write_step_files(self.folder, self.extras, self._began)
         faults.at("described")
         manifest = Manifest(
@@ -265,10 +268,3 @@ def _failed(value: Any) -> bool:
 
 def _never(_: Any) -> bool:
     return False
-
-
-def _check_there(folder: Path, files: Mapping[str, FileRecord]) -> None:
-    """Raises OSError if a file that was written is no longer there as a whole."""
-    for name, (size, _) in files.items():
-        if (folder / name).stat().st_size != size:
-            raise OSError(f"{folder / name} was changed while the step was saved")

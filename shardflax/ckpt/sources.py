@@ -6,7 +6,6 @@ import abc
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from shardflax.ckpt.manifest import Manifest
 from shardflax.ckpt.orbax_files import STATE
 from shardflax.ckpt.paths import Names, show
 from shardflax.ckpt.paths import Path as LeafPath
+from shardflax.ckpt.place import Place
 from shardflax.ckpt.plan import Stored
 from shardflax.ckpt.regions import SMALL_BYTES, Box, chunks_in
 from shardflax.ckpt.store import database
@@ -85,7 +85,7 @@ class Source(abc.ABC):
 class OurSource(Source):
     """A step that this library wrote."""
 
-    folder: Path
+    folder: Place
     manifest: Manifest
 
     def __post_init__(self) -> None:
@@ -137,7 +137,7 @@ class OurSource(Source):
             spec = {
                 "driver": "zarr3",
                 "kvstore": {**self._spec, "path": f"{stored.name}/"},
-                "metadata": metadata(stored.shape, stored.dtype, stored.chunk),
+                "metadata": metadata(stored.shape, stored.dtype, stored.chunk, stored.codec),
                 "fill_missing_data_reads": False,
             }
             opened = ts.open(spec, open=True, assume_metadata=True, context=self._context)

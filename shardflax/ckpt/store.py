@@ -1,32 +1,39 @@
-"""Writing arrays through TensorStore: an OCDBT database whose files are synced as they appear."""
+"""Writing chunks of arrays into files, several at once, each forced to the disk when it is full."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import functools
 import itertools
-import os
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorstore as ts
 
 from shardflax.ckpt import faults
-from shardflax.ckpt.durable import FileRecord, sync_file, sync_folder
+from shardflax.ckpt.compressing import stored_chunks, whole
+from shardflax.ckpt.durable import DataFile, FileRecord
+from shardflax.ckpt.index import DATA, merge_indices, write_index
+from shardflax.ckpt.ocdbt import INLINE_BYTES, Place, Value
+from shardflax.ckpt.place import Place as Folder
+from shardflax.ckpt.place import kvstore
 from shardflax.ckpt.plan import GROUP_BYTES, Stored
-from shardflax.ckpt.regions import Box, chunks_in
+from shardflax.ckpt.regions import chunks_in
 from shardflax.ckpt.staging import Staged
 from shardflax.ckpt.worker import Worker
-from shardflax.ckpt.zarr import chunk_key, encode, metadata, metadata_file
+from shardflax.ckpt.zarr import checksum_of, chunk_key, encode, metadata_file
 
 __all__ = ["Store", "database", "merge"]
 
 _Array = np.ndarray[Any, np.dtype[Any]]
+_Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
-def database(folder: Path) -> dict[str, Any]:
+def database(folder: Folder) -> dict[str, Any]:
     """TensorStore's description of the database in a folder.
 
     >>> database(Path("/data/run"))["base"]
@@ -34,188 +41,178 @@ def database(folder: Path) -> dict[str, Any]:
     """
     return {
         "driver": "ocdbt",
-        "base": {"driver": "file", "path": f"{folder}/"},
-        "config": {"compression": None, "max_inline_value_bytes": 1024},
+        "base": kvstore(folder),
+        "config": {"compression": None, "max_inline_value_bytes": INLINE_BYTES},
     }
-
-
-def _context() -> ts.Context:
-    """A fresh context: a cached one would remember an older database at the same path.
-
-    Files are synced by us, while the next ones are written.
-    """
-    return ts.Context({"file_io_sync": False, "cache_pool": {"total_bytes_limit": 0}})
-
-
-@dataclasses.dataclass
-class Store:
-    """The database that one process writes, file by file, into a folder."""
-
-    folder: Path
-    syncer: Worker
-
-    def __post_init__(self) -> None:
-        self._spec = database(self.folder)
-        self._context = _context()
-        self._keys: Any = ts.KvStore.open(self._spec, context=self._context).result()
-        self._records: dict[str, Future[FileRecord]] = {}
-        self._empty = True
-        self._queued: list[tuple[str, bytes]] = []
-
-    def write(self, stored: Sequence[Stored | None], group: Sequence[Staged]) -> None:
-        """Writes a group in one transaction, or more if a lot is larger than a group."""
-        for part in _transactions(stored, group):
-            transaction = ts.Transaction(atomic=True)
-            keys = self._keys.with_transaction(transaction)
-            writes = [keys.write(key, value) for key, value in self._take_queued()]
-            for leaf, box, array, small in part:
-                if small:
-                    writes += _write_small(keys, leaf, box, array)
-                else:
-                    writes.append(self._write_large(transaction, leaf, box, array))
-            self._commit(transaction, writes)
-            faults.at("group")
-
-    def _commit(self, transaction: Any, writes: Sequence[Any]) -> None:
-        """Commits; a write that nobody holds on to until then would not be part of it."""
-        transaction.commit_async().result()
-        for write in writes:
-            write.result()
-        self._empty = self._empty and not writes
-        self._sync_new()
-
-    def _write_large(self, transaction: Any, leaf: Stored, box: Box, array: _Array) -> Any:
-        """Adds a box to a transaction; TensorStore cuts it, and adds checksums, on commit."""
-        target: Any = ts.open(
-            {
-                "driver": "zarr3",
-                "kvstore": {**self._spec, "path": f"{leaf.name}/"},
-                "metadata": metadata(leaf.shape, leaf.dtype, leaf.chunk),
-                "store_data_equal_to_fill_value": True,
-            },
-            open=True,
-            assume_metadata=True,
-            context=self._context,
-            transaction=transaction,
-        ).result()
-        return target[box.slices].write(array, can_reference_source_data_indefinitely=True)
-
-    def write_metadata(
-        self, stored: Sequence[Stored | None], scalars: Sequence[tuple[Stored, Any]]
-    ) -> None:
-        """Writes the metadata of all arrays, and the scalars, with the next transaction."""
-        for leaf in itertools.chain(stored, (leaf for leaf, _ in scalars)):
-            if leaf is not None:
-                content = metadata_file(leaf.shape, leaf.dtype, leaf.chunk)
-                self._queued.append((f"{leaf.name}/zarr.json", content))
-        for leaf, value in scalars:
-            chunk = encode(np.asarray(value, leaf.dtype), ())
-            self._queued.append((f"{leaf.name}/{chunk_key(())}", chunk))
-
-    def _take_queued(self) -> list[tuple[str, bytes]]:
-        queued, self._queued = self._queued, []
-        return queued
-
-    def _sync_new(self) -> None:
-        """Lets the data files that the last transaction made be synced in the background."""
-        for name in _names(self.folder / "d"):
-            if name not in self._records:
-                path = self.folder / "d" / name
-                self._records[name] = self.syncer.submit(lambda path=path: sync_file(path))
-
-    def finish(self) -> dict[str, FileRecord]:
-        """Waits until everything is on the disk; the files, by their names in the folder."""
-        if self._queued:
-            transaction = ts.Transaction(atomic=True)
-            keys = self._keys.with_transaction(transaction)
-            self._commit(transaction, [keys.write(k, v) for k, v in self._take_queued()])
-        records = {f"d/{name}": record.result() for name, record in self._records.items()}
-        if (self.folder / "d").is_dir():
-            sync_folder(self.folder / "d")
-        if not self._empty:
-            records["manifest.ocdbt"] = sync_file(self.folder / "manifest.ocdbt")
-        sync_folder(self.folder)
-        return records
-
-    def abandon(self) -> None:
-        """Waits for files that are being synced, so that the folder can be removed."""
-        for record in self._records.values():
-            record.exception()
-
-
-def _names(folder: Path) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except FileNotFoundError:  # small databases have no data files
-        return []
-
-
-def _write_small(keys: Any, leaf: Stored, box: Box, array: _Array) -> list[Any]:
-    """Adds the chunks of a box to a transaction, made by us: much less work per chunk."""
-    return [
-        keys.write(f"{leaf.name}/{chunk_key(index)}", encode(array[chunk.within(box)], leaf.chunk))
-        for index, chunk in chunks_in(box, leaf.chunk)
-    ]
-
-
-_Write = tuple[Stored, Box, _Array, bool]
-
-
-def _transactions(
-    stored: Sequence[Stored | None], group: Sequence[Staged]
-) -> Iterator[list[_Write]]:
-    """The writes of each transaction: usually one, of the whole group."""
-    part: list[_Write] = []
-    size = 0
-    for staged in group:
-        leaf = stored[staged.lot.leaf]
-        assert leaf is not None
-        for box, array in _cut(leaf, staged.lot.box, _whole(staged)):
-            if part and size + array.nbytes > GROUP_BYTES:
-                yield part
-                part, size = [], 0
-            part.append((leaf, box, array.view(leaf.dtype), staged.lot.small))
-            size += array.nbytes
-    if part:
-        yield part
-
-
-def _whole(staged: Staged) -> _Array:
-    """The values of a lot as one array."""
-    arrays = staged.arrays()
-    lot = staged.lot
-    if len(arrays) == 1:
-        array = arrays[0].reshape(lot.box.shape)
-        return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
-    whole = np.empty(lot.box.shape, arrays[0].dtype)
-    for piece, array in zip(lot.pieces, arrays, strict=True):
-        whole[piece.box.within(lot.box)] = array
-    return whole
-
-
-def _cut(leaf: Stored, box: Box, array: _Array) -> Iterator[tuple[Box, _Array]]:
-    """A box in layers of whole chunks along its first dim that has several, none too large."""
-    dim = next((d for d, (n, c) in enumerate(zip(box.shape, leaf.chunk, strict=True)) if n > c), 0)
-    if array.nbytes <= GROUP_BYTES or not box.shape:
-        yield box, array
-        return
-    unit = leaf.chunk[dim]
-    units = max(1, GROUP_BYTES * box.shape[dim] // array.nbytes // unit) * unit
-    for start in range(box.start[dim], box.stop[dim], units):
-        layer = Box(
-            (*box.start[:dim], start, *box.start[dim + 1 :]),
-            (*box.stop[:dim], min(start + units, box.stop[dim]), *box.stop[dim + 1 :]),
-        )
-        yield layer, array[layer.within(box)]
 
 
 def merge(folder: Path, parts: Sequence[str], syncer: Worker) -> dict[str, FileRecord]:
     """Makes one database in a folder that refers to those in its sub-folders; its own files."""
-    whole = Store(folder, syncer)
-    transaction, copies = ts.Transaction(atomic=True), list[Any]()
-    for part in parts:
-        # Only within one context are values referred to instead of copied.
-        source: Any = ts.KvStore.open(database(folder / part), context=whole._context).result()
-        copies.append(source.experimental_copy_range_to(whole._keys.with_transaction(transaction)))
-    whole._commit(transaction, copies)
-    return whole.finish()
+    del syncer  # there is little to write
+    return merge_indices(folder, parts)
+
+
+@dataclasses.dataclass
+class Store:
+    """What one process writes into a folder: groups of lots, and then the index."""
+
+    folder: Path
+    pool: Worker
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: list[DataFile] = []
+        self._values: dict[str, Value] = {}
+        self._records: dict[str, FileRecord] = {}
+        self._jobs: collections.deque[Future[None]] = collections.deque()
+
+    def write(
+        self,
+        stored: Sequence[Stored | None],
+        group: Sequence[Staged],
+        done: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Starts writing a group, of which `done` says that it is in a file.
+
+        Waits while too many are on their way; raises what went wrong with an earlier one.
+        """
+        job = functools.partial(self._write, stored, group, done)
+        self._jobs.append(self.pool.submit(job))
+        del job, group
+        while len(self._jobs) >= self.pool.threads:
+            self._jobs.popleft().result()
+
+    def wait(self) -> None:
+        """Returns when all groups are on the disk; raises what went wrong."""
+        while self._jobs:
+            self._jobs.popleft().result()
+        files, self._open = self._open, []
+        closing = [self.pool.submit(functools.partial(self._close, file)) for file in files]
+        for future in closing:
+            future.result()
+
+    def _write(
+        self, stored: Sequence[Stored | None], group: Sequence[Staged], done: Callable[[], object]
+    ) -> None:
+        """Appends a group to a file that nobody else is writing to."""
+        file = _Lazy(self)
+        try:
+            values = {
+                key: _put(file, chunk, check)
+                for staged in group
+                for key, chunk, check in _chunks(stored[staged.lot.leaf], staged)
+            }
+            file.flush()
+        finally:
+            file.give_back()
+        self._values.update(values)
+        faults.at("group")
+        done()
+        self._close_full()
+
+    def take(self) -> DataFile:
+        """A file to write to."""
+        with self._lock:
+            if self._open:
+                return self._open.pop()
+        for folder in (self.folder, self.folder / DATA):
+            folder.mkdir(exist_ok=True)
+        return DataFile(self.folder / DATA)
+
+    def give_back(self, file: DataFile) -> None:
+        """Lets others write to a file."""
+        with self._lock:
+            self._open.append(file)
+
+    def _close_full(self) -> None:
+        """Forces files to the disk that are large enough."""
+        with self._lock:
+            full = [file for file in self._open if file.size >= GROUP_BYTES]
+            self._open = [file for file in self._open if file.size < GROUP_BYTES]
+        for file in full:
+            self._close(file)
+
+    def _close(self, file: DataFile) -> None:
+        self._records[f"{DATA}/{file.name}"] = file.close()
+
+    def write_metadata(
+        self, stored: Sequence[Stored | None], scalars: Sequence[tuple[Stored, Any]]
+    ) -> None:
+        """Puts the metadata of all arrays, and the scalars, into the index."""
+        for leaf in itertools.chain(stored, (leaf for leaf, _ in scalars)):
+            if leaf is not None:
+                content = metadata_file(leaf.shape, leaf.dtype, leaf.chunk, leaf.codec)
+                self._values[f"{leaf.name}/zarr.json"] = content
+        for leaf, value in scalars:
+            chunk = encode(np.asarray(value, leaf.dtype), ())
+            self._values[f"{leaf.name}/{chunk_key(())}"] = chunk
+
+    def finish(self) -> dict[str, FileRecord]:
+        """Waits until everything is on the disk; the files, by their names in the folder."""
+        self.wait()
+        return self._records | write_index(self.folder, self._values)
+
+    def abandon(self) -> None:
+        """Waits for files that are being written, so that the folder can be removed."""
+        while self._jobs:
+            self._jobs.popleft().exception()
+        for file in self._open:
+            file.abandon()
+
+
+class _Lazy:
+    """A file of a store, made when something is written to it."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._file: DataFile | None = None
+
+    def append(self, *buffers: bytes | _Bytes) -> Place:
+        """Where the buffers will be."""
+        if self._file is None:
+            self._file = self._store.take()
+        start = self._file.append(*buffers)
+        return Place(f"{DATA}/{self._file.name}", start, sum(map(len, buffers)))
+
+    def flush(self) -> None:
+        """Lets go of the buffers."""
+        if self._file is not None:
+            self._file.flush()
+
+    def give_back(self) -> None:
+        """Lets others write to the file."""
+        if self._file is not None:
+            self._store.give_back(self._file)
+
+
+def _put(file: _Lazy, chunk: _Bytes, check: bytes) -> Value:
+    """A chunk: as it is, if it is small, else its place in the file."""
+    if len(chunk) + len(check) <= INLINE_BYTES:
+        return chunk.tobytes() + check
+    return file.append(chunk, check) if check else file.append(chunk)
+
+
+def _chunks(leaf: Stored | None, staged: Staged) -> Iterator[tuple[str, _Bytes, bytes]]:
+    """The chunks of a lot, by their keys, with what comes after them.
+
+    Not copied if they are contiguous and not compressed.
+    """
+    assert leaf is not None
+    box, array = staged.lot.box, whole(staged)
+    if leaf.codec is not None:
+        for index, data in stored_chunks(leaf, box, array.view(leaf.dtype)):
+            yield f"{leaf.name}/{chunk_key(index)}", np.frombuffer(data, np.uint8), b""
+        return
+    for index, chunk in chunks_in(box, leaf.chunk):
+        part = array[chunk.within(box)]
+        if part.shape != leaf.chunk:
+            part = _filled_up(part, leaf.chunk)
+        data = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+        yield f"{leaf.name}/{chunk_key(index)}", data, checksum_of(data)
+
+
+def _filled_up(part: _Array, full: tuple[int, ...]) -> _Array:
+    """A chunk at the edge, with zeros."""
+    filled = np.zeros(full, part.dtype)
+    filled[tuple(map(slice, part.shape))] = part
+    return filled

@@ -10,8 +10,10 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-__all__ = ["chunk_key", "decode", "encode", "metadata", "metadata_file", "storable"]
+__all__ = ["checksum_of", "chunk_key", "decode", "encode", "metadata", "metadata_file", "storable"]
 
+_LEVEL = 1
+"""Of compression: higher ones take much longer and save little of what models are made of."""
 _CHECKSUM = 4
 """Bytes of a CRC-32C at the end of each chunk."""
 
@@ -36,13 +38,17 @@ def storable(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _codecs(itemsize: int) -> tuple[dict[str, Any], ...]:
+def _codecs(itemsize: int, codec: str | None) -> tuple[dict[str, Any], ...]:
     config = {"configuration": {"endian": "little"}} if itemsize > 1 else {}
-    return ({"name": "bytes", **config}, {"name": "crc32c"})
+    # The checksum is of what is stored, so that nothing damaged is ever decompressed.
+    packed = [{"name": codec, "configuration": {"level": _LEVEL}}] if codec else []
+    return ({"name": "bytes", **config}, *packed, {"name": "crc32c"})
 
 
-def metadata(shape: Sequence[int], dtype: np.dtype[Any], chunk: Sequence[int]) -> dict[str, Any]:
-    """The metadata of an array.
+def metadata(
+    shape: Sequence[int], dtype: np.dtype[Any], chunk: Sequence[int], codec: str | None = None
+) -> dict[str, Any]:
+    """The metadata of an array; `codec` compresses its chunks.
 
     >>> metadata((4,), np.dtype("float32"), (2,))["chunk_grid"]["configuration"]
     {'chunk_shape': [2]}
@@ -53,7 +59,7 @@ def metadata(shape: Sequence[int], dtype: np.dtype[Any], chunk: Sequence[int]) -
         "data_type": dtype.name,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk)}},
         "chunk_key_encoding": {"name": "default"},
-        "codecs": list(_codecs(dtype.itemsize)),
+        "codecs": list(_codecs(dtype.itemsize, codec)),
         "fill_value": _zero(dtype),
     }
 
@@ -66,13 +72,15 @@ def _zero(dtype: np.dtype[Any]) -> Any:
 
 
 @functools.lru_cache(maxsize=4096)
-def metadata_file(shape: tuple[int, ...], dtype: np.dtype[Any], chunk: tuple[int, ...]) -> bytes:
+def metadata_file(
+    shape: tuple[int, ...], dtype: np.dtype[Any], chunk: tuple[int, ...], codec: str | None = None
+) -> bytes:
     """The file `zarr.json` of an array.
 
     >>> metadata_file((), np.dtype("bool"), ())[:30]
     b'{"zarr_format": 3, "shape": []'
     """
-    return json.dumps({**metadata(shape, dtype, chunk), "node_type": "array"}).encode()
+    return json.dumps({**metadata(shape, dtype, chunk, codec), "node_type": "array"}).encode()
 
 
 def chunk_key(index: Sequence[int]) -> str:
@@ -82,6 +90,15 @@ def chunk_key(index: Sequence[int]) -> str:
     ('c/1/0', 'c')
     """
     return "/".join(["c", *map(str, index)])
+
+
+def checksum_of(data: bytes | np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
+    """The CRC-32C of some bytes, as it stands after them.
+
+    >>> checksum_of(b"123456789").hex()
+    '839206e3'
+    """
+    return google_crc32c.value(data).to_bytes(_CHECKSUM, "little")  # type: ignore[arg-type]
 
 
 def encode(chunk: np.ndarray[Any, Any], full: tuple[int, ...]) -> bytes:
@@ -95,7 +112,7 @@ def encode(chunk: np.ndarray[Any, Any], full: tuple[int, ...]) -> bytes:
         whole[tuple(map(slice, chunk.shape))] = chunk
         chunk = whole
     data = chunk.tobytes()
-    return data + google_crc32c.value(data).to_bytes(_CHECKSUM, "little")
+    return data + checksum_of(data)
 
 
 def decode(

@@ -1,0 +1,68 @@
+"""The index files of a folder: which chunks there are, and where."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from shardflax.ckpt.durable import FileRecord, sync_folder, write_file
+from shardflax.ckpt.ocdbt import MANIFEST, Place, Value, read_tree, write_tree
+
+__all__ = ["DATA", "merge_indices", "read_index", "write_index"]
+
+DATA = "d"
+"""The folder of the files with data."""
+
+
+def write_index(folder: Path, values: Mapping[str, Value]) -> dict[str, FileRecord]:
+    """Writes the index of a folder, if there are values, and forces all names in it to the disk.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> sorted(name[:2] for name in write_index(folder, {"a": b"1"}))
+    ['d/', 'ma']
+    >>> read_index(folder)
+    {'a': b'1'}
+    """
+    records: dict[str, FileRecord] = {}
+    if values:
+        (folder / DATA).mkdir(exist_ok=True)
+        name = f"{DATA}/{secrets.token_hex(16)}"
+        tree = write_tree(values, name)
+        records[name] = write_file(folder / name, tree.nodes)
+        records[MANIFEST] = write_file(folder / MANIFEST, tree.manifest)
+    with contextlib.suppress(FileNotFoundError):  # without values, there may be no files
+        sync_folder(folder / DATA)
+    sync_folder(folder)
+    return records
+
+
+def read_index(folder: Path) -> dict[str, Value]:
+    """All values of a folder's index; raises ValueError, naming the file, if it is damaged."""
+    name = MANIFEST
+
+    def read(place: Place) -> bytes:
+        nonlocal name
+        name = place.file
+        with (folder / name).open("rb") as file:
+            return os.pread(file.fileno(), place.length, place.offset)
+
+    try:
+        return read_tree((folder / MANIFEST).read_bytes(), read)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{folder / name}: {error}") from error
+
+
+def merge_indices(folder: Path, parts: Sequence[str]) -> dict[str, FileRecord]:
+    """Makes an index for a folder of those of its sub-folders; the files that are new."""
+    values: dict[str, Value] = {}
+    for part in parts:
+        for key, value in read_index(folder / part).items():
+            if isinstance(value, Place):
+                value = dataclasses.replace(value, file=f"{part}/{value.file}")
+            values[key] = value
+    return write_index(folder, values)
