@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import secrets
 import shutil
 import tempfile
 from pathlib import Path
@@ -70,12 +71,15 @@ class StepFolder:
             ) from error
 
     def delete(self, step: int) -> None:
-        """Removes a step, which stops being visible at once and as a whole."""
-        doomed = self.root / f"{step}.deleting"
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.rename(self.step(step), doomed)
-        sync_folder(self.root)
-        shutil.rmtree(doomed)
+        """Removes a step, which stops being visible at once and as a whole.
+
+        Another job may be doing the same.
+        """
+        doomed = self.root / f"{step}.deleting-{secrets.token_hex(4)}"
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(self.step(step), doomed)
+            sync_folder(self.root)
+            _remove(doomed)
 
     def clean(self) -> list[str]:
         """Removes what interrupted saves and deletes left; their names.
@@ -95,6 +99,13 @@ class StepFolder:
             if any(part in path.name for part in _UNFINISHED)
             and path.name.partition(".")[0].isdigit()
         )
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder from which somebody else may remove things too."""
+    while folder.exists():
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(folder)
 
 
 def _make(folder: Path) -> None:
