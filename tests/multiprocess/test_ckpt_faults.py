@@ -227,12 +227,16 @@ def run_ways(root: Path) -> None:
     (root / "statuses.json").write_text(json.dumps(found))
 
 
+RIVALRY = 40
+"""How many steps each of two jobs saves."""
+
+
 def rival(folder: Path, index: int) -> int:
     """Saves steps as fast as it can where another job does the same."""
-    manager = ckpt.CheckpointManager(folder, keep=3)
-    for step in range(1, 16):
+    manager = ckpt.CheckpointManager(folder, keep=2)
+    for step in range(1, RIVALRY + 1):
         try:
-            manager.save(step, {**state_of(step), "b": np.full(5, index, np.float32)})
+            manager.save(step, {"n": step, "b": np.full(5, index, np.float32)})
             manager.wait()
         except ckpt.CheckpointError as error:
             if not isinstance(error.__cause__ or error, ckpt.CheckpointExistsError):
@@ -350,10 +354,10 @@ def test_two_jobs_in_one_folder(ran: Path) -> None:
     root = ran / "rivals"
     with ckpt.CheckpointManager(root / "run", read_only=True) as manager:
         steps = manager.all_steps()
-        assert steps[-1] == 15 and len(steps) >= 3
+        assert steps[-1] == RIVALRY and len(steps) >= 2
         for step in steps:
-            state = manager.restore(state_of(0), step=step).state
-            assert (state["w"] == step).all() and state["n"] == step
+            state = manager.restore(step=step).state
+            assert state["n"] == step
             assert state["b"].tolist() in ([0.0] * 5, [1.0] * 5)
     assert {path.name for path in (root / "run").iterdir()} == {str(step) for step in steps}
 
