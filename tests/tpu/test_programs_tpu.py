@@ -52,6 +52,7 @@ def traced(mesh: Any, rules: str, shape: tuple[int, int]) -> Any:
 # --- constraints
 
 
+@pytest.mark.filterwarnings("ignore:.with mesh.:DeprecationWarning")
 def test_constraints_are_kept_however_the_mesh_is_said(tpus: list[Any]) -> None:
     """On a host whose default backend is the CPU."""
     mesh, rules = make_mesh("fsdp=4,tensor=2", tpus), preset("fsdp_tp")
