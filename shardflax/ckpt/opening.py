@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any
 
 from shardflax.ckpt.durable import FileRecord, checksum_file
 from shardflax.ckpt.foreign import check_choice, find_item, first_format, open_orbax
+from shardflax.ckpt.local_source import LocalSource
 from shardflax.ckpt.manifest import NAME, Manifest
 from shardflax.ckpt.orbax_files import EXTRAS, JSON_FILE, MARKER, OURS
 from shardflax.ckpt.sources import OurSource, Source
 
-__all__ = ["Opened", "damage", "open_step"]
+__all__ = ["Opened", "claims_manifest", "damage", "is_data", "open_step"]
 
 
 _SMALL = 1 << 20
@@ -47,8 +49,9 @@ def open_step(folder: Path) -> Opened:
     """
     extras = folder / EXTRAS / JSON_FILE
     if (folder / NAME).is_file():
-        return Opened(OurSource(folder, manifest := _manifest(folder)), extras, manifest)
-    if _claims_manifest(folder):
+        kind = LocalSource if isinstance(folder, Path) else OurSource
+        return Opened(kind(folder, manifest := _manifest(folder)), extras, manifest)
+    if claims_manifest(folder):
         raise ValueError(f"{folder / NAME} is missing")
     if (folder / "manifest" / "manifest.json").is_file():
         return Opened(first_format(folder), extras.with_name(f"{EXTRAS}.json"))
@@ -66,7 +69,8 @@ def _manifest(folder: Path) -> Manifest:
         raise ValueError(f"{folder / NAME}: {error}") from error
 
 
-def damage(folder: Path, files: Mapping[str, FileRecord], data: bool = True) -> list[str]:
+@functools.singledispatch
+def damage(folder: Any, files: Mapping[str, FileRecord], data: bool = True) -> list[str]:
     """What is wrong with the files of a step, a line for each.
 
     Without `data`, of large data files only the sizes are looked at: what a restore reads of them,
@@ -82,7 +86,7 @@ def damage(folder: Path, files: Mapping[str, FileRecord], data: bool = True) -> 
             found = path.stat().st_size
             if found != size:
                 lines.append(f"{path} has {found:,} bytes instead of {size:,}")
-            elif (data or size <= _SMALL or not _is_data(name)) and checksum_file(path)[1] != crc:
+            elif (data or size <= _SMALL or not is_data(name)) and checksum_file(path, crc) != crc:
                 lines.append(f"{path} is damaged (its checksum is wrong)")
         except FileNotFoundError:
             lines.append(f"{path} is missing")
@@ -91,12 +95,21 @@ def damage(folder: Path, files: Mapping[str, FileRecord], data: bool = True) -> 
     return lines
 
 
-def _is_data(name: str) -> bool:
+def is_data(name: str) -> bool:
+    """True for a file with arrays, whose parts have checksums of their own.
+
+    >>> is_data("state/d/0a1b"), is_data("state/manifest.ocdbt")
+    (True, False)
+    """
     return Path(name).parent.name == "d"
 
 
-def _claims_manifest(folder: Path) -> bool:
-    """True if Orbax's marker says that a manifest of ours belongs to the step."""
+def claims_manifest(folder: Path) -> bool:
+    """True if Orbax's marker says that a manifest of ours belongs to the step.
+
+    >>> claims_manifest(Path("/nowhere"))
+    False
+    """
     try:
         about = json.loads((folder / MARKER).read_bytes())
         return OURS in (about.get("custom_metadata") or {})

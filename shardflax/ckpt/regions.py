@@ -10,12 +10,23 @@ from typing import Any
 
 import jax
 
-__all__ = ["CHUNK_BYTES", "SMALL_BYTES", "Box", "Part", "boxes_of", "chunk_shape", "chunks_in"]
+__all__ = [
+    "CHUNK_BYTES",
+    "SMALL_BYTES",
+    "Box",
+    "Part",
+    "boxes_of",
+    "chunk_shape",
+    "chunks_in",
+    "join_boxes",
+]
 
 CHUNK_BYTES = 8 << 20
 """No chunk is larger, so that a process reads little more than it needs."""
 SMALL_BYTES = 1 << 20
 """Leaves up to this size are stored in as few chunks as there are writers."""
+_WASTE = 1.3
+"""A box around all that is wanted is read at once if single reads would read this much more."""
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -155,3 +166,24 @@ def chunks_in(box: Box, chunk: Sequence[int]) -> Iterator[tuple[tuple[int, ...],
         start = tuple(i * c for i, c in zip(index, chunk, strict=True))
         stop = tuple(map(min, ((i + 1) * c for i, c in zip(index, chunk, strict=True)), box.stop))
         yield index, Box(start, stop)
+
+
+def join_boxes(boxes: Sequence[Box], chunk: Sequence[int]) -> list[Box]:
+    """The boxes, or one around them all if that reads much less, because they share chunks.
+
+    >>> join_boxes([Box((0,), (2,)), Box((2,), (4,))], (4,))
+    [Box(start=(0,), stop=(4,))]
+    """
+    if len(boxes) < 2:
+        return list(boxes)
+    around = boxes[0]
+    for box in boxes[1:]:
+        around = around.join(box)
+    single = sum(_touched(box, chunk) for box in boxes)
+    return [around] if single > _WASTE * _touched(around, chunk) else list(boxes)
+
+
+def _touched(box: Box, chunk: Sequence[int]) -> int:
+    """How many elements the chunks have that a box lies in."""
+    spans = (-(-b // c) - a // c for a, b, c in zip(box.start, box.stop, chunk, strict=True))
+    return math.prod(spans) * math.prod(chunk)

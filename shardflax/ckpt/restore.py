@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -24,8 +23,6 @@ __all__ = ["load", "load_on_host"]
 _Array = np.ndarray[Any, np.dtype[Any]]
 _AHEAD = 256 << 20
 """Bytes that are read ahead of what is being put on devices."""
-_WASTE = 1.3
-"""A box around all that is wanted is read at once if single reads would read this much more."""
 
 
 def load(source: Source, takes: Mapping[Path, Take], target: Any, meter: Meter) -> Any:
@@ -99,16 +96,15 @@ class _Leaf:
         shape = (*taken.shape(saved.shape), *words)
         boxes = sorted(set(_boxes(self.target, shape)))
         if taken.dim is None:
-            boxes = _joined(boxes, self.source.chunk(taken.paths[0]))
-        self.reading = [(box, self._read(box)) for box in boxes]
+            self.reading = self.source.read_boxes(taken.paths[0], boxes)
+        else:
+            self.reading = [(box, self._read(box)) for box in boxes]
         self.nbytes = sum(box.size for box in boxes) * saved.stored[1].itemsize
 
     def _read(self, box: Box) -> Later:
         """Starts reading a box of what the saved leaves amount to."""
         taken = self.take.taken
-        assert taken is not None
-        if taken.dim is None:
-            return self.source.read(taken.paths[0], box)
+        assert taken is not None and taken.dim is not None
         dim = taken.dim
         if taken.index is not None:
             later = self.source.read(taken.paths[0], _insert(box, dim, taken.index))
@@ -187,23 +183,6 @@ def _boxes(target: Any, shape: tuple[int, ...]) -> Iterator[Box]:
     for index in sharding.addressable_devices_indices_map(tuple(target.shape)).values():
         words = (slice(None),) * (len(shape) - len(target.shape))
         yield Box.of((*index, *words), shape)
-
-
-def _joined(boxes: list[Box], chunk: Sequence[int]) -> list[Box]:
-    """The boxes, or one around them all if that reads much less, because they share chunks."""
-    if len(boxes) < 2:
-        return boxes
-    around = boxes[0]
-    for box in boxes[1:]:
-        around = around.join(box)
-    single = sum(_touched(box, chunk) for box in boxes)
-    return [around] if single > _WASTE * _touched(around, chunk) else boxes
-
-
-def _touched(box: Box, chunk: Sequence[int]) -> int:
-    """How many elements the chunks have that a box lies in."""
-    spans = (-(-b // c) - a // c for a, b, c in zip(box.start, box.stop, chunk, strict=True))
-    return math.prod(spans) * math.prod(chunk)
 
 
 def _placed(read: list[tuple[Box | None, Any]], take: Take, target: Any) -> Any:

@@ -15,6 +15,7 @@ from shardflax.ckpt import faults, orbax_files
 from shardflax.ckpt.budget import Budget
 from shardflax.ckpt.durable import FileRecord, sync_folder
 from shardflax.ckpt.errors import CheckpointAbortedError, CheckpointPeerError
+from shardflax.ckpt.index import merge_indices
 from shardflax.ckpt.landing import landing
 from shardflax.ckpt.leaves import LeafSpec, describe
 from shardflax.ckpt.manifest import Manifest
@@ -25,7 +26,7 @@ from shardflax.ckpt.plan import Plan, Stored
 from shardflax.ckpt.rendezvous import Rendezvous
 from shardflax.ckpt.staging import Staged
 from shardflax.ckpt.worker import Worker
-from shardflax.ckpt.writing import check_there, merged, writer
+from shardflax.ckpt.writing import check_there, writer
 
 __all__ = ["Save"]
 
@@ -186,7 +187,7 @@ class Save:
         files = {name: record for value in said.values() for name, record in value["files"].items()}
         if self.meeting.count > 1:
             parts = [name.split("/")[0] for name in files if name.endswith("manifest.ocdbt")]
-            files |= merged(self.folder / STATE, sorted(parts), self.syncer)
+            files |= merge_indices(self.folder / STATE, sorted(parts))
         faults.at("merged")
         return files
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from shardflax.ckpt.paths import Names, show
 from shardflax.ckpt.paths import Path as LeafPath
 from shardflax.ckpt.place import Place
 from shardflax.ckpt.plan import Stored
-from shardflax.ckpt.regions import SMALL_BYTES, Box, chunks_in
+from shardflax.ckpt.regions import SMALL_BYTES, Box, chunks_in, join_boxes
 from shardflax.ckpt.store import database
 from shardflax.ckpt.zarr import chunk_key, decode, metadata
 
@@ -67,6 +67,11 @@ class Source(abc.ABC):
     @abc.abstractmethod
     def chunk(self, path: LeafPath) -> tuple[int, ...]:
         """The shape of the chunks of a leaf."""
+
+    def read_boxes(self, path: LeafPath, boxes: Sequence[Box]) -> list[tuple[Box, Later]]:
+        """Starts reading several boxes; or one around them all, if that reads much less."""
+        joined = join_boxes(boxes, self.chunk(path))
+        return [(box, self.read(path, box)) for box in joined]
 
     def names(self, path: LeafPath) -> Names:
         """The names of the dims of a leaf, where they were recorded."""

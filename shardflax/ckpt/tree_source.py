@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -83,6 +83,9 @@ class RenamedSource(Source):
 
     def read(self, path: LeafPath, box: Box) -> Later:
         return self.inner.read(self.old[path], box)
+
+    def read_boxes(self, path: LeafPath, boxes: Sequence[Box]) -> list[tuple[Box, Later]]:
+        return self.inner.read_boxes(self.old[path], boxes)
 
     def check_size(self, nbytes: int) -> None:
         self.inner.check_size(nbytes)
