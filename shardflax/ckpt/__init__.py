@@ -26,7 +26,10 @@ from shardflax.ckpt.leftovers import Leftover, find_leftovers, remove_leftovers
 from shardflax.ckpt.manager import CheckpointManager
 from shardflax.ckpt.match import Options, Report
 from shardflax.ckpt.msgpack_files import load_msgpack, save_msgpack
+from shardflax.ckpt.place import StorePath
 from shardflax.ckpt.reading import Restored, load_checkpoint
+from shardflax.ckpt.remote import StoreFolder as _StoreFolder  # noqa: F401  tells the rest
+from shardflax.ckpt.remote_writer import RemoteWriter as _RemoteWriter  # noqa: F401
 from shardflax.ckpt.safetensors_files import load_safetensors, save_safetensors
 from shardflax.ckpt.verify import Verification, verify_checkpoint
 
@@ -52,6 +55,7 @@ __all__ = [
     "Restored",
     "SaveHandle",
     "StepInfo",
+    "StorePath",
     "Unlike",
     "Verification",
     "compare_checkpoints",

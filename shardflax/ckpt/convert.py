@@ -10,13 +10,14 @@ from typing import Any
 
 from shardflax.ckpt.budget import Budget
 from shardflax.ckpt.errors import CheckpointError, CheckpointExistsError, CheckpointReadError
-from shardflax.ckpt.folder import StepFolder
+from shardflax.ckpt.folder import step_folder
 from shardflax.ckpt.locate import find_checkpoint
-from shardflax.ckpt.manifest import check_json
+from shardflax.ckpt.manifest import CODECS, check_json
 from shardflax.ckpt.msgpack_files import write_msgpack
 from shardflax.ckpt.paths import Path as LeafPath
 from shardflax.ckpt.paths import nest, storage_names, tree_of
-from shardflax.ckpt.plan import Lot, Piece, Plan, Stored
+from shardflax.ckpt.place import Place, StorePath, place
+from shardflax.ckpt.plan import Lot, Piece, Plan, Stored, with_codec
 from shardflax.ckpt.regions import SMALL_BYTES, Box, chunk_shape
 from shardflax.ckpt.rendezvous import Rendezvous, new_token
 from shardflax.ckpt.safetensors_files import write_safetensors
@@ -24,7 +25,7 @@ from shardflax.ckpt.saving import Save
 from shardflax.ckpt.sources import Source
 from shardflax.ckpt.staging import Staged
 from shardflax.ckpt.tree_source import pieces, with_names
-from shardflax.ckpt.worker import Worker
+from shardflax.ckpt.worker import THREADS, Worker
 from shardflax.ckpt.zarr import storable
 from shardflax.core.errors import FlaxError
 
@@ -46,7 +47,7 @@ class Converted:
     2
     """
 
-    path: Path
+    path: Any
     format: str
     leaves: int
     nbytes: int
@@ -82,7 +83,7 @@ def convert_checkpoint(
     >>> convert_checkpoint(f"{root}/w.safetensors", f"{root}/again", as_step=7).path.name
     '7'
     """
-    found, path = find_checkpoint(source, step), Path(destination).expanduser()
+    found, path = find_checkpoint(source, step), place(destination)
     form = to or {".safetensors": "safetensors", ".msgpack": "msgpack"}.get(path.suffix, FORMATS[0])
     if form not in FORMATS:
         raise ValueError(f"to={form!r}: one of {', '.join(FORMATS)}")
@@ -138,12 +139,12 @@ def _write_file(path: Path, form: str, source: Source, extras: Mapping[str, Any]
 
 
 def write_step(
-    root: Path,
+    root: Place,
     step: int,
     source: Source,
     extras: dict[str, Any],
     metrics: Mapping[str, float] | None = None,
-) -> Path:
+) -> Any:
     """Writes what a source offers as a step in the folder of a run; its folder.
 
     Only this process takes part, and no device.  Atomic, like a save of `CheckpointManager`.
@@ -154,13 +155,15 @@ def write_step(
     >>> write_step(Path(tempfile.mkdtemp()), 3, TreeSource({"w": np.ones(2)}), {}).name
     '3'
     """
-    folder = StepFolder(root.absolute())
+    folder = step_folder(root.absolute())
     folder.prepare()
-    if folder.step(step).exists():
+    if folder.is_committed(step) or (isinstance(root, Path) and folder.step(step).exists()):
         raise CheckpointExistsError(root, step)
     plan = _plan(source)
+    if isinstance(folder.root, StorePath):
+        plan = with_codec(plan, CODECS[0])
     python = {p: spec.value for p, spec in source.leaves.items() if spec.kind == "python"}
-    syncer = Worker("shardflax-sync")
+    syncer = Worker("shardflax-sync", THREADS)
     job = Save(
         root=folder.root,
         step=step,

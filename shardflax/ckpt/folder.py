@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import secrets
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from shardflax.ckpt.durable import sync_folder
 from shardflax.ckpt.errors import CheckpointFolderError
@@ -20,7 +22,7 @@ from shardflax.ckpt.landing import SAVING, in_use
 from shardflax.ckpt.manifest import NAME
 from shardflax.ckpt.orbax_files import MARKER, TREE
 
-__all__ = ["StepFolder", "is_busy"]
+__all__ = ["StepFolder", "step_folder"]
 
 _UNFINISHED = (SAVING, ".orbax-checkpoint-tmp", ".deleting")
 
@@ -86,7 +88,7 @@ class StepFolder:
 
         What a living process is still writing stays.
         """
-        found = [path for path in self.unfinished() if not is_busy(path)]
+        found = [path for path in self.unfinished() if not self.is_busy(path)]
         for path in found:
             shutil.rmtree(path, ignore_errors=True)
         return [path.name for path in found]
@@ -99,6 +101,14 @@ class StepFolder:
             if any(part in path.name for part in _UNFINISHED)
             and path.name.partition(".")[0].isdigit()
         )
+
+    def is_busy(self, path: Path) -> bool:
+        """True if a living process is writing to the folder of a save."""
+        return SAVING in path.name and in_use(path)
+
+    def discard(self, path: Path) -> None:
+        """Removes what an interrupted save or delete left; raises OSError."""
+        shutil.rmtree(path)
 
 
 def _remove(folder: Path) -> None:
@@ -117,10 +127,11 @@ def _make(folder: Path) -> None:
             sync_folder(path.parent)
 
 
-def is_busy(path: Path) -> bool:
-    """True if a living process is writing to the folder of a save.
+@functools.singledispatch
+def step_folder(root: Any) -> StepFolder:
+    """The folder of a run, wherever it is.
 
-    >>> is_busy(Path("/nowhere/3.saving-1"))
-    False
+    >>> step_folder(Path("/run")).step(3)
+    PosixPath('/run/3')
     """
-    return SAVING in path.name and in_use(path)
+    return StepFolder(root)

@@ -20,6 +20,7 @@ from shardflax.ckpt.leaves import LeafSpec, key_words
 from shardflax.ckpt.manifest import spec_of
 from shardflax.ckpt.orbax_files import TREE
 from shardflax.ckpt.paths import Path as LeafPath
+from shardflax.ckpt.place import kvstore
 from shardflax.ckpt.regions import Box
 from shardflax.ckpt.sources import Later, LeafDataError, Source, context
 
@@ -175,7 +176,7 @@ def _key_impls(folder: Path) -> dict[str, str]:
 
 def _open(folder: Path, paths: list[LeafPath], ocdbt: bool, zarr3: bool) -> dict[LeafPath, Any]:
     """Opens arrays, all at once."""
-    base: dict[str, Any] = {"driver": "file", "path": f"{folder}/"}
+    base = kvstore(folder)
     shared, futures = context(), {}
     for path in paths:
         name = ".".join(path)
@@ -184,7 +185,7 @@ def _open(folder: Path, paths: list[LeafPath], ocdbt: bool, zarr3: bool) -> dict
         elif ".." in name.split("/") or "\0" in name:
             raise LeafDataError(path, f"it would be outside of {folder}")
         else:
-            store = {"driver": "file", "path": f"{folder}/{name}/"}
+            store = {**base, "path": f"{base['path']}{name}/"}
         spec = {"driver": "zarr3" if zarr3 else "zarr", "kvstore": store}
         try:
             futures[path] = ts.open(spec, open=True, read=True, context=shared)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,7 +48,8 @@ def read_index(folder: Path) -> dict[str, Value]:
         nonlocal name
         name = place.file
         with (folder / name).open("rb") as file:
-            return os.pread(file.fileno(), place.length, place.offset)
+            file.seek(place.offset)
+            return file.read(place.length)
 
     try:
         return read_tree((folder / MANIFEST).read_bytes(), read)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from shardflax.ckpt.errors import CheckpointError
-from shardflax.ckpt.folder import StepFolder, is_busy
+from shardflax.ckpt.folder import step_folder
 from shardflax.ckpt.leaves import LeafSpec
 from shardflax.ckpt.locate import Found, find_checkpoint
 from shardflax.ckpt.manifest import NAME
 from shardflax.ckpt.paths import Names
 from shardflax.ckpt.paths import Path as LeafPath
+from shardflax.ckpt.place import Place, place
 
 __all__ = [
     "CheckpointInfo",
@@ -91,7 +92,7 @@ class CheckpointInfo:
     1970, 0 if it is not known.
     """
 
-    path: Path
+    path: Any
     format: str
     step: int | None
     leaves: tuple[LeafInfo, ...]
@@ -112,8 +113,9 @@ class CheckpointInfo:
     def written(self) -> str:
         """When and by whom, as users read it.
 
+            >>> from pathlib import Path
         >>> CheckpointInfo(Path("x"), "orbax", 3, (), (), {}, {}, {"data": 8}, 2, 0.0, 0).written
-        'by 2 processes on data=8'
+            'by 2 processes on data=8'
         """
         parts = [when(self.time)] if self.time else []
         if self.processes:
@@ -172,7 +174,7 @@ def about(found: Found) -> CheckpointInfo:
         metrics=manifest.metrics if manifest else {},
         mesh=manifest.mesh if manifest else {},
         processes=manifest.processes if manifest else 0,
-        time=manifest.time if manifest else found.path.stat().st_mtime,
+        time=manifest.time if manifest else _mtime(found.path),
         bytes_on_disk=disk_bytes(found.path),
     )
 
@@ -184,12 +186,13 @@ class StepInfo:
     `state` is "committed", "damaged" (it has a manifest that cannot be read), "unfinished", or
     "saving" (by a living process).
 
+    >>> from pathlib import Path
     >>> StepInfo("3", Path("run/3"), "committed", "shardflax", 100, 0.0).committed
     True
     """
 
     name: str
-    path: Path
+    path: Any
     state: str
     format: str
     nbytes: int
@@ -213,18 +216,18 @@ def list_steps(folder: str | os.PathLike[str]) -> list[StepInfo]:
     >>> [(step.name, step.state) for step in list_steps(manager.directory)]
     [('3', 'committed')]
     """
-    steps = StepFolder(Path(folder).expanduser())
+    steps = step_folder(place(folder))
     committed = steps.steps()
     found = [_step_info(steps.step(step)) for step in committed]
     numbered = (path for path in steps.root.iterdir() if path.is_dir() and path.name.isdecimal())
     bare = sorted(path for path in numbered if int(path.name) not in committed)
     for path in [*bare, *steps.unfinished()]:
-        state = "saving" if is_busy(path) else "unfinished"
+        state = "saving" if steps.is_busy(path) else "unfinished"
         found.append(StepInfo(path.name, path, state, "", disk_bytes(path), _mtime(path)))
     return found
 
 
-def _step_info(path: Path) -> StepInfo:
+def _step_info(path: Place) -> StepInfo:
     """A committed step, which may be damaged all the same."""
     state, kind, time = "committed", "", _mtime(path)
     try:
@@ -237,16 +240,18 @@ def _step_info(path: Path) -> StepInfo:
     return StepInfo(path.name, path, state, kind, disk_bytes(path), time)
 
 
-def _mtime(path: Path) -> float:
+def _mtime(path: Place) -> float:
     try:
         return path.stat().st_mtime
     except OSError:
         return 0.0
 
 
-def disk_bytes(path: Path) -> int:
+@functools.singledispatch
+def disk_bytes(path: Any) -> int:
     """Bytes of a file, or of all files in a folder; what vanishes meanwhile is not counted.
 
+    >>> from pathlib import Path
     >>> disk_bytes(Path("/nowhere"))
     0
     """
@@ -261,9 +266,11 @@ def disk_bytes(path: Path) -> int:
 
 
 def when(time: float) -> str:
-    """Seconds since 1970 as local date and time.
+    """Seconds since 1970 as local date and time; "-" for 0, which stands for a time not known.
 
     >>> len(when(1e9))
     19
     """
+    if not time:
+        return "-"
     return datetime.datetime.fromtimestamp(time).isoformat(" ", "seconds")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 import time
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
-from shardflax.ckpt.folder import StepFolder, is_busy
+from shardflax.ckpt.folder import step_folder
 from shardflax.ckpt.inspect import disk_bytes
+from shardflax.ckpt.place import Place, place
 
 __all__ = ["Leftover", "find_leftovers", "remove_leftovers"]
 
@@ -24,11 +24,12 @@ _FRESH = 3600.0
 class Leftover:
     """A folder or file that is of no use any more, why, its size, and when it was changed.
 
+    >>> from pathlib import Path
     >>> Leftover(Path("3.saving-a"), "a save that did not end", 10, 0.0).nbytes
     10
     """
 
-    path: Path
+    path: Any
     why: str
     nbytes: int
     time: float
@@ -40,14 +41,15 @@ def find_leftovers(folder: str | os.PathLike[str]) -> list[Leftover]:
     Raises CheckpointFolderError if there is no such folder.
 
     >>> import tempfile
+    >>> from pathlib import Path
     >>> root = Path(tempfile.mkdtemp())
     >>> (root / "3.saving-1a2b-1").mkdir()
     >>> [(x.path.name, x.why) for x in find_leftovers(root)]
     [('3.saving-1a2b-1', 'a save that did not end')]
     """
-    steps = StepFolder(Path(folder).expanduser())
+    steps = step_folder(place(folder))
     steps.steps()  # raises if there is no folder
-    found = [_leftover(path, _why(path)) for path in steps.unfinished() if not is_busy(path)]
+    found = [_leftover(path, _why(path)) for path in steps.unfinished() if not steps.is_busy(path)]
     marks = (p for p in steps.root.iterdir() if p.name.startswith(_MARKS) and p.is_file())
     old = (x for x in map(_mark, sorted(marks)) if time.time() - x.time > _FRESH)
     return [*found, *old]
@@ -59,6 +61,7 @@ def remove_leftovers(found: Sequence[Leftover]) -> list[Leftover]:
     Raises OSError for what cannot be removed.
 
     >>> import tempfile
+    >>> from pathlib import Path
     >>> root = Path(tempfile.mkdtemp())
     >>> (root / "3.deleting").mkdir()
     >>> len(remove_leftovers(find_leftovers(root))), list(root.iterdir())
@@ -66,23 +69,24 @@ def remove_leftovers(found: Sequence[Leftover]) -> list[Leftover]:
     """
     gone: list[Leftover] = []
     for leftover in found:
-        if is_busy(leftover.path):
+        steps = step_folder(leftover.path.parent)
+        if steps.is_busy(leftover.path):
             continue
         if leftover.path.is_dir() and not leftover.path.is_symlink():
-            shutil.rmtree(leftover.path)
+            steps.discard(leftover.path)
         else:
             leftover.path.unlink(missing_ok=True)
         gone.append(leftover)
     return gone
 
 
-def _why(path: Path) -> str:
+def _why(path: Place) -> str:
     return "a delete that did not end" if ".deleting" in path.name else "a save that did not end"
 
 
-def _mark(path: Path) -> Leftover:
+def _mark(path: Place) -> Leftover:
     return _leftover(path, "a test of the folder")
 
 
-def _leftover(path: Path, why: str) -> Leftover:
+def _leftover(path: Place, why: str) -> Leftover:
     return Leftover(path, why, disk_bytes(path), path.stat().st_mtime)

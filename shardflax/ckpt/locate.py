@@ -14,11 +14,12 @@ from shardflax.ckpt.errors import (
     CheckpointNotFoundError,
     CheckpointReadError,
 )
-from shardflax.ckpt.folder import StepFolder
+from shardflax.ckpt.folder import step_folder
 from shardflax.ckpt.foreign import find_item
 from shardflax.ckpt.manifest import NAME, Manifest
 from shardflax.ckpt.msgpack_files import open_msgpack
 from shardflax.ckpt.opening import open_step
+from shardflax.ckpt.place import Place, StorePath, place
 from shardflax.ckpt.safetensors_files import INDEX, SafetensorsSource, open_safetensors
 from shardflax.ckpt.sources import Source
 
@@ -32,7 +33,7 @@ class Found:
     `step` is None for files of weights; `manifest` is there for steps of this library.
     """
 
-    path: Path
+    path: Any
     format: str
     step: int | None
     source: Source
@@ -82,7 +83,7 @@ def find_checkpoint(path: str | os.PathLike[str], step: int | None = None) -> Fo
     >>> found.format, found.step, list(found.source.leaves)
     ('shardflax', 3, [('a',)])
     """
-    where = Path(path).expanduser()
+    where = place(path)
     try:
         if where.is_file():
             return _file(where)
@@ -94,7 +95,7 @@ def find_checkpoint(path: str | os.PathLike[str], step: int | None = None) -> Fo
         raise CheckpointReadError(where, None, error) from error
     if not where.exists():
         raise CheckpointFolderError(where, "there is neither a folder nor a file", "Was it moved?")
-    steps = StepFolder(where).steps()
+    steps = step_folder(where).steps()
     chosen = max(steps, default=None) if step is None else step
     if chosen is None or chosen not in steps:
         raise CheckpointNotFoundError(where, step, steps)
@@ -104,18 +105,18 @@ def find_checkpoint(path: str | os.PathLike[str], step: int | None = None) -> Fo
         raise CheckpointReadError(where, chosen, error) from error
 
 
-def _is_step(folder: Path) -> bool:
+def _is_step(folder: Place) -> bool:
     """True for the folder of one step: ours, or one with arrays of Orbax."""
     return (folder / NAME).is_file() or (
-        find_item(folder) is not None and not StepFolder(folder).steps()
+        find_item(folder) is not None and not step_folder(folder).steps()
     )
 
 
-def _has_weights(folder: Path) -> bool:
+def _has_weights(folder: Place) -> bool:
     return any(folder.glob("*.safetensors")) or any(folder.glob(f"*{INDEX}"))
 
 
-def _step(folder: Path) -> Found:
+def _step(folder: Any) -> Found:
     opened = open_step(folder)
     step = int(folder.name) if folder.name.isdecimal() else None
     if opened.manifest is not None:
@@ -124,7 +125,9 @@ def _step(folder: Path) -> Found:
     return Found(folder, kind, step, opened.source, opened.extras, opened.manifest)
 
 
-def _file(path: Path) -> Found:
+def _file(path: Any) -> Found:
+    if isinstance(path, StorePath):
+        raise ValueError("files of weights are read from file systems: copy it to one")
     kind = "safetensors" if path.is_dir() else format_of(path)
     if kind == "flax msgpack":
         return Found(path, kind, None, open_msgpack(path), dict)

@@ -8,9 +8,8 @@ import operator
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from shardflax.ckpt.at_exit import IN_FLIGHT, commit_at_exit
 from shardflax.ckpt.budget import Budget
@@ -21,12 +20,13 @@ from shardflax.ckpt.errors import (
     CheckpointSaveError,
 )
 from shardflax.ckpt.faults import at
-from shardflax.ckpt.folder import StepFolder
+from shardflax.ckpt.folder import step_folder
 from shardflax.ckpt.handle import SaveHandle
 from shardflax.ckpt.keeping import Rules
-from shardflax.ckpt.manifest import check_json
+from shardflax.ckpt.manifest import CODECS, check_json
 from shardflax.ckpt.match import Options, Patterns
 from shardflax.ckpt.metering import Meter, Mode, showing
+from shardflax.ckpt.place import Place, StorePath, place
 from shardflax.ckpt.plan import Plan, make_plan
 from shardflax.ckpt.preemption import Preemption
 from shardflax.ckpt.reading import Restored, restore_step
@@ -36,7 +36,7 @@ from shardflax.ckpt.sharing import get_ready
 from shardflax.ckpt.shelf import Shelf
 from shardflax.ckpt.staging import Staged, stage
 from shardflax.ckpt.timer import Timer
-from shardflax.ckpt.worker import Worker
+from shardflax.ckpt.worker import THREADS, Worker
 
 __all__ = ["CheckpointManager"]
 
@@ -52,7 +52,8 @@ class CheckpointManager:
     steps; the folder must be shared.  Extras, numpy leaves and Python numbers are process 0's.
 
     Args:
-      directory: a local or network folder; made if it is not there.
+      directory: a folder of a file system, made if it is not there; or of an object store, as
+        `gs://BUCKET/...` or `s3://BUCKET/...`.
       keep: how many of the newest steps to keep; None keeps all.
       save_every: `save` does nothing for steps that this does not divide.
       temporary_every: seconds, or a `timedelta`: other steps are saved too where the last save is
@@ -67,6 +68,8 @@ class CheckpointManager:
       timeout: seconds that processes wait for one another.
       staging: how many bytes a process may hold for a save that are not yet written; `save` waits
         for the writer then.  None for no bound: one copy of what the process holds of the state.
+      compression: "zstd" for large arrays; None for none, which is much faster where disks are;
+        "auto" compresses only what goes to an object store.
       on_error: called, on another thread, with the CheckpointError of a save that failed.
       progress: what of process 0 shows on stderr how far a restore is, or a save that is waited
         for, when it takes more than two seconds: "auto" is a bar if that is a terminal; "lines" are
@@ -98,16 +101,19 @@ class CheckpointManager:
         read_only: bool = False,
         timeout: float = 600,
         staging: int | None = None,
+        compression: Literal["auto", "zstd"] | None = "auto",
         on_error: Callable[[CheckpointError], object] | None = None,
         progress: Mode = "auto",
     ) -> None:
         self.rules = Rules(keep, save_every, keep_every, best, best_is_max)
         self.read_only, self.staging, self.on_error = read_only, staging, on_error
+        where = place(directory).absolute()
+        self.compression = _codec(compression, where)
         self._meeting = meet(timeout)
         self._timer = _timer(temporary_every, self._meeting)
         self._preemption = Preemption() if preemptible else None
         self._progress: Mode = progress if self._meeting.primary else None
-        folder = StepFolder(_local_path(directory))
+        folder = step_folder(where)
         self._shelf = Shelf(folder, self.rules, looks=self._meeting.primary or read_only)
         self._own: set[int] = set()
         self._numbers, self._restores = itertools.count(1), itertools.count(1)
@@ -117,14 +123,14 @@ class CheckpointManager:
         if not read_only:
             self._token, self._shelf.seen = get_ready(folder, self._meeting)
             self._writer = Worker("shardflax-save")
-            self._syncer = Worker("shardflax-sync")
+            self._syncer = Worker("shardflax-sync", THREADS)
             commit_at_exit()
         if self._preemption is not None:
             self._preemption.start()
 
     @property
-    def directory(self) -> Path:
-        """The folder, as an absolute path."""
+    def directory(self) -> Any:
+        """The folder: an absolute `Path`, or a `StorePath`."""
         return self._shelf.folder.root
 
     @property
@@ -228,7 +234,7 @@ class CheckpointManager:
             raise CheckpointExistsError(self.directory, step)
         checked = check_json(dict(extras or {}))
         own = check_json(dict(process_extras or {}))
-        plan, leaves = make_plan(state)
+        plan, leaves = make_plan(state, self.compression)
         self._settle()
         failure, self._failure = self._failure, None
         job = self._job(step, plan, leaves, checked, own)
@@ -454,15 +460,13 @@ class CheckpointManager:
             error.add_note(f"While this error was passing, also: {failure}")
 
 
-def _local_path(directory: str | os.PathLike[str]) -> Path:
-    """An absolute path; object stores are refused because their commit is not a rename."""
-    name = os.fspath(directory)
-    if "://" in name:
+def _codec(asked: str | None, where: Place) -> str | None:
+    if asked not in (None, "auto", *CODECS):
         raise ValueError(
-            f"CheckpointManager: {name!r} is not a folder of a file system. "
-            f"Mount the object store, and give the folder it is mounted at."
+            f"CheckpointManager: compression must be 'auto', 'zstd' or None, not {asked!r}."
         )
-    return Path(name).expanduser().absolute()
+    remote = isinstance(where, StorePath)
+    return (CODECS[0] if remote else None) if asked == "auto" else asked
 
 
 def _timer(every: float | datetime.timedelta | None, meeting: Rendezvous) -> Timer | None:

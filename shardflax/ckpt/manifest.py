@@ -20,12 +20,16 @@ from shardflax.ckpt.leaves import LeafSpec
 from shardflax.ckpt.paths import Path
 from shardflax.ckpt.plan import Stored
 
-__all__ = ["NAME", "Manifest", "check_json", "spec_json", "spec_of"]
+__all__ = ["CODECS", "NAME", "Manifest", "check_json", "spec_json", "spec_of"]
 
 FORMAT = "shardflax.ckpt"
 VERSION = 2
 NAME = "MANIFEST.json"
 _HEAD = re.compile(rb'\{"crc32": "([0-9a-f]{8})", "body":\n')
+CODECS = ("zstd",)
+"""What arrays may be compressed by."""
+_MOST_SAVED = 1 << 16
+"""No array is compressed to a smaller part: 128 KiB that are all alike take some bytes."""
 _LIMIT = 1 << 30
 """No manifest of a real checkpoint has as many bytes."""
 
@@ -132,7 +136,9 @@ class Manifest:
 
     def _check_sizes(self) -> None:
         """Refuses arrays that cannot be in the files, before memory is taken for them."""
-        arrays = sum(leaf.leaf.nbytes for leaf in self.stored.values())
+        arrays = sum(
+            leaf.leaf.nbytes // (_MOST_SAVED if leaf.codec else 1) for leaf in self.stored.values()
+        )
         files = sum(size for size, _ in self.files.values())
         if arrays > files:
             raise ValueError(f"its arrays have {arrays:,} bytes, its files {files:,}")
@@ -210,6 +216,8 @@ def _stored_json(stored: Stored | None) -> dict[str, Any]:
         return {}
     store = {"name": stored.name, "shape": stored.shape, "dtype": stored.dtype.name,
              "chunk": stored.chunk, "public": stored.public}  # fmt: skip
+    if stored.codec is not None:
+        store["codec"] = stored.codec
     return {"store": store, "names": stored.names, "spec": stored.spec}
 
 
@@ -226,6 +234,7 @@ def _stored_of(path: Path, spec: LeafSpec, entry: Mapping[str, Any]) -> Stored:
         chunk=_counts(store["chunk"]),
         names=_dims(entry["names"]),
         spec=_dims(entry["spec"]),
+        codec=_codec(store.get("codec")),
     )
     if found.shape != spec.stored[0] or len(found.chunk) != len(found.shape):
         raise ValueError(
@@ -234,6 +243,12 @@ def _stored_of(path: Path, spec: LeafSpec, entry: Mapping[str, Any]) -> Stored:
     if 0 in found.chunk or found.dtype.itemsize != spec.stored[1].itemsize:
         raise ValueError(f"leaf {'/'.join(path)!r} has impossible chunks")
     return found
+
+
+def _codec(x: Any) -> str | None:
+    if x not in (None, *CODECS):
+        raise ValueError(f"it has arrays compressed by {x!r}; this library reads {CODECS}")
+    return x
 
 
 def _dims(x: Any) -> tuple[Any, ...] | None:

@@ -97,7 +97,7 @@ class StorePath:
         """All keys below, in order; raises OSError."""
         start = f"{self.key}/" if self.key else ""
         keys = self._keys(ts.KvStore.KeyRange(start, _after(start)))
-        return [dataclasses.replace(self, key=key) for key in keys]
+        return [dataclasses.replace(self, key=key) for key in keys if key.startswith(start)]
 
     def rglob(self, pattern: str) -> Iterator[StorePath]:
         """The keys below whose name is like a pattern."""
@@ -118,7 +118,7 @@ class StorePath:
 
     def is_file(self) -> bool:
         """True if it is a key."""
-        return bool(self._keys(ts.KvStore.KeyRange(self.key, f"{self.key}\0")))
+        return self.key in self._keys(ts.KvStore.KeyRange(self.key, f"{self.key}\0"))
 
     def is_dir(self) -> bool:
         """True if keys are below."""
@@ -178,8 +178,9 @@ class StorePath:
 
     def remove(self) -> None:
         """Removes all keys below."""
-        start = f"{self.key}/"
-        self._done(self._store.delete_range(ts.KvStore.KeyRange(start, _after(start))))
+        # One by one: not every server that speaks a store's language knows ranges.
+        for future in [self._store.write(path.key, None) for path in self.files()]:
+            self._done(future)
 
     @property
     def _store(self) -> Any:

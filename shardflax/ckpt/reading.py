@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +19,7 @@ from shardflax.ckpt.match import Options, Report, covers, match
 from shardflax.ckpt.metering import Meter, Mode, showing
 from shardflax.ckpt.opening import damage, open_step
 from shardflax.ckpt.paths import show
+from shardflax.ckpt.place import Place, place
 from shardflax.ckpt.rendezvous import Rendezvous
 from shardflax.ckpt.restore import load, load_on_host
 from shardflax.ckpt.sources import LeafDataError, Source
@@ -45,7 +47,7 @@ class Restored:
 
 
 def load_checkpoint(
-    folder: str | Path,
+    folder: str | os.PathLike[str],
     target: Any = None,
     options: Options | None = None,
     *,
@@ -64,7 +66,7 @@ def load_checkpoint(
     >>> load_checkpoint(f"{root}/3").state
     {'a': {'b': array([0, 1, 2])}}
     """
-    path = Path(folder)
+    path = place(folder)
     step = int(path.name) if path.name.isdigit() else 0
     meter = Meter(f"reading {path}")
     with showing(meter, progress):
@@ -72,7 +74,7 @@ def load_checkpoint(
 
 
 def restore_step(
-    root: Path,
+    root: Place,
     steps: Sequence[int],
     target: Any,
     options: Options,
@@ -119,7 +121,7 @@ def _elsewhere(root: Path, step: int, index: int, value: dict[str, Any]) -> Chec
 
 
 def _attempt(
-    folder: Path, root: Path, step: int, target: Any, options: Options, meter: Meter
+    folder: Place, root: Place, step: int, target: Any, options: Options, meter: Meter
 ) -> Restored:
     """Reads one step in this process."""
     try:
@@ -138,12 +140,12 @@ def _attempt(
 
 def restore_source(
     source: Source,
-    root: Path,
+    root: Place,
     step: int | None,
     target: Any,
     options: Options,
     extras: Callable[[], dict[str, Any]],
-    folder: Path = Path(),
+    folder: Place = Path(),
     files: Mapping[str, FileRecord] = MappingProxyType({}),
     meter: Meter | None = None,
 ) -> Restored:

@@ -17,7 +17,7 @@ import numpy as np
 from shardflax.ckpt import faults
 from shardflax.ckpt.compressing import stored_chunks, whole
 from shardflax.ckpt.durable import DataFile, FileRecord
-from shardflax.ckpt.index import DATA, merge_indices, write_index
+from shardflax.ckpt.index import DATA, write_index
 from shardflax.ckpt.ocdbt import INLINE_BYTES, Place, Value
 from shardflax.ckpt.place import Place as Folder
 from shardflax.ckpt.place import kvstore
@@ -27,7 +27,7 @@ from shardflax.ckpt.staging import Staged
 from shardflax.ckpt.worker import Worker
 from shardflax.ckpt.zarr import checksum_of, chunk_key, encode, metadata_file
 
-__all__ = ["Store", "database", "merge"]
+__all__ = ["Store", "database"]
 
 _Array = np.ndarray[Any, np.dtype[Any]]
 _Bytes = np.ndarray[Any, np.dtype[np.uint8]]
@@ -44,12 +44,6 @@ def database(folder: Folder) -> dict[str, Any]:
         "base": kvstore(folder),
         "config": {"compression": None, "max_inline_value_bytes": INLINE_BYTES},
     }
-
-
-def merge(folder: Path, parts: Sequence[str], syncer: Worker) -> dict[str, FileRecord]:
-    """Makes one database in a folder that refers to those in its sub-folders; its own files."""
-    del syncer  # there is little to write
-    return merge_indices(folder, parts)
 
 
 @dataclasses.dataclass

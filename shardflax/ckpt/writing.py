@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from shardflax.ckpt.durable import FileRecord
-from shardflax.ckpt.store import Store, merge
+from shardflax.ckpt.store import Store
 from shardflax.ckpt.worker import Worker
 
-__all__ = ["check_there", "merged", "writer"]
+__all__ = ["check_there", "writer"]
 
 
 @functools.singledispatch
@@ -23,12 +23,6 @@ def writer(folder: Any, syncer: Worker) -> Any:
     {}
     """
     return Store(folder, syncer)
-
-
-@functools.singledispatch
-def merged(folder: Any, parts: Sequence[str], syncer: Worker) -> dict[str, FileRecord]:
-    """Makes one database in a folder of those in its sub-folders; the files that it adds."""
-    return merge(folder, parts, syncer)
 
 
 @functools.singledispatch

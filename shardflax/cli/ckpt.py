@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -17,6 +15,7 @@ from shardflax import ckpt
 from shardflax.ckpt.compare import Comparison, compare_sources
 from shardflax.ckpt.inspect import when
 from shardflax.ckpt.locate import Found, find_checkpoint
+from shardflax.ckpt.metering import Meter, Mode, showing
 from shardflax.ckpt.sources import LeafDataError, Source
 from shardflax.ckpt.tree_source import TreeSource, with_names
 from shardflax.ckpt.verify import bytes_to_verify, verify_found
@@ -30,12 +29,13 @@ from shardflax.programs import layout_of
 __all__ = ["main"]
 
 _MOST_RICH = 500  # rows; above, rich takes seconds
-_LONG = 256 << 20  # bytes; below, there is no bar
 _HELP = """Looks at checkpoints without devices: of this library, of Orbax, Flax's MessagePack \
 files, safetensors. Where a FOLDER is wanted, the folder of a run (its latest step, or --step), of \
 one step, or a file will do. Exit status 1 if something is wrong or differs, 2 if the command was \
 asked wrongly."""
 
+Progress = Literal["auto", "lines", "off"]
+"""How a command shows how far it is: a bar on a terminal, lines for a log, or nothing."""
 Rename = Annotated[tuple[str, ...], tyro.conf.arg(metavar="OLD=NEW")]
 
 
@@ -43,7 +43,7 @@ Rename = Annotated[tuple[str, ...], tyro.conf.arg(metavar="OLD=NEW")]
 class _Ls:
     """List the steps in the folder of a run: size, when, and whether they are committed."""
 
-    folder: tyro.conf.Positional[Path]
+    folder: tyro.conf.Positional[str]
     """The folder of a run."""
 
     json: bool = False
@@ -83,7 +83,7 @@ def _columns(rows: list[tuple[str, ...]]) -> list[str]:
 class _Show:
     """Show what is in a checkpoint: names, shapes, dtypes, sizes, and how it was laid out."""
 
-    folder: tyro.conf.Positional[Path]
+    folder: tyro.conf.Positional[str]
     """The folder of a run or of a step, or a file."""
 
     step: int | None = None
@@ -119,10 +119,10 @@ class _Show:
 class _Diff:
     """Compare two checkpoints, or a checkpoint and a model; status 1 if they differ."""
 
-    first: tyro.conf.Positional[Path]
+    first: tyro.conf.Positional[str]
     """The folder of a run or of a step, or a file."""
 
-    second: tyro.conf.Positional[Path | None] = None
+    second: tyro.conf.Positional[str | None] = None
     """The same; the folder of the first, if --second-step is given."""
 
     step: int | None = None
@@ -147,11 +147,14 @@ class _Diff:
     rename: Rename = ()
     """Components of paths of the first that have another name in the second, OLD=NEW."""
 
+    progress: Progress = "auto"
+    """Of what takes more than two seconds: a bar if stderr is a terminal, or lines."""
+
     def run(self) -> int:
         """Prints what differs."""
         found = find_checkpoint(self.first, self.step)
         first = _renamed(found.source, self.rename)
-        result = _compared(found, first, self._second(found), self.values)
+        result = _compared(found, first, self._second(found), self.values, _mode(self.progress))
         print(result)
         return 1 if result else 0
 
@@ -171,10 +174,10 @@ class _Diff:
         return layout_of(subject.program(mesh, rules), mesh, rules).abstract
 
 
-def _compared(found: Found, first: Source, second: Source, values: bool) -> Comparison:
+def _compared(found: Found, first: Source, second: Source, values: bool, mode: Mode) -> Comparison:
     total = sum(spec.nbytes for spec in first.leaves.values()) if values else 0
     try:
-        with _bar("comparing", total) as progress:
+        with _bar("comparing", total, mode) as progress:
             return compare_sources(first, second, values=values, progress=progress)
     except LeafDataError as error:
         raise ckpt.CheckpointReadError(found.path, None, error) from error
@@ -184,11 +187,14 @@ def _compared(found: Found, first: Source, second: Source, values: bool) -> Comp
 class _Verify:
     """Read everything and check all checksums; status 1 if anything is damaged."""
 
-    folder: tyro.conf.Positional[Path]
+    folder: tyro.conf.Positional[str]
     """The folder of a run or of a step, or a file."""
 
     step: int | None = None
     """Of a run; the latest, if not said."""
+
+    progress: Progress = "auto"
+    """Of what takes more than two seconds: a bar if stderr is a terminal, or lines."""
 
     def run(self) -> int:
         """Prints each file and each leaf that is damaged."""
@@ -197,7 +203,7 @@ class _Verify:
         except ckpt.CheckpointReadError as error:
             print(f"damaged: {error.__cause__ or error}")
             return 1
-        with _bar("verifying", bytes_to_verify(found)) as progress:
+        with _bar("verifying", bytes_to_verify(found), _mode(self.progress)) as progress:
             result = verify_found(found, progress)
         for problem in result.problems:
             print(f"damaged: {problem}")
@@ -218,10 +224,10 @@ class _Verify:
 class _Convert:
     """Write a checkpoint in another format: into a run, or to .safetensors or .msgpack."""
 
-    source: tyro.conf.Positional[Path]
+    source: tyro.conf.Positional[str]
     """The folder of a run or of a step, or a file, in any format."""
 
-    destination: tyro.conf.Positional[Path]
+    destination: tyro.conf.Positional[str]
     """A file ending in .safetensors or .msgpack, or the folder of a run."""
 
     to: Literal["shardflax", "safetensors", "msgpack"] | None = None
@@ -236,11 +242,14 @@ class _Convert:
     rename: Rename = ()
     """Components of paths and what they become, OLD=NEW; * stands for any part of one."""
 
+    progress: Progress = "auto"
+    """Of what takes more than two seconds: a bar if stderr is a terminal, or lines."""
+
     def run(self) -> int:
         """Prints what was written."""
         found = find_checkpoint(self.source, self.step)
         total = sum(spec.nbytes for spec in found.source.leaves.values())
-        with _bar("converting", total) as progress:
+        with _bar("converting", total, _mode(self.progress)) as progress:
             done = ckpt.convert_checkpoint(
                 self.source,
                 self.destination,
@@ -259,7 +268,7 @@ class _Convert:
 class _Gc:
     """Remove what killed runs left in the folder of a run; without --yes, only say what."""
 
-    folder: tyro.conf.Positional[Path]
+    folder: tyro.conf.Positional[str]
     """The folder of a run. Committed steps, and what a living process writes, stay."""
 
     yes: bool = False
@@ -310,6 +319,10 @@ def main(args: Sequence[str]) -> int:
     return command.run()
 
 
+def _mode(progress: Progress) -> Mode:
+    return None if progress == "off" else progress
+
+
 def _rules(texts: Sequence[str]) -> dict[str, str]:
     rules: dict[str, str] = {}
     for text in texts:
@@ -328,28 +341,8 @@ def _renamed(source: Source, texts: Sequence[str]) -> Source:
 
 
 @contextmanager
-def _bar(what: str, total: int) -> Iterator[Callable[[int], object]]:
-    """A bar on stderr for what takes long, if that is a terminal."""
-    if total < _LONG or not sys.stderr.isatty():
-        yield lambda nbytes: None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(what, total=total)
-        yield functools.partial(progress.advance, task)
+def _bar(what: str, total: int, mode: Mode) -> Iterator[Callable[[int], object]]:
+    """Shows how far something is that takes long."""
+    meter = Meter(what, total)
+    with showing(meter, mode):
+        yield meter.advance

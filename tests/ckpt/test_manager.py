@@ -433,8 +433,9 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
         with pytest.raises(ckpt.CheckpointFolderError, match=message) as caught:
             ckpt.CheckpointManager(wrong)
         assert str(wrong) in str(caught.value)
-    with pytest.raises(ValueError, match="gs://bucket"):
-        ckpt.CheckpointManager("gs://bucket/run")
+    for other in ("az://bucket/run", "s3://"):
+        with pytest.raises(ValueError, match=f"{other}.*s3://BUCKET"):
+            ckpt.CheckpointManager(other)
 
 
 def test_nothing_to_restore(folder: Path) -> None:

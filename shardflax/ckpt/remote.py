@@ -1,0 +1,232 @@
+"""Steps in an object store, where nothing can be renamed, and objects appear as a whole.
+
+A step is written where it will be.  It is committed by its manifest, which is written last, and
+stops being visible when that is removed, which is done first.  While it is written, an object
+beside it says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from shardflax.ckpt import durable, faults, inspect, opening
+from shardflax.ckpt.durable import FileRecord, checksum
+from shardflax.ckpt.errors import CheckpointExistsError, CheckpointFolderError
+from shardflax.ckpt.folder import StepFolder, step_folder
+from shardflax.ckpt.landing import SAVING, landing
+from shardflax.ckpt.manifest import NAME, Manifest
+from shardflax.ckpt.orbax_files import MARKER, TREE
+from shardflax.ckpt.place import StorePath
+
+__all__ = ["StoreFolder", "StoreLanding"]
+
+_FRESH = 3600.0
+"""Seconds after which nobody is taken to be still writing a step."""
+_DELETING = ".deleting"
+
+
+@step_folder.register
+def _(root: StorePath) -> StepFolder:
+    return StoreFolder(root)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreFolder(StepFolder):
+    """The steps of one run in an object store.
+
+    >>> StoreFolder(StorePath("gs", "bucket", "run")).step(3).key
+    'run/3'
+    """
+
+    root: Any
+
+    def steps(self) -> list[int]:
+        """The committed steps in order; raises CheckpointFolderError if the store is gone."""
+        found, _ = self._listing()
+        return sorted(step for step, names in found.items() if self._whole(step, names))
+
+    def is_committed(self, step: int) -> bool:
+        """True if the step is complete."""
+        names = {str(path.relative_to(self.step(step))) for path in self.step(step).files()}
+        return self._whole(step, names)
+
+    def _whole(self, step: int, names: set[str]) -> bool:
+        """True if a step that has objects of some names has a manifest, or needs none."""
+        if NAME in names or not names & {MARKER, TREE}:
+            return NAME in names
+        return not opening.claims_manifest(self.step(step))
+
+    def _listing(self) -> tuple[dict[int, set[str]], dict[int, list[StorePath]]]:
+        """By step, the names of its objects, and what says that it is written or deleted."""
+        found: dict[int, set[str]] = {}
+        marks: dict[int, list[StorePath]] = {}
+        try:
+            for path in self.root.files():
+                first, *rest = path.relative_to(self.root).parts
+                number, dot, _ = first.partition(".")
+                if not (number.isascii() and number.isdigit()):
+                    continue
+                if rest and not dot:
+                    found.setdefault(int(number), set()).add("/".join(rest))
+                elif SAVING in first or first.endswith(_DELETING):
+                    marks.setdefault(int(number), []).append(path)
+        except OSError as error:
+            raise CheckpointFolderError(self.root, str(error), "Is it the right bucket?") from error
+        return found, marks
+
+    def prepare(self) -> None:
+        """Proves that objects can be written; raises CheckpointFolderError."""
+        test = self.root / f".write-test-{time.time_ns()}"
+        try:
+            test.touch()
+            test.unlink()
+        except OSError as error:
+            raise CheckpointFolderError(
+                self.root, f"it cannot be written to ({error})", "Give a bucket of yours."
+            ) from error
+
+    def delete(self, step: int) -> None:
+        """Removes a step, which stops being visible at once and as a whole."""
+        folder, mark = self.step(step), self.root / f"{step}{_DELETING}"
+        mark.write_bytes(_now())
+        for name in (NAME, MARKER, TREE):
+            (folder / name).unlink()
+        folder.remove()
+        mark.unlink()
+
+    def clean(self) -> list[str]:
+        """Removes what interrupted saves and deletes left; their names.
+
+        One run writes to a folder at a time, so what is unfinished was interrupted.
+        """
+        found, marks = self._listing()
+        for step, paths in marks.items():
+            if not self._whole(step, found.get(step, set())):
+                self.step(step).remove()
+            for path in paths:
+                path.unlink()
+        return [path.name for paths in marks.values() for path in paths]
+
+    def unfinished(self) -> list[Any]:
+        """The steps that are being written or deleted, or were interrupted in that."""
+        found, marks = self._listing()
+        return [
+            self.step(step)
+            for step in sorted(marks)
+            if not self._whole(step, found.get(step, set()))
+        ]
+
+    def is_busy(self, path: Any) -> bool:
+        """True if a save began not long ago, and was not seen to end."""
+        _, marks = self._listing()
+        return any(time.time() - _began(mark) < _FRESH for mark in marks.get(int(path.name), ()))
+
+    def discard(self, path: Any) -> None:
+        """Removes what is left of a step, and what marks it."""
+        path.remove()
+        for mark in self._listing()[1].get(int(path.name), ()):
+            mark.unlink()
+
+
+def _now() -> bytes:
+    return json.dumps({"began": time.time()}).encode()
+
+
+def _began(mark: StorePath) -> float:
+    try:
+        return float(json.loads(mark.read_bytes())["began"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0.0
+
+
+class StoreLanding:
+    """The place of the step itself; see `shardflax.ckpt.landing.Landing`."""
+
+    def __init__(self, root: StorePath, step: int, name: str) -> None:
+        self.root, self.step, self.folder = root, step, root / str(step)
+        self._mark = root / f"{step}{SAVING}{name}"
+
+    def begin(self) -> None:
+        """Removes what an interrupted save of the step left; says that it is being written.
+
+        Raises CheckpointExistsError if the step is there.
+        """
+        steps = StoreFolder(self.root)
+        if steps.is_committed(self.step):
+            raise CheckpointExistsError(self.root, self.step)
+        steps.discard(self.folder)
+        self._mark.write_bytes(_now())
+
+    def commit(self, manifest: bytes) -> None:
+        """Writes the manifest."""
+        faults.at("manifest")
+        faults.at("rename")
+        if not (self.folder / NAME).create(manifest):
+            raise CheckpointExistsError(self.root, self.step)
+        faults.at("renamed")
+        self._mark.unlink()
+
+    def abandon(self) -> None:
+        """Removes what was written, unless another program's step is there."""
+        try:
+            if not (self.folder / NAME).is_file():
+                self.folder.remove()
+        finally:
+            self._mark.unlink()
+
+
+landing.register(StorePath, StoreLanding)
+
+
+# --- files
+
+
+@durable.write_file.register
+def _(path: StorePath, data: bytes) -> FileRecord:
+    path.write_bytes(data)
+    return len(data), checksum(data)
+
+
+@durable.sync_folder.register
+def _(path: StorePath) -> None:
+    """Nothing: what was stored is stored."""
+
+
+@opening.damage.register
+def _(folder: StorePath, files: Mapping[str, FileRecord], data: bool = True) -> list[str]:
+    """Without `data`, data files are only looked for: stores do not tell sizes in a listing."""
+    there = {str(path.relative_to(folder)) for path in folder.files()}
+    lines: list[str] = []
+    for name, record in sorted(files.items()):
+        path = folder / name
+        if name not in there:
+            lines.append(f"{path} is missing")
+        elif data or not opening.is_data(name):
+            lines += _wrong(path, record)
+    return lines
+
+
+def _wrong(path: StorePath, record: FileRecord) -> list[str]:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        return [f"{path}: {error}"]
+    if len(content) != record[0]:
+        return [f"{path} has {len(content):,} bytes instead of {record[0]:,}"]
+    if durable.checksum(content, record[1]) != record[1]:
+        return [f"{path} is damaged (its checksum is wrong)"]
+    return []
+
+
+@inspect.disk_bytes.register
+def _(path: StorePath) -> int:
+    """By the manifest; 0 for what has none."""
+    try:
+        text = (path / NAME).read_bytes()
+        return len(text) + sum(size for size, _ in Manifest.read(text).files.values())
+    except (OSError, ValueError):
+        return 0
