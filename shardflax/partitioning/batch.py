@@ -54,6 +54,7 @@ def _resolved(
     check_mesh(mesh)
     check_strict(rules)
     raise_problems(check_mesh_axes(rules, dict(mesh.shape)))
-    found = resolve(as_names(names), rules.compute, shape, free_axes(mesh))
+    sizes = None if shape is None else tuple(shape)
+    found = resolve(as_names(names), rules.compute, sizes, free_axes(mesh))
     raise_problems([Problem(p.error, p.text, p.dim, "batch") for p in found.problems])
     return found

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
-import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from shardflax.core.errors import did_you_mean
-from shardflax.partitioning.errors import CollectivesError
+from shardflax.partitioning.errors import CollectivesError, MeshScopeError
+from shardflax.partitioning.given import check_mesh
 from shardflax.partitioning.hlo import Instruction, Program, parse
 from shardflax.partitioning.megascale import crossings, in_mesh
-from shardflax.partitioning.origin import module_path, shapes_of, source_line, type_bytes
+from shardflax.partitioning.origin import mesh_of, module_path, shapes_of, source_line, type_bytes
 from shardflax.partitioning.replica_groups import instruction_groups, mesh_axes
 from shardflax.partitioning.slices import slices_of
 from shardflax.partitioning.vocabulary import KNOWN_AXES
@@ -79,9 +79,9 @@ class Collective:
 def collectives(compiled: Any, mesh: Mesh | None = None) -> list[Collective]:
     """The collectives of a program that `jax.jit(...).lower(...).compile()` gave.
 
-    `mesh` defaults to that of the program's arguments.  Raises ValueError if there is none.
+    `mesh` defaults to that of the program's arguments.  Raises `MeshScopeError` if there is none.
 
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> from shardflax.partitioning import make_mesh
     >>> mesh = make_mesh("data=8")
     >>> x = jax.device_put(jnp.ones((8, 4)), jax.NamedSharding(mesh, jax.P("data")))
@@ -89,17 +89,19 @@ def collectives(compiled: Any, mesh: Mesh | None = None) -> list[Collective]:
     >>> [(c.kind, c.axes, c.bytes, c.count) for c in collectives(compiled)]
     [('all-reduce', ('data',), 4, 1)]
     """
-    mesh = mesh if mesh is not None else _mesh_of(compiled)
+    mesh = _mesh(compiled, mesh)
     program = parse(compiled.as_text())
     return [*_found(program, mesh)]
 
 
-def _mesh_of(compiled: Any) -> Mesh:
-    shardings = jax.tree.leaves((compiled.input_shardings, compiled.output_shardings))
-    for sharding in shardings:
-        if isinstance(sharding, NamedSharding):
-            return cast("Mesh", sharding.mesh)
-    raise ValueError("no argument of the program is laid out over a mesh: pass mesh=.")
+def _mesh(compiled: Any, mesh: Any) -> Mesh:
+    """The mesh that is given, or that of the program."""
+    if mesh is None:
+        mesh = mesh_of(compiled)
+    if mesh is None:
+        raise MeshScopeError("no argument of the program is laid out over a mesh: pass mesh=.")
+    check_mesh(mesh)
+    return mesh
 
 
 def _found(program: Program, mesh: Mesh) -> Iterator[Collective]:
@@ -199,15 +201,16 @@ def assert_collectives(
     in one call.  Raises `CollectivesError` with every difference, and where in the model it comes
     from.
 
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> from shardflax.partitioning import make_mesh
     >>> mesh = make_mesh("data=8")
     >>> x = jax.device_put(jnp.ones((8, 4)), jax.NamedSharding(mesh, jax.P("data")))
     >>> compiled = jax.jit(lambda x: x.sum()).lower(x).compile()
     >>> assert_collectives(compiled, {"all-reduce over data": 1})
     """
-    mesh = mesh if mesh is not None else _mesh_of(compiled)
+    mesh = _mesh(compiled, mesh)
     found = collectives(compiled, mesh)
+    expected, across_dcn = _several(expected), _several(across_dcn)
     wanted: dict[str, int | None] = {}
     for what in expected:
         wanted[what] = expected[what] if isinstance(expected, Mapping) else None
@@ -229,6 +232,11 @@ def assert_collectives(
         lines += [f"  {one}" for one in most]
     if lines:
         raise CollectivesError(lines)
+
+
+def _several(what: Any) -> Any:
+    """One that is said alone, as a list."""
+    return [what] if isinstance(what, str) else what
 
 
 def _slips(expected: Iterable[str], mesh: Mesh) -> Iterator[str]:

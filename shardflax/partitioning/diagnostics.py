@@ -6,20 +6,24 @@ import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal, get_args
 
-from jax.sharding import Mesh, NamedSharding
-
-from shardflax.partitioning.errors import RematerializationError, RematerializationWarning
+from shardflax.core.errors import did_you_mean
+from shardflax.partitioning.errors import (
+    LayoutError,
+    RematerializationError,
+    RematerializationWarning,
+)
+from shardflax.partitioning.given import check_mesh
 from shardflax.partitioning.hlo import Program, parse
+from shardflax.partitioning.origin import mesh_of
 from shardflax.partitioning.rematerialization import Rematerialization, from_log, from_program
 from shardflax.partitioning.rules import AxisRules, LogicalRules
 from shardflax.partitioning.scope import AnyMesh, mesh_in_scope, rules_in_scope
 from shardflax.partitioning.spec_check import spec_axes
 from shardflax.partitioning.stderr_tap import listen
-from shardflax.partitioning.untyped import jx
 
-__all__ = ["Diagnostics", "compile", "compile_diagnostics", "mesh_of"]
+__all__ = ["Diagnostics", "compile", "compile_diagnostics"]
 
 Then = Literal["error", "warn", "collect"]
 
@@ -70,6 +74,7 @@ def compile_diagnostics(
     >>> found.rematerializations
     []
     """
+    _check(then, mesh)
     mesh = mesh if mesh is not None else mesh_in_scope()
     found = Diagnostics(mesh, rules if rules is not None else rules_in_scope())
     with listen() as lines:
@@ -99,6 +104,7 @@ def compile(
     >>> compile(jax.jit(lambda x: x + 1), jnp.ones(2))(jnp.ones(2))
     Array([2., 2.], dtype=float32)
     """
+    _check(then, mesh)
     lowered = program.lower(*args, **kwargs) if hasattr(program, "lower") else program
     with listen() as lines:
         compiled = lowered.compile()
@@ -112,16 +118,12 @@ def compile(
     return compiled
 
 
-def mesh_of(compiled: Any) -> Mesh | None:
-    """The mesh of the arguments or results of a compiled program, if one of them has one.
-
-    >>> import jax
-    >>> mesh_of(jax.jit(lambda x: x).lower(1.0).compile()) is None
-    True
-    """
-    shardings = jx.tree.leaves((compiled.input_shardings, compiled.output_shardings))
-    meshes = (cast(Mesh, s.mesh) for s in shardings if isinstance(s, NamedSharding))
-    return next(meshes, None)
+def _check(then: str, mesh: AnyMesh | None) -> None:
+    """Raises `LayoutError` for what `then` cannot be, or for what is no mesh."""
+    if then not in get_args(Then):
+        raise LayoutError(f"compile: then={then!r}: {did_you_mean(str(then), get_args(Then))}")
+    if mesh is not None:
+        check_mesh(mesh)
 
 
 def _both(lines: Sequence[str], program: Program, mesh: AnyMesh | None) -> list[Rematerialization]:

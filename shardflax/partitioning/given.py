@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from jax.sharding import AbstractMesh, Mesh
@@ -26,7 +26,9 @@ def as_names(names: Any) -> tuple[Any, ...]:
     """
     if isinstance(names, str):
         raise NamesRankError(f"names are a tuple, one for each dim: write ({names!r},).")
-    return tuple(names)
+    if not isinstance(names, Iterable):
+        raise NamesRankError(f"names are a tuple, one for each dim, not {kind_of(names)}.")
+    return tuple(cast(Iterable[Any], names))
 
 
 def check_rules(rules: Any, or_none: bool = False) -> None:

@@ -5,32 +5,31 @@ from __future__ import annotations
 import functools
 import pickle
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from shardflax.core.boxes import AxisMetadata
 from shardflax.core.errors import did_you_mean
-from shardflax.partitioning.boxes import Partitioned
 from shardflax.partitioning.constraints import lower
-from shardflax.partitioning.errors import LayoutError, Problem, raise_problems
+from shardflax.partitioning.errors import LayoutError, Problem, kind_of, raise_problems
 from shardflax.partitioning.given import check_mesh, check_rules
 from shardflax.partitioning.leaf import Leaf, place_leaf
 from shardflax.partitioning.overrides import freeze
-from shardflax.partitioning.paths import Path, keys_of, path_text
+from shardflax.partitioning.paths import Path
 from shardflax.partitioning.resolve import check_mesh_axes
 from shardflax.partitioning.rules import AxisRules, LogicalRules
 from shardflax.partitioning.scope import AnyMesh, InitTrace, free_axes
 from shardflax.partitioning.spec_check import spec_axes
-from shardflax.partitioning.state_names import StateLeaf, StateNames, find_root
+from shardflax.partitioning.state_leaves import find_root, state_leaves
+from shardflax.partitioning.state_names import StateNames
 from shardflax.partitioning.table import layout_table, layout_text
 from shardflax.partitioning.untyped import jx
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["Layout"]
+__all__ = ["Layout", "check_layout"]
 
 
 class Layout:
@@ -38,10 +37,11 @@ class Layout:
 
     `state` is any tree of arrays or shapes, boxed or not: variables, or a whole train state.
     Parameters are what stands under the key or attribute `params` of the state; without one, all
-    of a mapping, or the first element of a tuple.  A leaf has the names that are said for its path
-    (`names`, regular expressions for whole paths; the overrides of strict rules, for paths below
-    the parameters), or those of its box.  Leaves outside of the parameters (optimizer moments,
-    averages) take their names from the parameter that their path ends in.
+    of a mapping, or the first element of a tuple; `parameters`, a path, says otherwise.  A leaf has
+    the names that are said for its path (`names`, regular expressions for whole paths; the
+    overrides of strict rules, for paths below the parameters), or those of its box.  Leaves outside
+    of the parameters (optimizer moments, averages) take their names from the parameter that their
+    path ends in.
 
     Parameters lie by the rules as they are, leaves that belong to one by `rules.optimizer`, and
     others (caches, statistics, batches) by `rules.compute`.
@@ -69,7 +69,7 @@ class Layout:
         mesh: AnyMesh,
         rules: LogicalRules,
         trace: InitTrace | None = None,
-        parameters: Path | None = None,
+        parameters: str | Path | None = None,
         names: Mapping[str, tuple[Any, ...]] | None = None,
     ) -> None:
         check_mesh(mesh)
@@ -77,12 +77,8 @@ class Layout:
         self.mesh = mesh
         self.rules = rules
         self._trace = trace or InitTrace()
-        flat, self._treedef = jx.tree_util.tree_flatten_with_path(state, is_leaf=_is_box)
-        if any(_is_empty_box(leaf) for _, leaf in flat):
-            state = jx.tree.map(_without_empty_box, state, is_leaf=_is_box)
-            flat, self._treedef = jx.tree_util.tree_flatten_with_path(state, is_leaf=_is_box)
-        found = [_opened(keys_of(path), leaf) for path, leaf in flat]
-        root = find_root(state, found) if parameters is None else _said_root(parameters, found)
+        found, self._treedef = state_leaves(state)
+        root = find_root(state, found, parameters)
         named = StateNames(found, root, rules, freeze(names or {}, "the state"))
         self._by_path = named.problems
         axes = free_axes(mesh)
@@ -243,40 +239,17 @@ class Layout:
 _WITH_DEVICES = ("shardings", "abstract")  # made when asked for, and kept
 
 
-def _is_box(x: Any) -> bool:
-    """`is_box`, asked once for each type: a state has many parts."""
-    return _is_box_type(cast("type[Any]", type(x)))
+def check_layout(layout: Any) -> None:
+    """Raises `LayoutError` for what is no `Layout`.
 
-
-@functools.cache
-def _is_box_type(of: type[Any]) -> bool:
-    return issubclass(of, AxisMetadata)
-
-
-def _is_empty_box(leaf: Any) -> bool:
-    """True for what `optax.masked` leaves of a boxed parameter: a box around nothing."""
-    return _is_box(leaf) and not jx.tree.leaves(leaf)
-
-
-def _without_empty_box(leaf: Any) -> Any:
-    """What is in an empty box; anything else as it is."""
-    return leaf.unbox() if _is_empty_box(leaf) else leaf
-
-
-def _said_root(root: Path, leaves: Iterable[StateLeaf]) -> Path:
-    """`root`, if something of the state is below it."""
-    root, paths = tuple(root), [leaf.path for leaf in leaves]
-    if all(path[: len(root)] != root for path in paths):
-        hint = did_you_mean(path_text(root), {path_text(path[: len(root)]) for path in paths})
-        raise LayoutError(f"parameters={root!r}: the state has nothing there: {hint}")
-    return root
-
-
-def _opened(path: Path, leaf: Any) -> StateLeaf:
-    """A leaf with its outermost box, and the array or shape inside; Python numbers as shapes."""
-    value = leaf
-    while _is_box(value):
-        value = value.value if isinstance(value, Partitioned) else value.unbox()
-    if not hasattr(value, "dtype"):
-        value = jx.eval_shape(lambda: value)
-    return StateLeaf(path, leaf if value is not leaf else None, value)
+    >>> check_layout({"params": {}})
+    Traceback (most recent call last):
+        ...
+    shardflax.partitioning.errors.LayoutError: a Layout is expected, not a dict. Make one:
+    abstract_layout(init, key, mesh=..., rules=...). That of an Explanation is its `layout`.
+    """
+    if not isinstance(layout, Layout):
+        raise LayoutError(
+            f"a Layout is expected, not {kind_of(layout)}. Make one: abstract_layout(init, key, "
+            f"mesh=..., rules=...). That of an Explanation is its `layout`."
+        )

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from shardflax.partitioning.communication import Collective
 from shardflax.partitioning.errors import LockDriftError, LockFileError
-from shardflax.partitioning.layout import Layout
+from shardflax.partitioning.layout import Layout, check_layout
 from shardflax.partitioning.leaf import Leaf
 from shardflax.partitioning.lock_changes import changes_between
 from shardflax.partitioning.locked import LockedCollective, LockedLeaf, LockEntry
@@ -53,6 +53,7 @@ def lock(
     >>> entry.leaves["w"].bytes_per_device
     6144
     """
+    check_layout(layout)
     layout.check()
     rules = layout.rules
     sent, compiler = None, ""

@@ -15,7 +15,7 @@ from shardflax.partitioning.boxes import LogicallyPartitioned, Partitioned
 from shardflax.partitioning.defaults import DefaultNames
 from shardflax.partitioning.errors import LayoutError, NamesRankError, RepeatedNameError
 from shardflax.partitioning.explicit_init import call_initializer
-from shardflax.partitioning.given import as_names
+from shardflax.partitioning.given import as_names, check_rules
 from shardflax.partitioning.rules import AxisRules, LogicalRules
 from shardflax.partitioning.scope import init_trace, rules_in_scope
 
@@ -162,6 +162,7 @@ def with_logical_partitioning(
     >>> init(jax.random.key(0), (2, 3)).names
     ('embed', 'mlp')
     """
+    check_rules(rules, or_none=True)
     if rules is not None and not isinstance(rules, AxisRules):
         rules = tuple((name, _hashable(axes)) for name, axes in rules)
     return LogicalInit(fn, as_names(names), mesh, rules)

@@ -1,16 +1,19 @@
-"""Where in a model, and in its source, an instruction of a compiled program comes from."""
+"""Where a compiled program comes from: its mesh; the module and the line of an instruction."""
 
 from __future__ import annotations
 
 import math
 import re
 from pathlib import Path
+from typing import Any, cast
 
 import jax
+from jax.sharding import Mesh, NamedSharding
 
 from shardflax.partitioning.hlo import Instruction, Program
+from shardflax.partitioning.untyped import jx
 
-__all__ = ["module_path", "operation_name", "shapes_of", "source_line", "type_bytes"]
+__all__ = ["mesh_of", "module_path", "operation_name", "shapes_of", "source_line", "type_bytes"]
 
 _PACKAGES = (str(Path(jax.__file__).parent), str(Path(__file__).parent.parent))
 _MOST = 2  # paths of one operation that are shown
@@ -88,6 +91,17 @@ def _module_path(called: str) -> str:
             parts = parts[:-n]
             break
     return "/".join(parts)
+
+
+def mesh_of(compiled: Any) -> Mesh | None:
+    """The mesh of the arguments or results of a compiled program, if one of them has one.
+
+    >>> mesh_of(jax.jit(lambda x: x).lower(1.0).compile()) is None
+    True
+    """
+    shardings = jx.tree.leaves((compiled.input_shardings, compiled.output_shardings))
+    meshes = (cast(Mesh, s.mesh) for s in shardings if isinstance(s, NamedSharding))
+    return next(meshes, None)
 
 
 def source_line(program: Program, instruction: Instruction) -> str:

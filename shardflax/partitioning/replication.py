@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from shardflax.partitioning.errors import SilentReplicationError
 from shardflax.partitioning.hlo import parse
-from shardflax.partitioning.layout import Layout
+from shardflax.partitioning.layout import Layout, check_layout
 from shardflax.partitioning.leaf import Leaf
 from shardflax.partitioning.operations import repeated_operations
 from shardflax.partitioning.paths import Path, keys_of, path_text
@@ -78,7 +78,7 @@ def check_compiled(
 
     What wastes no more than `above` bytes a device is left out, and so are the paths that a
     pattern in `accept` matches (`"params/*/scale"`).  A leaf that lies otherwise is never left
-    out for its size.  Raises nothing; see `assert_compiled`.
+    out for its size.  Raises nothing of what it finds; see `assert_compiled`.
 
     >>> import jax, jax.numpy as jnp
     >>> from shardflax.partitioning import LogicallyPartitioned, make_mesh, preset
@@ -92,6 +92,7 @@ def check_compiled(
     >>> [(f.path, f.asked, f.found, f.wasted) for f in check_compiled(compiled, layout)]
     [('w', P('fsdp',), P(), 224)]
     """
+    check_layout(layout)
     found = [
         *_placed(compiled, layout),
         *(one for leaf in layout.leaves for one in _unsaid(leaf, layout)),
@@ -106,6 +107,7 @@ def check_compiled(
         for value in whole_values(program, text, known, above):
             found.append(_value(value, layout))
     kept = [one for one in found if one.wasted > above or one.why == _OTHERWISE]
+    accept = (accept,) if isinstance(accept, str) else accept
     kept = [one for one in kept if not any(fnmatch.fnmatch(one.path, p) for p in accept)]
     return sorted(kept, key=lambda one: -one.wasted)
 

@@ -85,7 +85,7 @@ def reshard(
     else:
         rules = rules_in_scope() if rules is None else rules
         flat, structure = jx.tree_util.tree_flatten_with_path(tree)
-        mesh = mesh or mesh_in_scope(None, next((leaf for _, leaf in flat), None))
+        mesh = mesh_in_scope(mesh, next((leaf for _, leaf in flat), None))
         said = names_of_leaves(names, tree)
         axes = None if mesh is None else free_axes(mesh)
         moves = [

@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from shardflax.core.boxes import is_box
 from shardflax.partitioning.boxes import Partitioned
 from shardflax.partitioning.errors import raise_problems
+from shardflax.partitioning.given import as_names, check_mesh
 from shardflax.partitioning.linen_rules import linen_axes
 from shardflax.partitioning.resolve import resolve
 from shardflax.partitioning.rules import AxisRules, LogicalRules
@@ -44,13 +45,14 @@ def logical_to_mesh_axes(
     if array_dim_names is None:
         return None
     rules = get_logical_axis_rules() if rules is None else rules
+    names = as_names(array_dim_names)
     if isinstance(rules, AxisRules):
         mesh = mesh_in_scope()
         axes = None if mesh is None else free_axes(mesh)
-        found = resolve(tuple(array_dim_names), rules, None, axes)
+        found = resolve(names, rules, None, axes)
         raise_problems(found.problems)
         return found.spec
-    return PartitionSpec(*linen_axes(tuple(array_dim_names), rules)[0])
+    return PartitionSpec(*linen_axes(names, rules)[0])
 
 
 def logical_to_mesh(tree: Any, rules: LogicalRules | None = None) -> Any:
@@ -79,6 +81,7 @@ def logical_to_mesh_sharding(tree: Any, mesh: Mesh, rules: LogicalRules | None =
     """
 
     known = get_logical_axis_rules() if rules is None else rules
+    check_mesh(mesh)
 
     def one(spec: PartitionSpec) -> NamedSharding:
         if not isinstance(known, AxisRules):
@@ -118,6 +121,8 @@ def get_sharding(tree: Any, mesh: Mesh) -> Any:
     >>> get_sharding(tree, make_mesh("data=8"))["w"].spec
     P('data', None)
     """
+
+    check_mesh(mesh)
 
     def one(x: Any) -> NamedSharding | None:
         if isinstance(x, Partitioned):

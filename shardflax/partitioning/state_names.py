@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,26 +13,14 @@ from shardflax.partitioning.errors import OverrideError, Problem
 from shardflax.partitioning.overrides import Overrides, find_names, unmatched
 from shardflax.partitioning.paths import Path, path_text
 from shardflax.partitioning.rules import AxisRules, LogicalRules
+from shardflax.partitioning.state_leaves import StateLeaf
 
-__all__ = ["FEW", "NamedLeaf", "StateLeaf", "StateNames", "find_root"]
+__all__ = ["FEW", "NamedLeaf", "StateNames"]
 
 FEW = 32
 """So many numbers may be replicated without anybody having said so, where no parameter is near."""
 
 _BY_PATH = "said by path"
-
-
-@dataclass(frozen=True)
-class StateLeaf:
-    """What stands at a path of a state: an array or a shape (`value`), and the box around it.
-
-    >>> StateLeaf(("step",), None, 0).path
-    ('step',)
-    """
-
-    path: Path
-    box: Any
-    value: Any
 
 
 @dataclass(frozen=True)
@@ -52,24 +40,6 @@ class NamedLeaf:
     rule_set: str = "stored"
     min_size: int = 0
     problems: tuple[Problem, ...] = ()
-
-
-def find_root(state: Any, leaves: Iterable[StateLeaf]) -> Path:
-    """Where the parameters of a state are: under `params`, or else as `Layout` says.
-
-    >>> find_root({"params": 1, "step": 2}, [StateLeaf(("params",), None, 1)])
-    ('params',)
-    """
-    tops: dict[Any, bool] = {}
-    for leaf in leaves:
-        if leaf.path:
-            boxed = isinstance(leaf.box, Partitioned)
-            tops[leaf.path[0]] = tops.get(leaf.path[0], False) or boxed
-    if "params" in tops:
-        return ("params",)
-    if isinstance(state, Mapping):
-        return ()
-    return next(((top,) for top, boxed in tops.items() if boxed), ())
 
 
 class StateNames:

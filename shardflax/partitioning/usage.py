@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shardflax.partitioning.layout import Layout
+from shardflax.partitioning.layout import Layout, check_layout
 from shardflax.partitioning.rules import AxisRules
 
 __all__ = ["RuleUsage", "UsedRule", "rule_usage"]
@@ -82,6 +82,7 @@ def rule_usage(layout: Layout) -> RuleUsage:
     rules that nothing used: heads
     axes that nothing used: tensor
     """
+    check_layout(layout)
     rules = layout.rules if isinstance(layout.rules, AxisRules) else AxisRules({})
     leaves = Counter[str]()
     taken: dict[str, Counter[str]] = {}

@@ -227,6 +227,7 @@ def test_one_string_is_not_taken_by_its_letters() -> None:
 
 # Not typed: what a type checker would refuse is what is tried.
 loose: Any = pt
+NOTHING = jax.jit(lambda: 0).lower().compile()
 LOOSE: Any = RULES
 WRONG_TYPES: dict[str, tuple[type[Exception], str, Any]] = {
     "rules": (pt.InvalidRuleError, r"'fsdp' is no table of rules.*preset\('fsdp'\)",
@@ -262,6 +263,30 @@ WRONG_TYPES: dict[str, tuple[type[Exception], str, Any]] = {
                      lambda: loose.mesh_picture(MESH, "ids")),
     "networks": (pt.MeshSpecError, "with devices is expected, not None",
                  lambda: loose.networks(None)),
+    "mesh-reshard": (pt.MeshSpecError, r"Write make_mesh\('fsdp=8'\)",
+                     lambda: loose.reshard(X, ("embed", None), RULES, "fsdp=8")),
+    "mesh-sent": (pt.MeshSpecError, r"Write make_mesh\('fsdp=8'\)",
+                  lambda: loose.collectives(None, "fsdp=8")),
+    "mesh-sharding": (pt.MeshSpecError, "not None",
+                      lambda: loose.logical_to_mesh_sharding({}, None, RULES)),
+    "mesh-box": (pt.MeshSpecError, "not None", lambda: loose.get_sharding({}, None)),
+    "mesh-program": (pt.MeshScopeError, "pass mesh=", lambda: pt.collectives(NOTHING)),
+    "then": (pt.LayoutError, "then='eror': did you mean 'error'",
+             lambda: loose.compile(jax.jit(lambda x: x), X, then="eror")),
+    "names": (pt.NamesRankError, "not None",
+              lambda: loose.with_partitioning(nn.initializers.ones, None)),
+    "names-alone": (pt.NamesRankError, r"write \('embed',\)",
+                    lambda: loose.logical_to_mesh_axes("embed", [("embed", "fsdp")])),
+    "init-rules": (pt.InvalidRuleError, r"Write preset\('fsdp'\)",
+                   lambda: loose.with_logical_partitioning(nn.initializers.ones, (), rules="fsdp")),
+    "state": (pt.LayoutError, "params: a str is no array",
+              lambda: loose.Layout({"params": "llama3-8b"}, MESH, RULES)),
+    "layout": (pt.LayoutError, "a Layout is expected, not a dict",
+               lambda: loose.lock({"params": X})),
+    "layout-usage": (pt.LayoutError, "That of an Explanation is its `layout`",
+                     lambda: loose.rule_usage(pt.explain({"w": X}, MESH, RULES))),
+    "layout-compiled": (pt.LayoutError, "a Layout is expected, not an int",
+                        lambda: loose.assert_compiled(NOTHING, 1)),
     "slices": (pt.MeshSpecError, r"fake_slices\('2'\): .*Write a divisor of 8",
                lambda: loose.fake_slices("2").__enter__()),
 }  # fmt: skip
@@ -283,6 +308,19 @@ def test_names_that_are_no_collection() -> None:
         pt.make_abstract_mesh("fsdp=4,fspd=2", other_axes="not fspd")
     assert pt.make_abstract_mesh("dcn(tensor=2)", across_dcn="tensor").size == 2
     assert loose.make_mesh("fsdp=8", MESH.devices).size == 8  # an array of devices is one too
+
+
+def test_one_of_several_may_be_said_alone() -> None:
+    """A string is a collection of letters, and `*` among them accepts everything."""
+    whole = pt.Layout({"params": {"w": jnp.ones((64, 64))}}, MESH, RULES)
+    with pytest.raises(pt.SilentReplicationError, match="params/w"):
+        loose.assert_compiled(NOTHING, whole, above=0, accept="params/*/scale")
+    loose.assert_compiled(NOTHING, whole, above=0, accept="params/*")
+    with pytest.raises(pt.CollectivesError, match="'all-gahter': did you mean"):
+        loose.assert_collectives(NOTHING, "all-gahter over fsdp", MESH)
+    layout = pt.Layout({"model": {"params": {"w": X}}}, MESH, RULES, parameters="model/params")
+    assert layout.leaf("model/params/w").origin == "nothing names it"
+    assert pt.batch_sharding(MESH, pt.preset("dp"), ("batch",), shape=[8]).spec == jax.P()  # type: ignore[arg-type]
 
 
 def test_an_axis_that_may_yield_in_plain_pairs() -> None:
