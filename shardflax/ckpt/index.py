@@ -29,7 +29,8 @@ def write_index(folder: Path, values: Mapping[str, Value]) -> dict[str, FileReco
     """
     records: dict[str, FileRecord] = {}
     if values:
-        (folder / DATA).mkdir(exist_ok=True)
+        for path in (folder, folder / DATA):  # a process may have metadata alone
+            path.mkdir(exist_ok=True)
         name = f"{DATA}/{secrets.token_hex(16)}"
         tree = write_tree(values, name)
         records[name] = write_file(folder / name, tree.nodes)
