@@ -8,6 +8,14 @@ processor.  XLA's figures for the two programs (operations, bytes) do not depend
 machine does and are compared exactly; the times are taken in turn, and their ratio is the median
 over the rounds.  Prints the table and writes it, with the command that gave it, to
 `benchmarks/results/layers.json` and `.md` (not with `--only`).
+
+    python benchmarks/layers.py --programs
+
+compiles all programs anew and compares them, and leaves the times of the last run as they are.
+
+The column *program* says what XLA made of the two: "same" is the same instructions in the same
+order, "same operations" the same ones in another order or in other loops, "differs" anything else.
+Where it is "same", a time other than 1.00 is the noise of the machine.
 """
 
 from __future__ import annotations
@@ -20,7 +28,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +39,7 @@ import numpy as np
 import shardflax.nn as nn
 from benchmarks.by_hand import BY_HAND, STATEFUL, through_jax
 from benchmarks.compiled import cost_of, instructions
+from benchmarks.operations import operations
 from benchmarks.report import machine
 from benchmarks.timing import in_turn
 
@@ -218,6 +227,27 @@ def passes(fn: Callable[[Any, Inputs, Any], Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class Compared:
+    """What XLA says of the two programs of a pass: ratios, and whether they are the same."""
+
+    flops: float
+    bytes: float
+    program: str
+
+    @classmethod
+    def of(cls, ours: Any, by_hand: Any) -> Compared:
+        a, b = cost_of(ours), cost_of(by_hand)
+        flops = a.flops / b.flops if b.flops > 0 else 1.0
+        return cls(flops, a.bytes_accessed / b.bytes_accessed, _verdict(ours, by_hand))
+
+
+def _verdict(ours: Any, by_hand: Any) -> str:
+    if instructions(ours) == instructions(by_hand):
+        return "same"
+    return "same operations" if operations(ours) == operations(by_hand) else "differs"
+
+
+@dataclass(frozen=True)
 class Result:
     """One pass of one layer: time, operations and bytes, all as ratios to the program by hand."""
 
@@ -225,11 +255,8 @@ class Result:
     which: str
     time: float
     quartiles: tuple[float, float]
-    flops: float
-    bytes: float
     microseconds: float
-    same: bool
-    """XLA made the same instructions of both."""
+    compared: Compared
 
 
 def figures(of: Case, sizes: dict[str, int]) -> dict[str, tuple[Any, Any]]:
@@ -252,13 +279,8 @@ def cost_before(lowered: Any) -> tuple[float, float]:
 def measure(of: Case, rounds: int, sizes: dict[str, int] = SIZES) -> list[Result]:
     """Both passes of a layer; raises where the two programs give different numbers."""
     built, found = programs(of, sizes), []
-    for which in built.ours:
-        pair = {
-            "ours": built.ours[which].lower(*built.arguments).compile(),
-            "by hand": built.by_hand[which].lower(*built.arguments).compile(),
-        }
+    for which, pair in compiled_pairs(built).items():
         check(*[compiled(*built.arguments) for compiled in pair.values()])
-        ours, hand = (cost_of(compiled) for compiled in pair.values())
         taken = in_turn(
             {name: repeated(compiled, built.arguments) for name, compiled in pair.items()},
             rounds,
@@ -270,13 +292,32 @@ def measure(of: Case, rounds: int, sizes: dict[str, int] = SIZES) -> list[Result
                 which,
                 taken.ratio("ours", "by hand"),
                 taken.spread("ours", "by hand"),
-                ours.flops / hand.flops if hand.flops > 0 else 1.0,
-                ours.bytes_accessed / hand.bytes_accessed,
                 taken.median("by hand") * 1e6 / REPEATS,
-                len({instructions(compiled) for compiled in pair.values()}) == 1,
+                Compared.of(*pair.values()),
             )
         )
     return found
+
+
+def compiled_pairs(built: Programs) -> dict[str, dict[str, Any]]:
+    """Both programs of each pass, compiled."""
+    return {
+        which: {
+            "ours": built.ours[which].lower(*built.arguments).compile(),
+            "by hand": built.by_hand[which].lower(*built.arguments).compile(),
+        }
+        for which in built.ours
+    }
+
+
+def compared_again(before: Sequence[Result]) -> list[Result]:
+    """The results of a run, with the programs of today compared."""
+    found = {
+        (of.name, which): Compared.of(*pair.values())
+        for of in CASES
+        for which, pair in compiled_pairs(programs(of, SIZES)).items()
+    }
+    return [replace(r, compared=found[r.layer, r.which]) for r in before]
 
 
 REPEATS = 10
@@ -306,19 +347,19 @@ def check(ours: Any, hand: Any) -> None:
 def markdown(results: Sequence[Result]) -> str:
     """The results as a Markdown table.
 
-    >>> print(markdown([Result("Dense", "forward", 1.0, (0.98, 1.03), 1.0, 1.0, 52.0, True)]))
-    | layer | pass | by hand | time | quartiles | flops | bytes | same program |
+    >>> compared = Compared(1.0, 1.0, "same")
+    >>> print(markdown([Result("Dense", "forward", 1.0, (0.98, 1.03), 52.0, compared)]))
+    | layer | pass | by hand | time | quartiles | flops | bytes | program |
     |---|---|---|---|---|---|---|---|
-    | Dense | forward | 52 us | 1.00 | 0.98-1.03 | 1.000 | 1.000 | yes |
+    | Dense | forward | 52 us | 1.00 | 0.98-1.03 | 1.000 | 1.000 | same |
     """
-    columns = "layer", "pass", "by hand", "time", "quartiles", "flops", "bytes", "same program"
+    columns = "layer", "pass", "by hand", "time", "quartiles", "flops", "bytes", "program"
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for r in results:
-        low, high = r.quartiles
-        same = "yes" if r.same else "no"
+        (low, high), c = r.quartiles, r.compared
         lines.append(
             f"| {r.layer} | {r.which} | {r.microseconds:.0f} us | {r.time:.2f} "
-            f"| {low:.2f}-{high:.2f} | {r.flops:.3f} | {r.bytes:.3f} | {same} |"
+            f"| {low:.2f}-{high:.2f} | {c.flops:.3f} | {c.bytes:.3f} | {c.program} |"
         )
     return "\n".join(lines)
 
@@ -327,27 +368,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What compiled layers cost, beside plain JAX.")
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--only", help="one layer; writes nothing")
+    parser.add_argument("--programs", action="store_true", help="compare programs, time nothing")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where to write the result")
     args = parser.parse_args()
+    if args.programs:
+        content = json.loads(args.out.read_text(encoding="utf-8"))
+        write(compared_again([read(row) for row in content["rows"]]), content, args.out)
+        return
     before = machine()
     chosen = [c for c in CASES if args.only in (None, c.name)]
     results = [result for of in chosen for result in measure(of, args.rounds)]
     print(markdown(results))
     if args.only is None:
         command = shlex.join(["python", "benchmarks/layers.py", *sys.argv[1:]])
-        write(results, command, before, args.out)
+        content = {"command": command, "machine": before, "load after": os.getloadavg()}
+        write(results, {**content, "sizes": SIZES}, args.out)
 
 
-def write(results: Sequence[Result], command: str, before: dict[str, Any], path: Path) -> None:
+def read(row: dict[str, Any]) -> Result:
+    """A result from its JSON."""
+    return Result(**{**row, "compared": Compared(**row["compared"])})
+
+
+def write(results: Sequence[Result], content: dict[str, Any], path: Path) -> None:
     """Writes the results, the command and the machine as JSON, and beside it as Markdown."""
-    load = os.getloadavg()
-    content = {"command": command, "machine": before, "load after": load, "sizes": SIZES}
-    content["rows"] = [asdict(result) for result in results]
+    content = {**content, "rows": [asdict(result) for result in results]}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    facts = ", ".join(f"{name} {value}" for name, value in before.items())
-    sizes = ", ".join(f"{name} {value}" for name, value in SIZES.items())
-    after = f"load average afterwards {load}"
-    text = f"`{command}`\n\n{facts}, {after}\n\nSizes: {sizes}.\n\n{markdown(results)}\n"
+    facts = ", ".join(f"{name} {value}" for name, value in content["machine"].items())
+    sizes = ", ".join(f"{name} {value}" for name, value in content["sizes"].items())
+    head = f"`{content['command']}`\n\n{facts}, load average afterwards {content['load after']}"
+    text = f"{head}\n\nSizes: {sizes}.\n\n{markdown(results)}\n"
     path.with_suffix(".md").write_text(text, encoding="utf-8")
 
 

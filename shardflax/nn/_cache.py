@@ -30,7 +30,8 @@ class KVCache(NamedTuple):
     def append(self, key: Array, value: Array) -> tuple[Array, Array]:
         """Writes the keys and values of new tokens behind the old ones; returns the whole cache."""
         self._check(key, value)
-        start = (0,) * (key.ndim - 3) + (self.index.value, 0, 0)
+        zero = jnp.zeros_like(self.index.value)  # of its dtype: with 64 bits a plain 0 is int64
+        start = (*[zero] * (key.ndim - 3), self.index.value, zero, zero)
         for variable, new in ((self.key, key), (self.value, value)):
             old = variable.value
             whole = lax.dynamic_update_slice(old, new.astype(old.dtype), start)

@@ -91,7 +91,7 @@ class Attention:
         check_mask(self.place, mask, query, key)
         if mask is not None:
             mask = _lift(mask, query.ndim)
-        how = self._choose(query, key, value, mask, dropout_rng)
+        how = self.choose(query, key, value, mask, dropout_rng)
         if how != "flash":
             key, value = (repeated_like(x, query, -2) for x in (key, value))
         if how == "reference":
@@ -126,7 +126,7 @@ class Attention:
         how = None if self.implementation == "flash" else self.implementation
         return replace(self, causal=False, window=(None, None), implementation=how)
 
-    def _choose(self, query: Array, key: Array, value: Array, mask: Any, rng: Any) -> str:
+    def choose(self, query: Array, key: Array, value: Array, mask: Any, rng: Any) -> str:
         """What computes it: as told, or the fastest that knows all of this."""
         no_kernel = self._why_no_kernel(mask, rng)
         if self.implementation is None:

@@ -20,6 +20,10 @@ from shardflax.nn.types import Array, Names, Padding
 from shardflax.partitioning import default_names
 from shardflax.partitioning.at_use import used_spec
 from shardflax.partitioning.explicit_out import Operand, explicit_axes, operand, out_spec
+from shardflax.partitioning.resolve import resolve
+from shardflax.partitioning.rules import AxisRules
+from shardflax.partitioning.scope import free_axes, mesh_in_scope, rules_in_scope
+from shardflax.partitioning.spec_check import spec_axes
 
 ANY = PartitionSpec.UNCONSTRAINED
 
@@ -140,6 +144,39 @@ class Convolution(Contraction):
         result = Operand(self.out, shape, (*kept[:-1], None))
         kernel = operand(self.weight, weight, used_spec(weight, stored))
         return out_spec(self.out, [kernel, result], names.said(shape, self.names))
+
+
+@dataclass(frozen=True)
+class PerPart:
+    """A convolution in groups, run by each device on its part of the batch.
+
+    XLA's partitioner would gather the batch: it cuts such a convolution along one group a channel,
+    and along nothing else.
+    """
+
+    fn: Callable[..., Array]
+
+    def __call__(self, x: Array, kernel: Array) -> Array:
+        mesh, entry = mesh_in_scope(), self._batch(x)
+        if mesh is None or entry is None or explicit_axes():
+            return self.fn(x, kernel)  # explicit axes are auto where it is computed: `InAuto`
+        parts, whole = PartitionSpec(entry), PartitionSpec()
+        return jax.shard_map(
+            self.fn,
+            mesh=mesh,
+            in_specs=(parts, whole),
+            out_specs=parts,
+            axis_names={*spec_axes(entry)},
+        )(x, kernel)
+
+    def _batch(self, x: Array) -> Any:
+        """The axes of the batch, where they divide it."""
+        rules, mesh = rules_in_scope(), mesh_in_scope()
+        if mesh is None or not isinstance(rules, AxisRules):
+            return None
+        said = names.said(x.shape, default_names("batch", *[None] * (x.ndim - 1)))
+        spec = () if said is None else resolve(said, rules, x.shape, free_axes(mesh)).spec
+        return spec[0] if spec and spec[0] is not ANY else None
 
 
 def convolved(

@@ -180,11 +180,16 @@ class _Conv(LayerBase):
     @nowrap
     def default_axes(self, channels: int, ndim: int) -> Names:
         """The kernel's features are named as those of `Dense`, unless they are an image's."""
-        ins = "embed" if self.feature_group_count == 1 else None
-        named = [ins and windows.channels_name(ins, channels)]
-        return default_names(
-            *[None] * (ndim - 2), *named, windows.channels_name("mlp", self.features)
-        )
+        ins = windows.channels_name("embed", channels) if self.feature_group_count == 1 else None
+        outs = windows.channels_name("mlp", self.features)
+        if self.in_groups(channels):
+            outs = None  # it cannot be cut along its features: see `windows.PerPart`
+        return default_names(*[None] * (ndim - 2), ins, outs)
+
+    @nowrap
+    def in_groups(self, channels: int) -> bool:
+        """Whether there are several groups, of several channels each."""
+        return 1 < self.feature_group_count < channels
 
     @nowrap
     def bias(self, kernel_axes: Names, shape: tuple[int, ...]) -> Array:
@@ -246,6 +251,8 @@ class Conv(_Conv):
                 precision=self.precision,
             )
 
+        if conv is lax.conv_general_dilated and self.in_groups(x.shape[-1]):
+            convolve = windows.PerPart(convolve)
         kernel_shape = (*window.size, x.shape[-1] // groups, self.features)
         labels = tuple(f"window {dim}" for dim in range(len(window.size)))
         return _Plan(convolve, kernel_shape, (self.features,), (*labels, "in", "out"))

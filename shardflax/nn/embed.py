@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from shardflax import partitioning
 from shardflax.nn import _names as names
@@ -17,6 +18,8 @@ from shardflax.nn.policy import LayerBase
 from shardflax.nn.types import Array, Dtype, Initializer, Names
 from shardflax.partitioning import default_names
 from shardflax.partitioning.alike import laid_out_like
+from shardflax.partitioning.explicit_out import explicit_axes
+from shardflax.partitioning.spec_check import spec_axes
 
 __all__ = ["Embed"]
 
@@ -127,10 +130,21 @@ def _one_hot_rows(ids: Array, table: Array, out_sharding: Any = None) -> Array:
     """Rows of `table` as a product, with the gather's answers for ids outside of it."""
     count = table.shape[0]
     ids = jnp.where(ids < 0, ids + count, ids)
-    one_hot = jax.nn.one_hot(ids, count, dtype=table.dtype)
+    one_hot = _cut_as(table, jax.nn.one_hot(ids, count, dtype=table.dtype))
     rows = jnp.matmul(one_hot, table, out_sharding=out_sharding)
     if not jnp.issubdtype(table.dtype, jnp.inexact):
         return rows
     inside = (ids >= 0) & (ids < count)
     inside = laid_out_like(inside, rows)
     return jnp.where(inside[..., None], rows, jnp.asarray(jnp.nan, table.dtype))
+
+
+def _cut_as(table: Array, one_hot: Array) -> Array:
+    """One-hot rows cut as the vocabulary is: on explicit axes JAX would gather the table."""
+    if not explicit_axes():
+        return one_hot
+    of_table, spec = (jax.typeof(x).sharding.spec for x in (table, one_hot))
+    taken = {axis for entry in spec for axis in spec_axes(entry)}
+    if taken & {*spec_axes(of_table[0])}:
+        return one_hot
+    return jax.sharding.reshard(one_hot, PartitionSpec(*spec[:-1], of_table[0]))

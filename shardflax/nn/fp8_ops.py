@@ -17,6 +17,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from shardflax import partitioning
 from shardflax.core import Module
@@ -112,7 +113,13 @@ class Fp8DotGeneralOp(Fp8DotGeneralBase):
     """
 
     def __call__(
-        self, lhs: Array, rhs: Array, dimension_numbers: Any, *args: Any, **kwargs: Any
+        self,
+        lhs: Array,
+        rhs: Array,
+        dimension_numbers: Any,
+        *args: Any,
+        out_sharding: Any = None,
+        **kwargs: Any,
     ) -> Array:
         dtype = rhs.dtype
         narrow, widest = self.e4m3_dtype, self.e5m2_dtype
@@ -124,7 +131,7 @@ class Fp8DotGeneralOp(Fp8DotGeneralBase):
             self.input_amax_history.value,
         )
         rhs = in_qdq(dtype, narrow, rhs, self.kernel_scale.value, self.kernel_amax_history.value)
-        y = dot_general_with_precision(lhs, rhs, dimension_numbers)
+        y = dot_general_with_precision(lhs, rhs, dimension_numbers, None, None, out_sharding)
         return out_qdq(
             dtype, widest, y, self.output_grad_scale.value, self.output_grad_amax_history.value
         )
@@ -144,18 +151,24 @@ class Fp8DirectDotGeneralOp(Fp8DotGeneralBase):
     """
 
     def __call__(
-        self, lhs: Array, rhs: Array, dimension_numbers: Any, *args: Any, **kwargs: Any
+        self,
+        lhs: Array,
+        rhs: Array,
+        dimension_numbers: Any,
+        *args: Any,
+        out_sharding: Any = None,
+        **kwargs: Any,
     ) -> Array:
-        return self._direct(jnp.asarray(lhs, rhs.dtype), rhs, dimension_numbers)
+        lhs = jnp.asarray(lhs, rhs.dtype)
+        return self._direct(lhs, rhs, dimension_numbers, out_sharding=out_sharding)
 
     def _direct(
         self,
         lhs: Array,
         rhs: Array,
         dimension_numbers: Any,
-        precision: Precision = None,
         preferred_element_type: Dtype | None = None,
-        **kwargs: Any,
+        out_sharding: Any = None,
     ) -> Array:
         dtype = rhs.dtype
         out = dtype if preferred_element_type is None else preferred_element_type
@@ -174,6 +187,7 @@ class Fp8DirectDotGeneralOp(Fp8DotGeneralBase):
             dimension_numbers,
             out,
             self.e5m2_dtype,
+            out_sharding,
         )
         return out_dq(out, lhs_scale, rhs_scale, y)
 
@@ -202,13 +216,18 @@ class Fp8Einsum(Fp8DirectDotGeneralOp):
         rhs: Array,
         precision: Precision = None,
         preferred_element_type: Dtype | None = None,
+        out_sharding: Any = None,
     ) -> Array:
         plan = _plan(where(self), eqn, jnp.ndim(lhs), jnp.ndim(rhs))
         lhs = jnp.sum(jnp.asarray(lhs, rhs.dtype), plan.sums[0])
         first, second = lhs, jnp.sum(rhs, plan.sums[1])
         if plan.swapped:
             first, second = second, first
-        y = self._direct(first, second, plan.dims, preferred_element_type=preferred_element_type)
+        if out_sharding is not None:
+            before = sorted(range(len(plan.order)), key=plan.order.__getitem__)
+            spec = (*out_sharding, *[None] * (len(before) - len(out_sharding)))
+            out_sharding = PartitionSpec(*[spec[d] for d in before])
+        y = self._direct(first, second, plan.dims, preferred_element_type, out_sharding)
         return jnp.transpose(y, plan.order)
 
 

@@ -14,9 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from shardflax.nn._manual import varying_axes
-from shardflax.nn.types import Array, Dtype
+from shardflax.nn.types import Array, Dtype, Precision
+from shardflax.partitioning.explicit_out import explicit_axes
 
 __all__ = [
     "compute_amax_history",
@@ -116,18 +118,20 @@ def _next_state(x: Array, q_dtype: Dtype, scale: Array, history: Array) -> tuple
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def in_qdq(compute_dtype: Dtype, q_dtype: Dtype, x: Array, scale: Array, history: Array) -> Array:
+def in_qdq(
+    compute_dtype: Dtype, q_dtype: Dtype, inp: Array, scale: Array, amax_history: Array
+) -> Array:
     """An operand as `q_dtype` can hold it; its gradient passes unchanged.
 
-    The "gradients" of `scale` `(1,)` and `history` `(length,)` are their next values.
+    The "gradients" of `scale` `(1,)` and `amax_history` `(length,)` are their next values.
 
     >>> x, one = jnp.array([1.06, 4.0]), jnp.ones(1)
     >>> of_state = jax.grad(lambda s, h: in_qdq(x.dtype, jnp.float8_e4m3fn, x, s, h).sum(), (0, 1))
     >>> [a.tolist() for a in of_state(one, jnp.array([7.0, 0.0]))]
     [[0.015625], [4.0, 7.0]]
     """
-    scale, _ = _next_state(x, q_dtype, scale, history)
-    return qdq(x, q_dtype, scale, compute_dtype)
+    scale, _ = _next_state(inp, q_dtype, scale, amax_history)
+    return qdq(inp, q_dtype, scale, compute_dtype)
 
 
 def _in_qdq_fwd(
@@ -145,17 +149,19 @@ in_qdq.defvjp(_in_qdq_fwd, _in_qdq_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def out_qdq(compute_dtype: Dtype, q_dtype: Dtype, y: Array, scale: Array, history: Array) -> Array:
+def out_qdq(
+    compute_dtype: Dtype, q_dtype: Dtype, out: Array, scale: Array, amax_history: Array
+) -> Array:
     """A result as it is; its *gradient* becomes what `q_dtype` can hold.
 
-    The "gradients" of `scale` `(1,)` and `history` `(length,)` are their next values.
+    The "gradients" of `scale` `(1,)` and `amax_history` `(length,)` are their next values.
 
     >>> def loss(y):
     ...     return (1.06 * out_qdq(y.dtype, jnp.float8_e5m2, y, jnp.ones(1), jnp.zeros(2))).sum()
     >>> jax.grad(loss)(jnp.ones(1)).tolist()
     [1.0]
     """
-    return y
+    return out
 
 
 def _out_qdq_fwd(
@@ -172,50 +178,70 @@ def _out_qdq_bwd(compute_dtype: Dtype, q_dtype: Dtype, state: Any, g: Array) -> 
 out_qdq.defvjp(_out_qdq_fwd, _out_qdq_bwd)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4, 5))
 def dot_general_with_precision(
-    lhs: Array, rhs: Array, dimension_numbers: DimensionNumbers, preferred: Dtype | None = None
+    lhs: Array,
+    rhs: Array,
+    dimension_numbers: DimensionNumbers,
+    precision: Precision = None,
+    preferred_element_type: Dtype | None = None,
+    out_sharding: Any = None,
 ) -> Array:
     """`lax.dot_general` in the default precision, its derivatives in the highest.
 
     So that a compiler, which sees operands that eight bits can hold, may multiply in eight bits,
-    and keep the wider sums of the backward pass.
+    and keep the wider sums of the backward pass.  `precision` is there for the sake of the
+    signature, and not used.
 
     >>> dot_general_with_precision(
     ...     jnp.ones((2, 3)), jnp.ones((3, 2)), (((1,), (0,)), ((), ()))
     ... ).sum()
     Array(12., dtype=float32)
     """
-    return _dot(lhs, rhs, dimension_numbers, lax.Precision.DEFAULT, preferred)
+    default = lax.Precision.DEFAULT
+    return _dot(lhs, rhs, dimension_numbers, default, preferred_element_type, out_sharding)
 
 
 @dot_general_with_precision.defjvp
-def _dot_jvp(dims: Any, preferred: Any, primals: Any, tangents: Any) -> tuple[Array, Array]:
+def _dot_jvp(
+    dims: Any, precision: Any, preferred: Any, out: Any, primals: Any, tangents: Any
+) -> tuple[Array, Array]:
     (lhs, rhs), (of_lhs, of_rhs) = primals, tangents
-    y = _dot(lhs, rhs, dims, lax.Precision.DEFAULT, preferred)
-    best = lax.Precision.HIGHEST
-    return y, _dot(lhs, of_rhs, dims, best, preferred) + _dot(of_lhs, rhs, dims, best, preferred)
+    y = _dot(lhs, rhs, dims, lax.Precision.DEFAULT, preferred, out)
+    tangent = partial(
+        _dot, dims=dims, precision=lax.Precision.HIGHEST, preferred=preferred, out_sharding=out
+    )
+    return y, tangent(lhs, of_rhs) + tangent(of_lhs, rhs)
 
 
-def _dot(lhs: Array, rhs: Array, dims: Any, precision: Any, preferred: Any) -> Array:
-    return lax.dot_general(lhs, rhs, dims, precision=precision, preferred_element_type=preferred)
+def _dot(
+    lhs: Array, rhs: Array, dims: Any, precision: Any, preferred: Any, out_sharding: Any = None
+) -> Array:
+    return lax.dot_general(
+        lhs,
+        rhs,
+        dims,
+        precision=precision,
+        preferred_element_type=preferred,
+        out_sharding=out_sharding,
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def in_q(
-    compute_dtype: Dtype, q_dtype: Dtype, x: Array, scale: Array, history: Array
+    compute_dtype: Dtype, q_dtype: Dtype, inp: Array, scale: Array, amax_history: Array
 ) -> tuple[Array, Array]:
     """An operand in `q_dtype`, and the scale `(1,)` that it was divided by.
 
-    The "gradients" of `scale` and `history` `(length,)` are their next values; that of `x` is zero:
-    `quantized_dot` gives it.
+    The "gradients" of `scale` and `amax_history` `(length,)` are their next values; that of `inp`
+    is zero: `quantized_dot` gives it.
 
     >>> q, scale = in_q(jnp.float32, jnp.float8_e4m3fn, jnp.ones(2), jnp.ones(1), jnp.zeros(2))
     >>> q.dtype, scale.tolist()
     (dtype(float8_e4m3fn), [1.0])
     """
-    scale, _ = _next_state(x, q_dtype, scale, history)
-    return quantize(x, q_dtype, scale, compute_dtype), scale
+    scale, _ = _next_state(inp, q_dtype, scale, amax_history)
+    return quantize(inp, q_dtype, scale, compute_dtype), scale
 
 
 def _in_q_fwd(
@@ -253,7 +279,7 @@ def _out_dq_bwd(dq_type: Dtype, _: None, g: Array) -> Any:
 out_dq.defvjp(_out_dq_fwd, _out_dq_bwd)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(8, 9, 10))
+@partial(jax.custom_vjp, nondiff_argnums=(8, 9, 10, 11))
 def quantized_dot(
     lhs: Array,
     q_lhs: Array,
@@ -261,24 +287,26 @@ def quantized_dot(
     rhs: Array,
     q_rhs: Array,
     rhs_scale: Array,
-    grad_scale: Array,
-    grad_history: Array,
+    out_grad_scale: Array,
+    out_grad_amax_history: Array,
     dimension_numbers: DimensionNumbers,
     preferred_element_type: Dtype | None = None,
     grad_dtype: Dtype = jnp.float8_e5m2,
+    out_sharding: Any = None,
 ) -> Array:
     """The product of two quantized operands, not yet times their scales (see `out_dq`).
 
     The backward pass quantizes the gradient to `grad_dtype` and multiplies it in eight bits too.
-    Gradients go to `lhs` and `rhs`, which are used for nothing else; those of `grad_scale` and
-    `grad_history` are their next values.
+    Gradients go to `lhs` and `rhs`, which are used for nothing else; those of
+    `out_grad_scale` and `out_grad_amax_history` are their next values.
 
     >>> q, one = jnp.ones((2, 2), jnp.float8_e4m3fn), jnp.ones(1)
     >>> x, dims = jnp.ones((2, 2)), (((1,), (0,)), ((), ()))
     >>> quantized_dot(x, q, one, x, q, one, one, jnp.zeros(2), dims, jnp.float32).sum()
     Array(8., dtype=float32)
     """
-    return _dot(q_lhs, q_rhs, dimension_numbers, lax.Precision.DEFAULT, preferred_element_type)
+    default = lax.Precision.DEFAULT
+    return _dot(q_lhs, q_rhs, dimension_numbers, default, preferred_element_type, out_sharding)
 
 
 def _quantized_dot_fwd(
@@ -293,21 +321,27 @@ def _quantized_dot_fwd(
     dims: DimensionNumbers,
     preferred: Dtype | None,
     grad_dtype: Dtype,
+    out_sharding: Any,
 ) -> tuple[Array, Any]:
-    y = _dot(q_lhs, q_rhs, dims, lax.Precision.DEFAULT, preferred)
+    y = _dot(q_lhs, q_rhs, dims, lax.Precision.DEFAULT, preferred, out_sharding)
     return y, (q_lhs, lhs_scale, q_rhs, rhs_scale, grad_scale, grad_history)
 
 
 def _quantized_dot_bwd(
-    dims: DimensionNumbers, preferred: Dtype | None, grad_dtype: Dtype, kept: Any, g: Array
+    dims: DimensionNumbers,
+    preferred: Dtype | None,
+    grad_dtype: Dtype,
+    out_sharding: Any,
+    kept: Any,
+    g: Array,
 ) -> Any:
     q_lhs, lhs_scale, q_rhs, rhs_scale, scale, history = kept
     scale, history = _next_state(g, grad_dtype, scale, history)
     q_g = quantize(g, grad_dtype, scale, g.dtype)
     ((lc, rc), (lb, rb)) = dims
     flipped = ((rc, lc), (rb, lb))
-    of_lhs = _gradient(q_g, q_rhs, dims, q_lhs.ndim, g.dtype, swapped=False)
-    of_rhs = _gradient(q_g, q_lhs, flipped, q_rhs.ndim, g.dtype, swapped=True)
+    of_lhs = _gradient(q_lhs, q_g, q_rhs, dims, g.dtype, swapped=False)
+    of_rhs = _gradient(q_rhs, q_g, q_lhs, flipped, g.dtype, swapped=True)
     of_lhs = dequantize(of_lhs, g.dtype, rhs_scale * scale)
     of_rhs = dequantize(of_rhs, g.dtype, lhs_scale * scale)
     return of_lhs, None, None, of_rhs, None, None, scale, history
@@ -316,20 +350,34 @@ def _quantized_dot_bwd(
 quantized_dot.defvjp(_quantized_dot_fwd, _quantized_dot_bwd)
 
 
-def _gradient(g: Array, other: Array, dims: Any, ndim: int, dtype: Dtype, swapped: bool) -> Array:
-    """The gradient of the operand of a product whose `dims` come first, from that of the result.
+def _gradient(x: Array, g: Array, other: Array, dims: Any, dtype: Dtype, swapped: bool) -> Array:
+    """The gradient of `x`, an operand of a product, from that of its result.
 
-    The result has the batch dims, the free dims of the left operand, and those of the right one;
-    `swapped` says that the operand was the right one.
+    `dims` are those of the product, of `x` first.  The result has the batch dims, the free dims of
+    the left operand, and those of the right one; `swapped` says that `x` was the right one.
     """
     (contract, other_contract), (batch, other_batch) = dims
-    free = [d for d in range(ndim) if d not in (*contract, *batch)]
+    free = [d for d in range(x.ndim) if d not in (*contract, *batch)]
     other_free = [d for d in range(other.ndim) if d not in (*other_contract, *other_batch)]
     first = len(batch) + (0 if swapped else len(free))
-    of_other = range(first, first + len(other_free))
-    numbers = ((tuple(of_other), tuple(other_free)), (tuple(range(len(batch))), other_batch))
-    found = _dot(g, other, numbers, lax.Precision.HIGHEST, dtype)
-    # It has the batch dims, the free ones, and those contracted, in the order of `other`.
+    of_g, of_batch = tuple(range(first, first + len(other_free))), tuple(range(len(batch)))
+    # The contracted dims of `x`, in the order in which `other` has them.
     by_other = [c for _, c in sorted(zip(other_contract, contract, strict=True))]
-    order = [*batch, *free, *by_other]
-    return jnp.transpose(found, [order.index(d) for d in range(ndim)])
+    if swapped:
+        # As `x` has them: a product the other way round would have to be transposed.
+        left, right, order = other, g, [*batch, *by_other, *free]
+        numbers = ((tuple(other_free), of_g), (other_batch, of_batch))
+    else:
+        left, right, order = g, other, [*batch, *free, *by_other]
+        numbers = ((of_g, tuple(other_free)), (of_batch, other_batch))
+    out = _spec_of(x, order)
+    found = _dot(left, right, numbers, lax.Precision.HIGHEST, dtype, out)
+    return jnp.transpose(found, [order.index(d) for d in range(x.ndim)])
+
+
+def _spec_of(x: Array, order: list[int]) -> PartitionSpec | None:
+    """On explicit axes, how `x` is laid out, its dims in another order."""
+    if not explicit_axes():
+        return None
+    spec = jax.typeof(x).sharding.spec
+    return PartitionSpec(*[spec[d] for d in order])

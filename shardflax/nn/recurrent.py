@@ -206,13 +206,9 @@ def _last_that_count(carries: Any, lengths: Any) -> Any:
     """Of `(time, *batch, ...)`, for each sequence its last step: `(*batch, ...)`."""
 
     def last(x: Array, lengths: Array) -> Array:
-        places = [
-            jnp.expand_dims(
-                jnp.arange(n, dtype=jnp.int32), [d for d in range(lengths.ndim) if d != dim]
-            )
-            for dim, n in enumerate(lengths.shape)
-        ]
-        return x[(lengths - 1, *places)]
+        # Not by indices of the batch, which would be sent around where the batch is spread.
+        at = jnp.reshape(lengths - 1, (1, *lengths.shape, *(1,) * (x.ndim - lengths.ndim - 1)))
+        return jnp.squeeze(jnp.take_along_axis(x, at, axis=0), 0)
 
     lengths = jnp.asarray(lengths)
     return jax.tree.map(lambda x: _gathered(last, x, lengths, without_time=True), carries)

@@ -24,6 +24,7 @@ __all__ = [
     "MGUCell",
     "RNNCellBase",
     "SimpleCell",
+    "VectorCell",
     "check_state",
     "dense_pair",
     "state_like",
@@ -64,6 +65,27 @@ class RNNCellBase(LayerBase):
         raise NotImplementedError(f"{type(self).__name__} must define `num_feature_axes`.")
 
 
+class VectorCell(RNNCellBase):
+    """The base of the cells whose states are vectors: the names of their dims, and a first carry.
+
+    >>> import shardflax.nn as nn
+    >>> issubclass(nn.GRUCell, VectorCell), issubclass(nn.ConvLSTMCell, VectorCell)
+    (True, False)
+    """
+
+    kernel_axes: Names = field(default=default_names("embed", "mlp"), kw_only=True)
+    recurrent_kernel_axes: Names = field(default=default_names("embed", "mlp"), kw_only=True)
+    out_axes: Names | None = field(default=names.FOLLOW, kw_only=True)
+
+    @nowrap
+    def initialize_carry(self, rng: Array, input_shape: tuple[int, ...]) -> Any:
+        return state_like(self, rng, input_shape)
+
+    @property
+    def num_feature_axes(self) -> int:
+        return 1
+
+
 def state_like(cell: Any, rng: Array, input_shape: tuple[int, ...]) -> Array:
     """A state `(*batch, features)` of a cell, laid out as its outputs are.
 
@@ -90,7 +112,7 @@ def check_state(cell: Any, what: str, state: Any, inputs: Array) -> None:
         raise CarryShapeError(where(cell), what, found, expected, shape)
 
 
-class SimpleCell(RNNCellBase):
+class SimpleCell(VectorCell):
     """The cell `h' = activation(W_i x + b_i + W_h h)` (Elman, 1990), plus `h` if `residual`.
 
     Inputs `(*batch, in)` and the carry `(*batch, features)` give carry and output, both
@@ -114,9 +136,6 @@ class SimpleCell(RNNCellBase):
     param_dtype: Dtype = jnp.float32
     carry_init: Initializer = initializers.zeros
     residual: bool = False
-    kernel_axes: Names = field(default=default_names("embed", "mlp"), kw_only=True)
-    recurrent_kernel_axes: Names = field(default=default_names("embed", "mlp"), kw_only=True)
-    out_axes: Names | None = field(default=names.FOLLOW, kw_only=True)
 
     @compact
     def __call__(self, carry: Array, inputs: Array) -> tuple[Array, Array]:
@@ -128,14 +147,6 @@ class SimpleCell(RNNCellBase):
             h = h + carry
         h = self.activation_fn(h)
         return h, h
-
-    @nowrap
-    def initialize_carry(self, rng: Array, input_shape: tuple[int, ...]) -> Array:
-        return state_like(self, rng, input_shape)
-
-    @property
-    def num_feature_axes(self) -> int:
-        return 1
 
 
 def dense_pair(cell: Any) -> tuple[Callable[..., Dense], Callable[..., Dense]]:
@@ -161,7 +172,7 @@ def dense_pair(cell: Any) -> tuple[Callable[..., Dense], Callable[..., Dense]]:
     )
 
 
-class GRUCell(RNNCellBase):
+class GRUCell(VectorCell):
     """A gated recurrent unit (arXiv:1412.3555).
 
     ```
@@ -190,9 +201,6 @@ class GRUCell(RNNCellBase):
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
     carry_init: Initializer = initializers.zeros
-    kernel_axes: Names = field(default=default_names("embed", "mlp"), kw_only=True)
-    recurrent_kernel_axes: Names = field(default=default_names("embed", "mlp"), kw_only=True)
-    out_axes: Names | None = field(default=names.FOLLOW, kw_only=True)
 
     @compact
     def __call__(self, carry: Array, inputs: Array) -> tuple[Array, Array]:
@@ -211,16 +219,8 @@ class GRUCell(RNNCellBase):
         h = (1.0 - keep) * new + keep * carry
         return h, h
 
-    @nowrap
-    def initialize_carry(self, rng: Array, input_shape: tuple[int, ...]) -> Array:
-        return state_like(self, rng, input_shape)
 
-    @property
-    def num_feature_axes(self) -> int:
-        return 1
-
-
-class MGUCell(RNNCellBase):
+class MGUCell(VectorCell):
     """A minimal gated unit (arXiv:1603.09420): its one gate forgets and, with `reset_gate`, resets.
 
     ```
@@ -252,9 +252,6 @@ class MGUCell(RNNCellBase):
     param_dtype: Dtype = jnp.float32
     carry_init: Initializer = initializers.zeros
     reset_gate: bool = True
-    kernel_axes: Names = field(default=default_names("embed", "mlp"), kw_only=True)
-    recurrent_kernel_axes: Names = field(default=default_names("embed", "mlp"), kw_only=True)
-    out_axes: Names | None = field(default=names.FOLLOW, kw_only=True)
 
     @compact
     def __call__(self, carry: Array, inputs: Array) -> tuple[Array, Array]:
@@ -270,11 +267,3 @@ class MGUCell(RNNCellBase):
         new = of_input(name="in", bias_init=self.activation_bias_init)(inputs) + of_new
         h = (1.0 - forget) * self.activation_fn(new) + forget * carry
         return h, h
-
-    @nowrap
-    def initialize_carry(self, rng: Array, input_shape: tuple[int, ...]) -> Array:
-        return state_like(self, rng, input_shape)
-
-    @property
-    def num_feature_axes(self) -> int:
-        return 1

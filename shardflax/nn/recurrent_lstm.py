@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import field
 from functools import partial
 from typing import Any
 
@@ -17,7 +16,7 @@ from shardflax.nn import _names as names
 from shardflax.nn import _weights as weights
 from shardflax.nn import dtypes, initializers
 from shardflax.nn.activations import sigmoid, tanh
-from shardflax.nn.recurrent_cells import RNNCellBase, check_state, dense_pair, state_like
+from shardflax.nn.recurrent_cells import VectorCell, check_state, dense_pair, state_like
 from shardflax.nn.types import Array, Dtype, Initializer, Names
 from shardflax.partitioning import default_names
 from shardflax.partitioning.scope import mesh_in_scope
@@ -27,7 +26,7 @@ __all__ = ["LSTMCell", "OptimizedLSTMCell"]
 GATES = ("i", "f", "g", "o")
 
 
-class LSTMCell(RNNCellBase):
+class LSTMCell(VectorCell):
     """A long short-term memory cell (Hochreiter and Schmidhuber, 1997).
 
     ```
@@ -57,9 +56,6 @@ class LSTMCell(RNNCellBase):
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
     carry_init: Initializer = initializers.zeros
-    kernel_axes: Names = field(default=default_names("embed", "mlp"), kw_only=True)
-    recurrent_kernel_axes: Names = field(default=default_names("embed", "mlp"), kw_only=True)
-    out_axes: Names | None = field(default=names.FOLLOW, kw_only=True)
 
     @compact
     def __call__(
@@ -95,10 +91,6 @@ class LSTMCell(RNNCellBase):
     def initialize_carry(self, rng: Array, input_shape: tuple[int, ...]) -> tuple[Array, Array]:
         of_c, of_h = jax.random.split(rng)
         return state_like(self, of_c, input_shape), state_like(self, of_h, input_shape)
-
-    @property
-    def num_feature_axes(self) -> int:
-        return 1
 
 
 class _Gate(Module):

@@ -19,6 +19,7 @@ from shardflax.nn import dtypes, initializers
 from shardflax.nn._norms import squared
 from shardflax.nn.errors import InputRankError, where
 from shardflax.nn.general import canonical_dims
+from shardflax.nn.policy import LayerBase
 from shardflax.nn.types import Array, Axes, Dtype, Initializer, Names
 from shardflax.partitioning import LogicallyPartitioned, default_names
 from shardflax.partitioning.explicit_out import InAuto, explicit_axes
@@ -76,7 +77,7 @@ class _PowerIteration:
         return jnp.reshape(y, weights.shape), sigma, u
 
 
-class SpectralNorm(Module):
+class SpectralNorm(LayerBase):
     """Calls a layer with each of its matrices divided by its largest singular value.
 
     That value is estimated by `n_steps` power iterations a call (arXiv:1802.05957), from a vector
@@ -140,7 +141,7 @@ class SpectralNorm(Module):
         return u, self.variable(col, f"{name}/sigma", jnp.ones, (), self.param_dtype)
 
 
-class WeightNorm(Module):
+class WeightNorm(LayerBase):
     """Calls a layer with each of its kernels at norm 1, times a learned scale (arXiv:1602.07868).
 
     The norm is that over all dims but `feature_axes` (`None`: over all dims); the parameter

@@ -30,22 +30,16 @@ def golden() -> dict[str, Any]:
 
 
 def chosen(
-    *,
-    flax: bool = False,
-    dtype: bool = False,
-    one: bool = False,
-    mesh: bool = False,
-    batched: bool = False,
+    *, flax: bool = False, dtype: bool = False, one: bool = False, further: bool = False
 ) -> list[Row]:
-    """All rows, or those with a property; `one`: one row of each layer."""
+    """All rows, or those with a property; `one`: one row of each layer, `further`: the others."""
     return [
         r
         for r in ROWS
         if (r.like_flax or not flax)
         and (r.has_dtype or not dtype)
-        and ("-" not in r.name or not one)
-        and (r.divides or not mesh)
-        and (r.batched or not batched)
+        and not (r.further and one)
+        and (r.further or not further)
     ]
 
 
@@ -100,8 +94,11 @@ def split(variables: Any) -> tuple[Any, Any]:
     return learned, {k: v for k, v in variables.items() if k not in LEARNED}
 
 
-def gradients(row: Row, variables: Any, inputs: Any, namespace: Any = nn) -> Any:
-    """Gradients to the parameters and to those inputs that have one; with them, all results."""
+def gradients(run: Callable[..., tuple[Any, Any]], variables: Any, inputs: Any) -> Any:
+    """Gradients to the parameters and to those inputs that have one; with them, all results.
+
+    `run(variables, *inputs)` gives the output and what is written, as that of a row does.
+    """
     learned, rest = split(variables)
     leaves, shape = jax.tree.flatten(inputs)
     inexact = [jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves]
@@ -109,9 +106,7 @@ def gradients(row: Row, variables: Any, inputs: Any, namespace: Any = nn) -> Any
     def of(learned: Any, given: Any) -> Any:
         given = iter(given)
         full = [next(given) if g else x for x, g in zip(leaves, inexact, strict=True)]
-        y, wrote = row.run(
-            {**rest, **learned}, *jax.tree.unflatten(shape, full), namespace=namespace
-        )
+        y, wrote = run({**rest, **learned}, *jax.tree.unflatten(shape, full))
         return loss_of(y), (y, wrote)
 
     floating = [x for x, g in zip(leaves, inexact, strict=True) if g]
@@ -136,20 +131,21 @@ def facts(row: Row) -> Facts:
 def program(row: Row, namespace: Any = nn) -> Callable[[], Facts]:
     """Variables and all results, as one program to compile."""
 
-    def run() -> Facts:
+    def all_of() -> Facts:
         variables = row.init(namespace)
         # What is initialised to a constant must not make the results one.
         given, inputs = jax.lax.optimization_barrier((variables, row.inputs()))
-        grads, (y, wrote) = gradients(row, given, inputs, namespace)
+        run = functools.partial(row.run, namespace=namespace)
+        grads, (y, wrote) = gradients(run, given, inputs)
         return Facts(inputs, variables, y, wrote, grads)
 
-    return jax.jit(run)
+    return jax.jit(all_of)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def everything(row: Row, variables: Any, inputs: Any) -> tuple[Any, Any, Any]:
     """Output, written collections and gradients, as one program to compile."""
-    grads, (y, wrote) = gradients(row, variables, inputs)
+    grads, (y, wrote) = gradients(row.run, variables, inputs)
     return y, wrote, grads
 
 
@@ -162,10 +158,15 @@ class Place(NamedTuple):
     mesh: jax.sharding.Mesh
     rules: AxisRules
 
-    def spread(self, row: Row) -> jax.NamedSharding:
-        """The sharding of inputs: their batch over the mesh."""
-        spec = jax.P(batch_axes(self.mesh, self.rules)) if row.batched else jax.P()
-        return jax.NamedSharding(self.mesh, spec)
+    def spread(self, row: Row, inputs: Any) -> Any:
+        """The shardings of inputs: their batch over the mesh."""
+        axes = batch_axes(self.mesh, self.rules)
+
+        def one(_: Any, dim: int | None) -> jax.NamedSharding:
+            spec = () if dim is None else (*[None] * dim, axes)
+            return jax.NamedSharding(self.mesh, jax.P(*spec))
+
+        return row.by_batch(one, inputs)
 
 
 MESHES = {
@@ -204,7 +205,7 @@ def described(row: Row) -> dict[str, Any]:
         for path, box in leaves
         for unboxed in [box.value if is_box(box) else box]
     }
-    return {"variables": variables, "outputs": output_types(row) if row.divides else None}
+    return {"variables": variables, "outputs": output_types(row)}
 
 
 def output_types(row: Row) -> list[str]:
@@ -214,9 +215,10 @@ def output_types(row: Row) -> list[str]:
     assert not layout.problems
     state, inputs = jax.eval_shape(row.init), jax.eval_shape(row.inputs)
     state = jax.tree.map(with_sharding, state, layout.shardings)
-    inputs = jax.tree.map(functools.partial(with_sharding, sharding=on.spread(row)), inputs)
+    inputs = jax.tree.map(with_sharding, inputs, on.spread(row, inputs))
     with use(on.mesh, on.rules):
-        (learned, _), (y, _) = jax.eval_shape(functools.partial(gradients, row), state, inputs)
+        of = functools.partial(gradients, row.run)
+        (learned, _), (y, _) = jax.eval_shape(of, state, inputs)
     assert typed(learned) == typed(split(state)[0])
     return jax.tree.leaves(typed(y))
 

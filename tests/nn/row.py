@@ -40,62 +40,102 @@ LEARNED = ("params", "_overwrite_with_gradient")
 class Row:
     """One layer with one set of arguments: built from either namespace, ours or Flax's.
 
-    A name `Layer-what` is a further row of `Layer`: expensive columns leave it out.  Inputs and
-    outputs may be trees; complex ones are fine.
+    A name `Layer-what` is a further row of `Layer`: columns that compile much treat them together.
+    Inputs and outputs may be trees; complex ones are fine.
     """
 
     name: str
     make: Callable[..., Any]
     """`make(namespace, **options)` builds the layer; options are `dtype`, `param_dtype`."""
     inputs: Callable[[], tuple[Any, ...]]
-    """The positional arguments of the call."""
+    """The positional arguments of the call; a dict at their end has arrays by keyword."""
     call: dict[str, Any] = field(default_factory=dict)
-    """The keyword arguments of the call, `method` too."""
+    """Keyword arguments of the call that are no arrays."""
     streams: tuple[str, ...] = ()
     """Random streams that the call draws from."""
-    like_flax: bool = True
-    """Flax has this layer, with these arguments: values must be equal bit for bit."""
-    has_dtype: bool = True
-    """The layer takes `dtype` and `param_dtype`, and `dtype` is that of all it returns."""
-    halves: tuple[str, ...] = ("bfloat16", "float16", "narrow")
-    """The half precisions that this backend computes the layer in; narrow: bfloat16 parameters."""
-    divides: bool = True
-    """The meshes of the tests divide all parameters, as their default names want it."""
-    batched: bool = True
-    """The first dim of all inputs is the batch, which outputs have too."""
+    formula: Callable[..., Any] | None = None
+    """`formula(row, variables, *inputs)`: the output in plain JAX, where Flax has no such layer.
+
+    Where there is none, Flax has the layer, with these arguments: values are equal bit for bit.
+    """
+    ours: dict[str, Any] = field(default_factory=dict)
+    """Further options of our layer, which Flax's has not."""
+    typed: tuple[str, ...] = ("dtype", "param_dtype")
+    """Which of these the layer takes, where `dtype` is that of all it returns; without `dtype` it
+    computes in that of what it is given."""
+    batch_dims: tuple[int | None, ...] = (0,)
+    """The batch dim of each array of the inputs, `None` where it has none; the last is for all
+    that follow."""
+    out_batch_dim: int = 0
+    """The batch dim of the outputs."""
+    in_parts: dict[str, Any] | None = field(default_factory=dict)
+    """Further options where each device sees a part of the batch; `None`: the parts give another
+    result there, by what the layer means."""
+    rewrites: bool = False
+    """`init` gives the parameters as the layer uses them, in `dtype`."""
     over_weights: bool = False
     """Statistics of the weights are taken, so their sharded dims are summed over."""
+    side_by_side: bool = False
+    """Arrays are joined along a dim that is spread over `tensor`, so their parts move."""
     over_batch: bool = False
     """Elements of the batch see one another: a statistic over the batch is the layer's meaning."""
     writes: tuple[str, ...] = WRITTEN
     """Collections that the call may write; what it writes is compared too."""
-    no_gradient: tuple[str, ...] = ("key", "query")
+    no_gradient: tuple[str, ...] = ()
     """Words in the paths of parameters whose gradient may be zero by the layer's meaning."""
-    own_class: bool = False
-    """`make` gives a module written in the tests: its fields are not compared with Flax's."""
+
+    @property
+    def like_flax(self) -> bool:
+        return self.formula is None
+
+    @property
+    def has_dtype(self) -> bool:
+        return "dtype" in self.typed
+
+    @property
+    def further(self) -> bool:
+        """Another row comes first, with other arguments of the same layer."""
+        return "-" in self.name
 
     def build(self, namespace: Any = nn, **options: Any) -> Any:
-        return self.make(namespace, **options)
+        return self.make(namespace, **(self.ours if namespace is nn else {}), **options)
 
     def rngs(self, seed: int = 0) -> dict[str, jax.Array]:
         return {name: quick_key(10 * seed + i) for i, name in enumerate(("params", *self.streams))}
 
+    def drawn(self) -> dict[str, jax.Array]:
+        """The keys of a call."""
+        return {name: key for name, key in self.rngs(1).items() if name in self.streams}
+
     def init(self, namespace: Any = nn, inputs: Any = None, **options: Any) -> Any:
+        args, arrays = arguments_of(inputs or self.inputs())
         model = self.build(namespace, **options)
-        return model.init(self.rngs(), *(inputs or self.inputs()), **self.call)
+        return model.init(self.rngs(), *args, **arrays, **self.call)
 
     def run(
         self, variables: Any, *inputs: Any, namespace: Any = nn, **options: Any
     ) -> tuple[Any, Any]:
         """The output, and the collections that the layer wrote."""
+        args, arrays = arguments_of(inputs)
         model = self.build(namespace, **options)
-        rngs = {name: key for name, key in self.rngs(1).items() if name in self.streams}
-        mutable = list(self.writes)
-        return model.apply(variables, *inputs, rngs=rngs, mutable=mutable, **self.call)
+        keywords = {"rngs": self.drawn(), "mutable": list(self.writes), **arrays, **self.call}
+        return model.apply(variables, *args, **keywords)
 
     def apply(self, variables: Any, *inputs: Any, namespace: Any = nn, **options: Any) -> Any:
         """The output alone."""
         return self.run(variables, *inputs, namespace=namespace, **options)[0]
+
+    def by_batch(self, fn: Callable[[Any, int | None], Any], inputs: Any) -> Any:
+        """`fn(array, its batch dim)` for each array of the inputs."""
+        leaves, shape = jax.tree.flatten(inputs)
+        dims = [*self.batch_dims, *[self.batch_dims[-1]] * len(leaves)][: len(leaves)]
+        return jax.tree.unflatten(shape, [fn(x, d) for x, d in zip(leaves, dims, strict=True)])
+
+
+def arguments_of(inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional arguments, and those by keyword, which are a dict at the end."""
+    by_keyword = bool(inputs) and isinstance(inputs[-1], dict)
+    return (inputs[:-1], inputs[-1]) if by_keyword else (inputs, {})
 
 
 def floats(*shape: int, seed: int = 0) -> jax.Array:

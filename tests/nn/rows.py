@@ -11,18 +11,21 @@ from typing import Any
 import flax.linen
 import numpy as np
 
-from tests.nn import rows_images, rows_sequence
+from shardflax.partitioning import default_names
+from tests.nn import formulas, rows_images, rows_sequence
 from tests.nn.row import BATCH, LENGTH, WIDTH, Row, floats, hidden, ids, maker
 
 __all__ = ["ROWS"]
 
 
-def chain(namespace: Any) -> Any:
-    return namespace.Sequential([namespace.LayerNorm(), namespace.Dense(16), namespace.gelu])
+def chain(namespace: Any, **options: Any) -> Any:
+    layers = namespace.LayerNorm(**options), namespace.Dense(16, **options), namespace.gelu
+    return namespace.Sequential(layers)
 
 
 normal = flax.linen.initializers.normal
-causal = np.tril(np.ones((1, 1, LENGTH, LENGTH), bool))
+causal = {"mask": np.tril(np.ones((1, 1, LENGTH, LENGTH), bool))}
+features = {"mask": np.arange(WIDTH) < 5}
 cross = lambda: (floats(BATCH, LENGTH, WIDTH), floats(BATCH, 6, WIDTH, seed=1))  # noqa: E731
 
 ROWS = [
@@ -38,13 +41,24 @@ ROWS = [
     Row("Einsum-back", maker("Einsum", (LENGTH, WIDTH, 16), "bld,ldm->bm"), hidden),
     Row("Einsum-batch", maker("Einsum", (LENGTH, WIDTH, 16), "bld,ldm->blm"), hidden),
     Row("Embed", maker("Embed", 16, WIDTH), ids),
-    Row("Embed-single", maker("Embed", 1, WIDTH), ids, divides=False),
-    Row("Embed-one-hot", maker("Embed", 16, WIDTH, lookup="one_hot"), ids, like_flax=False),
+    # One row is not cut: the default names would be an error.
+    Row(
+        "Embed-single",
+        maker("Embed", 1, WIDTH),
+        ids,
+        ours={"embedding_axes": default_names(None, "vocab_embed")},
+    ),
+    Row(
+        "Embed-one-hot",
+        maker("Embed", 16, WIDTH, lookup="one_hot"),
+        ids,
+        formula=formulas.looked_up,
+    ),
     Row("LayerNorm", maker("LayerNorm"), hidden),
     Row("LayerNorm-exact", maker("LayerNorm", use_fast_variance=False), hidden),
     Row("LayerNorm-axes", maker("LayerNorm", reduction_axes=(1, 2), feature_axes=(2, 1)), hidden),
     Row("LayerNorm-bare", maker("LayerNorm", use_scale=False, use_bias=False), hidden),
-    Row("LayerNorm-mask", maker("LayerNorm"), hidden, call={"mask": np.arange(WIDTH) < 5}),
+    Row("LayerNorm-mask", maker("LayerNorm"), lambda: (*hidden(), features), batch_dims=(0, None)),
     Row("RMSNorm", maker("RMSNorm"), hidden),
     Row("RMSNorm-narrow", maker("RMSNorm", force_float32_reductions=False), hidden),
     Row(
@@ -52,7 +66,7 @@ ROWS = [
         maker("Dropout", 0.5, deterministic=False),
         hidden,
         streams=("dropout",),
-        has_dtype=False,
+        typed=(),
     ),
     Row(
         "Dropout-broadcast",
@@ -60,9 +74,9 @@ ROWS = [
         hidden,
         call={"deterministic": False},
         streams=("dropout",),
-        has_dtype=False,
+        typed=(),
     ),
-    Row("Sequential", chain, hidden, has_dtype=False),
+    Row("Sequential", chain, hidden),
     Row("MultiHeadDotProductAttention", maker("MultiHeadDotProductAttention", 4), cross),
     Row(
         "MultiHeadDotProductAttention-options",
@@ -75,8 +89,8 @@ ROWS = [
             force_fp32_for_softmax=True,
             out_kernel_init=normal(1.0),
         ),
-        hidden,
-        call={"mask": causal},
+        lambda: (*hidden(), causal),
+        batch_dims=(0, None),
     ),
     Row(
         "MultiHeadAttention-dropout",
@@ -88,12 +102,13 @@ ROWS = [
         "MultiHeadAttention-decode",
         maker("MultiHeadAttention", 4, decode=True),
         lambda: (floats(BATCH, 1, WIDTH),),
+        no_gradient=("key", "query"),  # one token has nothing to choose from
     ),
     Row(
         "GroupedQueryAttention",
         maker("GroupedQueryAttention", 4, num_kv_heads=2),
         hidden,
-        like_flax=False,
+        formula=formulas.attention(),
     ),
     Row(
         "GroupedQueryAttention-options",
@@ -107,25 +122,24 @@ ROWS = [
             rope_theta=None,
             implementation="reference",
         ),
-        hidden,
-        call={"mask": causal},
-        like_flax=False,
+        lambda: (*hidden(), causal),
+        batch_dims=(0, None),
+        formula=formulas.attention(theta=None),
     ),
     Row(
         "GroupedQueryAttention-dropout",
         maker("GroupedQueryAttention", 4, dropout_rate=0.5, deterministic=False),
         hidden,
         streams=("dropout",),
-        like_flax=False,
+        formula=formulas.attention(rate=0.5),
     ),
     Row(
         "GroupedQueryAttention-decode",
         maker("GroupedQueryAttention", 4, num_kv_heads=2, decode=True),
         hidden,
-        like_flax=False,
+        formula=formulas.attention(),
     ),
-    # Warns of its deprecation in Flax.
-    Row("SelfAttention", maker("SelfAttention", 4), hidden, like_flax=False),
+    Row("SelfAttention", maker("SelfAttention", 4), hidden),
     *rows_images.ROWS,
     *rows_sequence.ROWS,
 ]

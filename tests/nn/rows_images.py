@@ -21,13 +21,15 @@ def images() -> tuple[Any, ...]:
 def wrapped(norm: str, layer: str, *args: Any, **options: Any) -> Callable[..., Any]:
     """A norm of the weights of another layer."""
 
-    def make(namespace: Any) -> Any:
-        return getattr(namespace, norm)(getattr(namespace, layer)(*args), **options)
+    def make(namespace: Any, **dtypes: Any) -> Any:
+        inner = getattr(namespace, layer)(*args, **dtypes)
+        return getattr(namespace, norm)(inner, **options, **dtypes)
 
     return make
 
 
 mask = np.random.RandomState(1).rand(BATCH, 4, 4, 1) > 0.3
+masked = lambda: (*images(), {"mask": mask})  # noqa: E731
 kernel_mask = np.random.RandomState(2).rand(3, WIDTH, 16) > 0.3
 batch_norm = {"use_running_average": False, "momentum": 0.9}
 
@@ -53,13 +55,19 @@ ROWS: list[Row] = [
         hidden,
     ),
     Row("ConvLocal", maker("ConvLocal", 16, (2, 2), bias_init=normal(1.0)), images),
-    Row("BatchNorm", maker("BatchNorm", **batch_norm), images, over_batch=True),
+    Row(
+        "BatchNorm",
+        maker("BatchNorm", **batch_norm),
+        images,
+        over_batch=True,
+        in_parts={"axis_name": "data"},
+    ),
     Row(
         "BatchNorm-mask",
         maker("BatchNorm", **batch_norm, axis=(1, -1), use_fast_variance=False),
-        images,
-        call={"mask": mask},
+        masked,
         over_batch=True,
+        in_parts=None,  # the mean of the parts' means, however many elements each counts
     ),
     Row("BatchNorm-stored", maker("BatchNorm", True, bias_init=normal(1.0)), images),
     Row("GroupNorm", maker("GroupNorm", 4), images),
@@ -73,37 +81,37 @@ ROWS: list[Row] = [
     Row(
         "InstanceNorm-mask",
         maker("InstanceNorm", scale_init=normal(1.0), use_fast_variance=False),
-        images,
-        call={"mask": mask},
+        masked,
     ),
     Row(
         "SpectralNorm",
         wrapped("SpectralNorm", "Dense", 16),
         hidden,
         call={"update_stats": True},
-        has_dtype=False,
         over_weights=True,
+        rewrites=True,
     ),
     Row(
         "SpectralNorm-kept",
         wrapped("SpectralNorm", "Conv", 16, (3,), n_steps=2),
         hidden,
         call={"update_stats": False},
-        has_dtype=False,
+        rewrites=True,
     ),
     Row(
         "WeightNorm",
         wrapped("WeightNorm", "Dense", 16),
         hidden,
-        has_dtype=False,
         over_weights=True,
+        rewrites=True,
     ),
     Row("InstanceNorm-dims", maker("InstanceNorm", feature_axes=(1, -1)), images),
     Row(
         "WeightNorm-conv",
         wrapped("WeightNorm", "Conv", 16, (3,), feature_axes=(0, -1), scale_init=normal(1.0)),
         hidden,
-        has_dtype=False,
+        rewrites=True,
+        over_weights=True,
     ),
-    Row("PReLU", maker("PReLU"), images, has_dtype=False),
+    Row("PReLU", maker("PReLU"), images, typed=("param_dtype",)),
 ]

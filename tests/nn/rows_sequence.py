@@ -9,7 +9,8 @@ import flax.linen
 import jax.numpy as jnp
 import numpy as np
 
-from tests.nn.row import BATCH, WIDTH, Row, floats, hidden, maker
+from tests.nn import formulas
+from tests.nn.row import BATCH, LENGTH, WIDTH, Row, floats, hidden, maker
 
 normal = flax.linen.initializers.normal
 
@@ -39,16 +40,16 @@ def cell(kind: str, **fixed: Any) -> Callable[..., Any]:
 
 
 def rnn(kind: str, **fixed: Any) -> Callable[..., Any]:
-    def make(namespace: Any) -> Any:
-        return namespace.RNN(getattr(namespace, kind)(WIDTH), **fixed)
+    def make(namespace: Any, **options: Any) -> Any:
+        return namespace.RNN(cell(kind)(namespace, **options), **fixed)
 
     return make
 
 
 def bidirectional(**fixed: Any) -> Callable[..., Any]:
-    def make(namespace: Any) -> Any:
-        cells = namespace.GRUCell(WIDTH), namespace.SimpleCell(WIDTH)
-        return namespace.Bidirectional(*map(namespace.RNN, cells), **fixed)
+    def make(namespace: Any, **options: Any) -> Any:
+        directions = (rnn(kind)(namespace, **options) for kind in ("GRUCell", "SimpleCell"))
+        return namespace.Bidirectional(*directions, **fixed)
 
     return make
 
@@ -60,7 +61,7 @@ def operands() -> tuple[Any, ...]:
 DIMS = (((1,), (0,)), ((), ()))
 
 
-def product(kind: str, *dims: Any, **more: Any) -> Row:
+def product(kind: str, *dims: Any) -> Row:
     """A product in eight bits, with what its call says besides operands (layers: `test_fp8.py`)."""
 
     def make(namespace: Any) -> Any:
@@ -71,13 +72,15 @@ def product(kind: str, *dims: Any, **more: Any) -> Row:
 
         return type(kind, (op,), {"__call__": call})(amax_history_length=4)
 
-    return Row(kind, make, operands, own_class=True, has_dtype=False, batched=False, **more)
+    return Row(kind, make, operands, typed=(), batch_dims=(0, None))
 
+
+# The dtype of a state is that of the first carry, whatever the layer computes in.
+STATE = ("param_dtype",)
 
 ROWS: list[Row] = [
-    # The dtype of a state is that of the first carry, whatever the layer computes in.
     *(
-        Row(kind, cell(kind), inputs, has_dtype=False)
+        Row(kind, cell(kind), inputs, typed=STATE)
         for kind, inputs in {
             "SimpleCell": one_state,
             "GRUCell": one_state,
@@ -86,36 +89,34 @@ ROWS: list[Row] = [
             "OptimizedLSTMCell": two_states,
         }.items()
     ),
-    Row("SimpleCell-residual", cell("SimpleCell", residual=True), one_state, has_dtype=False),
-    Row("MGUCell-no-reset", cell("MGUCell", reset_gate=False), one_state, has_dtype=False),
-    Row("ConvLSTMCell", maker("ConvLSTMCell", WIDTH, (3, 3)), images, has_dtype=False),
-    Row("RNN", rnn("LSTMCell"), hidden, has_dtype=False),
+    Row("SimpleCell-residual", cell("SimpleCell", residual=True), one_state, typed=STATE),
+    Row("MGUCell-no-reset", cell("MGUCell", reset_gate=False), one_state, typed=STATE),
+    Row("ConvLSTMCell", maker("ConvLSTMCell", WIDTH, (3, 3)), images, typed=STATE),
+    Row("RNN", rnn("LSTMCell"), hidden, typed=STATE),
     Row(
         "RNN-backwards",
         rnn("GRUCell", reverse=True, keep_order=True, return_carry=True),
-        hidden,
-        call={"seq_lengths": LENGTHS},
-        has_dtype=False,
+        lambda: (*hidden(), {"seq_lengths": LENGTHS}),
+        typed=STATE,
     ),
     Row(
         "RNN-time",
         rnn("SimpleCell", time_major=True, unroll=2),
-        hidden,
-        has_dtype=False,
-        batched=False,
+        lambda: (floats(LENGTH, BATCH, WIDTH),),
+        typed=STATE,
+        batch_dims=(1,),
+        out_batch_dim=1,
     ),
-    # Features side by side have to move, where they are spread over devices.
-    Row("Bidirectional", bidirectional(merge_fn=jnp.add), hidden, has_dtype=False),
-    Row("Bidirectional-side-by-side", bidirectional(), hidden, has_dtype=False),
+    Row("Bidirectional", bidirectional(merge_fn=jnp.add), hidden, typed=STATE),
+    Row("Bidirectional-side-by-side", bidirectional(), hidden, typed=STATE, side_by_side=True),
     Row(
         "GroupedQueryAttention-window",
         maker("GroupedQueryAttention", 4, window=1, logit_softcap=2.0),
         hidden,
-        like_flax=False,
+        formula=formulas.attention(window=1, cap=2.0),
     ),
     product("Fp8DirectDotGeneralOp"),
-    # Flax warns of their deprecation; test_fp8.py compares them.
-    product("Fp8DotGeneralOp", like_flax=False),
-    product("NANOOFp8DotGeneralOp", like_flax=False),
+    product("Fp8DotGeneralOp"),
+    product("NANOOFp8DotGeneralOp"),
     product("Fp8Einsum", "ab,bc->ac"),
 ]

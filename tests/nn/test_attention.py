@@ -210,6 +210,37 @@ def test_devices_of_amd_have_no_version_of_cudnn() -> None:
     assert found == versions
 
 
+CHOSEN: list[tuple[str, Any, int, dict[str, Any], str]] = [
+    ("cpu", jnp.float32, 128, {}, "xla"),
+    ("cpu", jnp.float16, 128, {}, "reference"),
+    ("cpu", jnp.float32, 128, {"softcap": 2.0}, "reference"),
+    ("cpu", jnp.float32, 128, {"precision": "highest"}, "reference"),
+    ("tpu", jnp.float32, 128, {}, "flash"),
+    ("tpu", jnp.bfloat16, 128, {"softcap": 2.0, "window": (3, 3)}, "flash"),
+    ("tpu", jnp.bfloat16, 100, {}, "xla"),
+    ("tpu", jnp.bfloat16, 128, {"mask": True}, "xla"),
+    ("gpu", jnp.bfloat16, 100, {}, "cudnn"),
+    ("gpu", jnp.float16, 128, {"window": (3, 3)}, "cudnn"),
+    ("gpu", jnp.float32, 128, {}, "xla"),
+    ("gpu", jnp.bfloat16, 128, {"mask": True}, "xla"),
+    ("gpu", jnp.bfloat16, 128, {"softcap": 2.0}, "reference"),
+    ("gpu", jnp.bfloat16, 128, {"dropout": True}, "reference"),
+]
+
+
+@pytest.mark.parametrize(("platform", "dtype", "length", "options", "expected"), CHOSEN)
+def test_what_computes_it_follows_backend_and_shapes(
+    platform: str, dtype: Any, length: int, options: Any, expected: str, monkeypatch: Any
+) -> None:
+    device = SimpleNamespace(platform=platform, compute_capability="9.0")
+    monkeypatch.setattr("shardflax.nn.flash.target_device", lambda: device)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    q = jax.ShapeDtypeStruct((2, length, 4, 64), dtype)
+    fields = {k: v for k, v in options.items() if k not in ("mask", "dropout")}
+    given = (jnp.ones((1, 1)) if options.get(k) else None for k in ("mask", "dropout"))
+    assert Attention("here", **fields).choose(q, q, q, *given) == expected
+
+
 def test_what_the_kernel_does_not_know_is_said() -> None:
     layer = nn.GroupedQueryAttention(2, implementation="flash")
     with pytest.raises(AttentionOptionsError, match="multiples of 128, found 6 and 6"):

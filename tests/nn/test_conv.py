@@ -15,13 +15,18 @@ from jax import lax
 import shardflax.nn as nn
 from shardflax.core.boxes import is_box
 from shardflax.core.errors import FlaxError
-from shardflax.partitioning import make_mesh, preset, use
+from shardflax.partitioning import collectives, make_mesh, preset, use
 from tests.core.harness import quick_key
 from tests.nn.matrix import close, same
 from tests.nn.row import floats
 
 X1, X2, X3 = floats(2, 6, 8), floats(2, 6, 5, 8), floats(2, 3, 4, 5, 8)
 MASK = np.random.RandomState(0).rand(3, 8, 4) > 0.5
+
+
+def twice(*args: Any, **kwargs: Any) -> Any:
+    """What is convolved with instead: it is linear, and of the same shape."""
+    return 2 * lax.conv_general_dilated(*args, **kwargs)
 
 
 def conv(x: Any, *args: Any, layer: str = "Conv", **options: Any) -> Callable[[Any], Any]:
@@ -59,6 +64,10 @@ CASES: dict[str, list[Callable[[Any], Any]]] = {
         conv(X1, 3, mask=floats(3, 8, 4)),
         local(X1, 2, 2, "VALID", mask=floats(3, 16, 4)),
         local(X1, 3, padding="CIRCULAR", kernel_dilation=2),
+        local(X1, 3, padding="CAUSAL", kernel_dilation=2),
+        local(X2, (3, 2), padding="REFLECT", use_bias=False),
+        local(X1, 3, padding=((2, 1),), input_dilation=2, mask=floats(12, 24, 4)),
+        local(X1, 3, conv_general_dilated=twice),
         conv(X1 * (1 + 2j), 3, None),
     ],
     "transposed": [
@@ -104,9 +113,6 @@ def test_what_convolves_can_be_passed_in() -> None:
             calls.value += 1
             return 2 * lax.conv_general_dilated(*args, **kwargs)
 
-    def twice(*args: Any, **kwargs: Any) -> Any:
-        return 2 * lax.conv_general_dilated(*args, **kwargs)
-
     plain = nn.Conv(4, 3, use_bias=False)
     variables = plain.init(quick_key(0), X1)
     expected = 2 * plain.apply(variables, X1)
@@ -148,6 +154,7 @@ def test_default_names() -> None:
     assert kernel_names(nn.Conv(16, 3), 3) == (None, None, "mlp")
     assert kernel_names(nn.Conv(3, 3), 8) == (None, "embed", None)
     assert kernel_names(nn.Conv(16, 3, feature_group_count=8), 8) == (None, None, "mlp")
+    assert kernel_names(nn.Conv(16, 3, feature_group_count=2), 8) == (None, None, None)
     assert kernel_names(nn.ConvTranspose(16, 3, transpose_kernel=True), 8) == (None, "mlp", "embed")
     assert kernel_names(nn.Conv(16, 3, kernel_axes=(None, "mlp", "embed")), 8) == (
         None,
@@ -171,6 +178,26 @@ def test_two_batch_dims_and_windows_over_a_sharded_dim(axis_types: Any) -> None:
     close(z, layer.apply(variables, pairs))
     assert y.sharding.spec == jax.P("fsdp", "context", "tensor")
     assert z.sharding.spec == jax.P("fsdp", None, None, "tensor")
+
+
+@pytest.mark.parametrize("axis_types", ["auto", "explicit"])
+def test_groups_leave_the_batch_where_it_is(axis_types: Any) -> None:
+    """XLA by itself gathers it; forward and backward, in several groups of several channels."""
+    mesh, rules = make_mesh("data=4,tensor=2", axis_types=axis_types), preset("tp_sp")
+    layer, x = nn.Conv(16, 3, feature_group_count=4), floats(8, 4, 8)
+    variables = layer.init(quick_key(0), x)
+
+    def loss(variables: Any, x: Any) -> Any:
+        return jnp.sum(jnp.sin(layer.apply(variables, x)))
+
+    step = jax.grad(loss, (0, 1))
+    with use(mesh, rules):
+        given = jax.device_put(x, jax.NamedSharding(mesh, jax.P("data")))
+        compiled = jax.jit(step).lower(jax.device_put(variables, jax.P()), given).compile()
+        found = compiled(jax.device_put(variables, jax.P()), given)
+    close(found, step(variables, x))
+    assert {c.kind for c in collectives(compiled, mesh)} == {"all-reduce"}  # the gradient's sums
+    assert found[1].sharding.is_equivalent_to(given.sharding, x.ndim)
 
 
 def fails(make: Callable[..., Any], x: Any) -> Callable[[], Any]:

@@ -95,6 +95,25 @@ def test_einsum(equation: str) -> None:
     both(program)
 
 
+def test_attention_in_eight_bits() -> None:
+    """Projections and both products of attention, each with a state of its own."""
+
+    def program(n: Any) -> Any:
+        op, einsum = partial(n.Fp8DirectDotGeneralOp, 4), partial(n.Fp8Einsum, 4)
+        layer = n.MultiHeadDotProductAttention(
+            2,
+            qkv_dot_general_cls=op,
+            out_dot_general_cls=op,
+            qk_attn_weights_einsum_cls=einsum,
+            attn_weights_value_einsum_cls=einsum,
+        )
+        variables = layer.init(quick_key(0), X)
+        return variables, steps(layer, variables, X)
+
+    variables, _ = both(program)
+    assert {"Fp8Einsum_0", "Fp8Einsum_1", "query", "out"} <= variables[STATE].keys()
+
+
 BAD = {
     "bld,dm": "must be like 'ab,bc->ac'",
     "bld->bl": "must be like 'ab,bc->ac'",

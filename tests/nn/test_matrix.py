@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen
 import jax
@@ -21,14 +20,17 @@ from tests.nn.matrix import (
     described,
     facts,
     golden,
+    gradients,
     loss_of,
     program,
     rows,
     same,
     split,
 )
-from tests.nn.row import Row, layers_of
+from tests.nn.row import Row, arguments_of, layers_of
 from tests.nn.rows import ROWS
+
+WITHOUT_FLAX = [row for row in ROWS if not row.like_flax]
 
 
 def test_every_layer_has_a_row() -> None:
@@ -40,26 +42,27 @@ def test_names_of_rows_tell_them_apart() -> None:
     assert len({row.name for row in ROWS}) == len(ROWS)
 
 
+# What Flax warns of is a part of its namespace: the layers are compared all the same.
+quietly = pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
+
+
 @rows(flax=True)
+@quietly
 def test_parity_with_flax(row: Row) -> None:
     """Tree, values, what is written, and gradients."""
     same(facts(row), program(row, flax.linen)())
 
 
-@rows(flax=True)
-def test_fields_are_those_of_flax(row: Row) -> None:
-    """Flax's fields come first, in its order, with its defaults; ours are keyword-only."""
-    if row.own_class:
-        return
-    ours, theirs = type(row.build()), type(row.build(flax.linen))
-    skip = {"parent", "name"}
-    expected = [f for f in dataclasses.fields(theirs) if f.name not in skip]
-    found = [f for f in dataclasses.fields(ours) if f.name not in skip]
-    assert [f.name for f in found[: len(expected)]] == [f.name for f in expected]
-    assert all(f.kw_only for f in found[len(expected) :])
-    for a, b in zip(found, expected, strict=False):
-        if not callable(b.default):
-            assert a.default == b.default, a.name
+@pytest.mark.parametrize("row", WITHOUT_FLAX, ids=[r.name for r in WITHOUT_FLAX])
+def test_parity_with_a_formula(row: Row) -> None:
+    """Values and gradients of the layers that Flax has not."""
+    known = facts(row)
+
+    def run(variables: Any, *inputs: Any) -> Any:
+        return row.formula(row, variables, *inputs), None  # pyright: ignore[reportOptionalCall]
+
+    grads, (y, _) = jax.jit(functools.partial(gradients, run))(known.variables, known.inputs)
+    close((known.y, known.grads), (y, grads), tolerance=1e-4)
 
 
 HALVES = {
@@ -67,58 +70,76 @@ HALVES = {
     "float16": {"dtype": jnp.float16},
     "narrow": {"param_dtype": jnp.bfloat16},
 }
+GIVEN = {
+    "bfloat16": {"param_dtype": jnp.bfloat16},
+    "float16": {"param_dtype": jnp.float16},
+}
+
+
+def typed(row: Row, options: Any, namespace: Any = nn) -> Any:
+    """Variables and outputs where the layer is told dtypes, or is given all in `param_dtype`.
+
+    The state of products in eight bits stays as it is, in float32.
+    """
+    inputs, given = row.inputs(), options.get("param_dtype")
+    if given is not None:
+        inputs = as_dtype(inputs, given)
+    options = {name: dtype for name, dtype in options.items() if name in row.typed}
+    variables = row.init(namespace, inputs, **options)
+    if given is not None and not row.typed:
+        variables = {
+            col: tree if col == "_overwrite_with_gradient" else as_dtype(tree, given)
+            for col, tree in variables.items()
+        }
+    passed, inputs = jax.lax.optimization_barrier((variables, inputs))
+    return variables, row.run(passed, *inputs, namespace=namespace, **options)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def in_single_precision(row: Row, variables: Any) -> Any:
+    """The output for numbers of another precision."""
+    return row.apply(as_dtype(variables, jnp.float32), *as_dtype(row.inputs(), jnp.float32))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def in_half_precision(row: Row, namespace: Any = nn) -> Any:
     """Variables and outputs where the computation, or what goes into it, is half precision."""
-
-    def one(options: Any) -> Any:
-        inputs = row.inputs()
-        if "param_dtype" in options:
-            inputs = as_dtype(inputs, options["param_dtype"])
-        variables = row.init(namespace, inputs, **options)
-        given, inputs = jax.lax.optimization_barrier((variables, inputs))
-        return variables, row.run(given, *inputs, namespace=namespace, **options)
-
-    further = "-" in row.name  # rows of a layer that has another
-    return {name: one(HALVES[name]) for name in (row.halves[:1] if further else row.halves)}
+    ways = HALVES if row.has_dtype else GIVEN
+    return {name: typed(row, options, namespace) for name, options in ways.items()}
 
 
-@rows(flax=True, dtype=True)
+@rows(flax=True)
+@quietly
 def test_half_precision_is_flax_s(row: Row) -> None:
     same(in_half_precision(row), in_half_precision(row, flax.linen))
 
 
-@rows(dtype=True)
+@rows()
 def test_half_precision(row: Row) -> None:
     """Outputs are in `dtype`, parameters stay as they are, and the numbers are about the same."""
     for dtype, (variables, (y, _)) in in_half_precision(row).items():
         if dtype == "narrow":
             continue
-        params = jax.tree.leaves(variables.get("params", {}))
         assert {x.dtype.name for x in jax.tree.leaves(y)} == {dtype}
-        assert all(x.dtype == jnp.float32 for x in params)
-        close(as_dtype(y, jnp.float32), facts(row).y, tolerance=0.1)
+        kept = {"float32"} if row.has_dtype else {dtype}
+        params = {x.dtype.name for x in jax.tree.leaves(variables.get("params", {}))}
+        assert params <= (kept | {dtype} if row.rewrites else kept)
+        expected = facts(row).y if row.has_dtype else in_single_precision(row, variables)
+        close(as_dtype(y, jnp.float32), expected, tolerance=0.1)
 
 
-@rows(dtype=True, one=True)
+@rows()
+@quietly
 def test_double_precision(row: Row) -> None:
     """Everything is float64 where the layer is told so, and nothing is rounded on the way."""
     options = {"dtype": jnp.float64, "param_dtype": jnp.float64}
-
-    def run(namespace: Any) -> Any:
-        inputs = as_dtype(row.inputs(), jnp.float64)
-        variables = row.init(namespace, inputs, **options)
-        given, inputs = jax.lax.optimization_barrier((variables, inputs))
-        return variables, row.apply(given, *inputs, namespace=namespace, **options)
-
     with jax.enable_x64(True):
-        variables, y = jax.jit(functools.partial(run, nn))()
-        learned, _ = split(variables)
-        assert {x.dtype.name for x in jax.tree.leaves((learned, y))} == {"float64"}
+        found = jax.jit(functools.partial(typed, row, options))()
+        variables, (y, _) = found
+        assert {x.dtype.name for x in jax.tree.leaves(variables.get("params", {}))} <= {"float64"}
+        assert {x.dtype.name for x in jax.tree.leaves(y)} == {"float64"}
         if row.like_flax:
-            same((variables, y), jax.jit(functools.partial(run, flax.linen))())
+            same(found, jax.jit(functools.partial(typed, row, options, flax.linen))())
 
 
 @rows()
@@ -166,6 +187,86 @@ def test_transforms_agree(row: Row) -> None:
 
     y = jax.tree.map(lambda x: jnp.stack([x, x]), known.y)
     close(all_of_them(known.variables, known.inputs), (y, y, known.grads[0]))
+
+
+class Lifted(nn.Module):
+    """A layer under a lifted transform, called twice or as it is."""
+
+    layer: Any
+    row: Row
+    lift: Any
+
+    def __call__(self, *inputs: Any) -> Any:
+        def call(layer: Any, *inputs: Any) -> Any:
+            args, arrays = arguments_of(inputs)
+            return layer(*args, **arrays, **self.row.call)
+
+        return self.lift(call)(self.layer, *inputs)
+
+
+def stacked(call: Any) -> Any:
+    """A copy of the layer for each of two inputs."""
+    return nn.vmap(
+        call,
+        variable_axes={True: 0},
+        split_rngs={True: True},
+        metadata_params={"partition_name": "layers"},
+    )
+
+
+def in_turn(call: Any) -> Any:
+    """The same, one after the other."""
+    step = nn.scan(
+        lambda layer, carry, *inputs: (carry, call(layer, *inputs)),
+        variable_axes={True: 0},
+        split_rngs={True: True},
+        metadata_params={"partition_name": "layers"},
+    )
+    return lambda layer, *inputs: step(layer, (), *inputs)[1]
+
+
+class Seen(NamedTuple):
+    """What is known of an array without its numbers."""
+
+    shape: tuple[int, ...]
+    names: Any = None
+
+    def twice(self, name: str) -> Seen:
+        """Of two such arrays, stacked along a dim of that name."""
+        return Seen((2, *self.shape), None if self.names is None else (name, *self.names))
+
+
+def seen(row: Row, lift: Any, inputs: Any) -> tuple[Any, Any]:
+    """The variables and outputs of a lifted layer."""
+    model = Lifted(row.build(), row, lift)
+    with partitioning.use(None, partitioning.preset("fsdp_tp")):
+        found = jax.eval_shape(lambda: model.init_with_output(row.rngs(), *inputs))
+
+    def one(x: Any) -> Seen:
+        return Seen(x.value.shape, tuple(x.names)) if is_box(x) else Seen(x.shape)
+
+    y, variables = jax.tree.map(one, found, is_leaf=is_box)
+    return variables, y
+
+
+@rows()
+def test_lifted_transforms(row: Row) -> None:
+    """`nn.remat` and `nn.jit` change nothing; `nn.vmap` and `nn.scan` stack every variable, and
+    its names."""
+    inputs = row.inputs()
+    variables, y = seen(row, lambda call: call, inputs)
+    for lift in (nn.remat, nn.jit):
+        assert seen(row, lift, inputs) == (variables, y)
+
+    def of_two(tree: Any, name: str) -> Any:
+        is_seen = lambda x: isinstance(x, Seen)  # noqa: E731
+        return jax.tree.map(lambda x: x.twice(name), tree, is_leaf=is_seen)
+
+    twice = jax.tree.map(lambda x: jnp.stack([x, x]), inputs)
+    for lift in (stacked, in_turn):
+        of_variables, of_y = seen(row, lift, twice)
+        assert of_variables == of_two(variables, "layers")
+        assert of_y == of_two(y, "")
 
 
 def test_golden_trees() -> None:

@@ -6,7 +6,10 @@ Axes are auto, explicit (every array's type says its layout) or manual (inside `
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
+from math import prod
 from typing import Any
 
 import jax
@@ -34,9 +37,9 @@ places = pytest.mark.parametrize("at", PLACES, ids="-".join)
 
 
 @functools.cache
-def states(rules: str, axis_types: str) -> tuple[Any, Layout]:
+def states(rules: str, axis_types: str, further: bool = False) -> tuple[Any, Layout]:
     """The variables of all layers, initialised on a mesh by one program; and their layout."""
-    on, layers = place(rules, axis_types), chosen(one=True, mesh=True)
+    on, layers = place(rules, axis_types), chosen(one=not further, further=further)
 
     def init() -> Any:
         return {row.name: row.init() for row in layers}
@@ -45,22 +48,27 @@ def states(rules: str, axis_types: str) -> tuple[Any, Layout]:
 
 
 def arguments(row: Row, on: Place, state: Any) -> tuple[Any, Any]:
-    return state, jax.device_put(facts(row).inputs, on.spread(row))
+    inputs = facts(row).inputs
+    return state, jax.device_put(inputs, on.spread(row, inputs))
 
 
-@rows(one=True, mesh=True)
+@rows(one=True)
 @places
 def test_parameters_lie_as_their_names_say(row: Row, at: tuple[str, str]) -> None:
     """Initialised there, they have the numbers of one device, cut as the layout says."""
     state, layout = states(*at)
     close(jax.device_get(state[row.name]), facts(row).variables, tolerance=1e-6)
-    mesh = place(*at).mesh
-    for path, x in jax.tree.leaves_with_path(state[row.name]):
+    lie_as_planned(row, layout, place(*at), state[row.name])
+
+
+def lie_as_planned(row: Row, layout: Layout, on: Place, variables: Any) -> None:
+    """Variables of a row are laid out as their names say."""
+    for path, x in jax.tree.leaves_with_path(variables):
         leaf = layout.leaf("/".join([row.name, *(str(k.key) for k in path)]))
-        assert x.sharding.is_equivalent_to(jax.NamedSharding(mesh, leaf.spec), x.ndim), path
+        assert x.sharding.is_equivalent_to(jax.NamedSharding(on.mesh, leaf.spec), x.ndim), path
 
 
-@rows(one=True, mesh=True)
+@rows(one=True)
 @pytest.mark.parametrize("at", [("fsdp_tp", "auto"), ("fsdp_tp", "explicit")], ids="-".join)
 def test_a_mesh_gives_the_same(row: Row, at: tuple[str, str]) -> None:
     """Outputs, what is written, and gradients; and outputs lie as they do on explicit axes."""
@@ -69,8 +77,32 @@ def test_a_mesh_gives_the_same(row: Row, at: tuple[str, str]) -> None:
     with use(on.mesh, on.rules):
         found = everything(row, *given)
     close(found, (known.y, known.wrote, known.grads))
-    explicit = place("fsdp_tp", "explicit").mesh
-    spread = jax.tree.map(lambda x: on_mesh(explicit, x), found[0])
+    as_on_explicit_axes(row, found[0])
+
+
+@rows(further=True)
+def test_further_rows_on_a_mesh(row: Row) -> None:
+    """The same at one place, with what is written, a cache say; forward, as gradients are traced
+    where `described` asks for their types."""
+    at = ("fsdp_tp", "auto")
+    (state, layout), on, known = states(*at, further=True), place(*at), facts(row)
+    close(jax.device_get(state[row.name]), known.variables, tolerance=1e-6)
+    lie_as_planned(row, layout, on, state[row.name])
+    given = arguments(row, on, state[row.name])
+    with use(on.mesh, on.rules):
+        compiled = jax.jit(Row.run, static_argnums=0).lower(row, given[0], *given[1]).compile()
+    y, wrote = compiled(given[0], *given[1])
+    close((y, wrote), (known.y, known.wrote))
+    lie_as_planned(row, layout, on, wrote)
+    as_on_explicit_axes(row, y)
+    called_for = Allowed.by(row, layout, on)
+    assert [c for c in collectives(compiled, on.mesh) if c not in called_for] == []
+
+
+def as_on_explicit_axes(row: Row, y: Any) -> None:
+    """Outputs lie as they do on explicit axes, of which the golden file knows."""
+    mesh = place("fsdp_tp", "explicit").mesh
+    spread = jax.tree.map(lambda x: on_mesh(mesh, x), y)
     assert jax.tree.leaves(spread) == golden()[row.name]["outputs"]
 
 
@@ -81,7 +113,7 @@ def on_mesh(mesh: jax.sharding.Mesh, x: jax.Array) -> str:
     return typed(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding))
 
 
-@rows(one=True, mesh=True)
+@rows(one=True)
 @pytest.mark.parametrize("rules", ["dp", "fsdp", "tp_sp"])
 def test_nothing_is_sent_that_the_layout_does_not_call_for(row: Row, rules: str) -> None:
     """Same numbers under any preset, by no collectives but those that its layout needs."""
@@ -119,7 +151,8 @@ class Allowed:
     def by(cls, row: Row, layout: Layout, on: Place) -> Allowed:
         leaves = [leaf for leaf in layout.leaves if leaf.path[0] == row.name]
         held = {a for leaf in leaves for entry in leaf.spec for a in spec_axes(entry)}
-        weights = {tuple(sorted(n for n in leaf.shape if n > 1)) for leaf in leaves if leaf.spec}
+        cut = dict(on.mesh.shape)
+        weights = {sizes for leaf in leaves if leaf.spec for sizes in whole_over_fsdp(leaf, cut)}
         over = partitioning.batch_axes(on.mesh, on.rules) if row.over_batch else ()
         return cls(row, held, weights, over)
 
@@ -138,28 +171,52 @@ class Allowed:
                 return "tensor" in self.held and not weight
             case "all-reduce" | "reduce-scatter", "tensor":
                 return "tensor" in self.held
+            case _, "tensor":
+                return self.row.side_by_side
             case "all-reduce", *axes:
                 return tuple(axes) == self.statistics
         return False
 
 
-@rows(one=True, mesh=True, batched=True)
+def whole_over_fsdp(leaf: Any, cut: dict[str, int]) -> Iterator[tuple[int, ...]]:
+    """The sizes of a weight, without those that are 1: all of it, and what lies over `tensor`."""
+    for axes in ((), ("tensor",)):
+        parts = [
+            n // prod(cut[a] for a in spec_axes(entry) if a in axes)
+            for n, entry in zip_longest(leaf.shape, leaf.spec)
+        ]
+        yield tuple(sorted(n for n in parts if n > 1))
+
+
+PARTS = [row for row in chosen(one=True) if row.in_parts is not None]
+
+
+@pytest.mark.parametrize("row", PARTS, ids=[r.name for r in PARTS])
 def test_inside_shard_map(row: Row) -> None:
     """Where the batch's axis is manual and the others are auto, each part gives its part."""
-    if row.over_batch:
-        return  # the statistics of a part are not those of the whole: tests of the layer
     on, known = place("tp_sp"), facts(row)
     state, inputs = arguments(row, on, states("tp_sp", "auto")[0][row.name])
-    spec = jax.P() if row.streams else jax.P("data")  # each part draws the same numbers
+    specs, out = in_parts(row, inputs)
     mapped = jax.shard_map(
-        functools.partial(forward, row),
+        lambda state, inputs: row.apply(state, *inputs, **(row.in_parts or {})),
         mesh=on.mesh,
-        in_specs=(jax.P(), spec),
-        out_specs=spec,
+        in_specs=(jax.P(), specs),
+        out_specs=out,
         axis_names={"data"},
     )
     with use(on.mesh, on.rules):
         close(jax.jit(mapped)(state, inputs), known.y)
+
+
+def in_parts(row: Row, inputs: Any) -> tuple[Any, Any]:
+    """The specs of inputs and outputs that are cut along the batch."""
+    if row.streams:
+        return jax.tree.map(lambda _: jax.P(), inputs), jax.P()  # each part draws the same numbers
+
+    def spec(dim: int | None) -> jax.P:
+        return jax.P() if dim is None else jax.P(*[None] * dim, "data")
+
+    return row.by_batch(lambda _, dim: spec(dim), inputs), spec(row.out_batch_dim)
 
 
 PARAMETERS_ONLY = AxisRules(
@@ -168,10 +225,14 @@ PARAMETERS_ONLY = AxisRules(
 )
 
 
-@rows(one=True, batched=True)
+@rows()
 def test_guesses_about_outputs_never_fail(row: Row) -> None:
     """No rule for some names, sizes that do not divide: such outputs are left to the compiler."""
-    odd = jax.tree.map(lambda x: x[:3], facts(row).inputs)
+
+    def cut(x: Any, dim: int | None) -> Any:
+        return x if dim is None else jax.lax.slice_in_dim(x, 0, 3, axis=dim)
+
+    odd = row.by_batch(cut, facts(row).inputs)
     variables = jax.eval_shape(lambda: row.init(inputs=odd))
     with use(make_mesh("data=2,tensor=4"), PARAMETERS_ONLY):
         jax.eval_shape(row.apply, variables, *odd)

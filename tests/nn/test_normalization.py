@@ -144,6 +144,32 @@ def test_a_mask_leaves_elements_out() -> None:
     same(groups.apply(variables, X, mask=MASK), whole)
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_masks_and_both_variances_are_flax_s(fast: bool) -> None:
+    """Every norm, with a mask and without one, in one pass and in two; half precision too."""
+    options: dict[str, dict[str, Any]] = {
+        "BatchNorm": {"use_running_average": False},
+        "GroupNorm": {"num_groups": 3},
+        "InstanceNorm": {},
+        "LayerNorm": {},
+        "RMSNorm": {},
+    }
+    inputs = X, X.astype(jnp.bfloat16), X * (1 + 1j)
+
+    def run(namespace: Any) -> Any:
+        found = {}
+        for name, fixed in options.items():
+            layer = getattr(namespace, name)(use_fast_variance=fast, **fixed)
+            variables = layer.init(KEY, X)
+            for x in inputs:
+                mask = jnp.broadcast_to(MASK, x.shape)
+                ways = [layer.apply(variables, x, mask=m, mutable=WRITES) for m in (None, mask)]
+                found[name, str(x.dtype)] = ways
+        return list(found.values())
+
+    same(*[jax.jit(partial(run, namespace))() for namespace in (nn, flax.linen)])
+
+
 NORMS: dict[str, Callable[[Any], Any]] = {
     "BatchNorm": lambda nn: nn.BatchNorm(use_running_average=False, dtype=jnp.float16),
     "GroupNorm": lambda nn: nn.GroupNorm(num_groups=2, dtype=jnp.float16),

@@ -94,6 +94,60 @@ def test_no_batch_several_batch_dims_and_both_directions() -> None:
     both(program)
 
 
+def test_both_directions_with_time_first_and_carries() -> None:
+    def program(n: Any) -> Any:
+        rnns = n.RNN(n.GRUCell(3)), n.RNN(n.LSTMCell(3), unroll=2)
+        pair = n.Bidirectional(*rnns, time_major=True, return_carry=True)
+        variables = pair.init(quick_key(0), X)
+        x = jnp.swapaxes(X, 0, 1)
+        return variables, [
+            pair.apply(variables, x),
+            pair.apply(variables, x, seq_lengths=LENGTHS),
+            pair.apply(variables, X, time_major=False, return_carry=False),
+        ]
+
+    both(program)
+
+
+def test_fields_that_are_those_of_scan() -> None:
+    """Variables carried from step to step, and variables and keys of each step."""
+
+    def program(n: Any, rate: float = 0.0, split: bool = True) -> Any:
+        class Noisy(n.RNNCellBase):
+            @n.compact
+            def __call__(self, carry: Any, x: Any) -> Any:
+                steps = self.variable("steps", "count", lambda: jnp.zeros(()))
+                log = self.variable("log", "x", lambda: jnp.zeros(x.shape))
+                x = n.Dropout(rate, deterministic=False)(jnp.ones_like(x) + steps.value)
+                steps.value, log.value = steps.value + 1, x
+                return carry + x[..., :3], x
+
+            @n.nowrap
+            def initialize_carry(self, rng: Any, input_shape: Any) -> Any:
+                return jnp.zeros((*input_shape[:-1], 3))
+
+            @property
+            def num_feature_axes(self) -> int:
+                return 1
+
+        layer = n.RNN(
+            Noisy(),
+            variable_carry="steps",
+            variable_axes={"log": 0},
+            split_rngs={"params": False, "dropout": split},
+        )
+        state = {"steps": {"cell": {"count": jnp.ones(())}}}
+        rngs = {"dropout": quick_key(1)}
+        return layer.apply(state, X, rngs=rngs, mutable=["steps", "log"])
+
+    y, wrote = both(program)
+    assert wrote["steps"]["cell"]["count"] == 5
+    same(wrote["log"]["cell"]["x"], jnp.swapaxes(y, 0, 1))
+    masks = [jax.jit(lambda s=s: program(nn, 0.5, s)[0] > 0)() for s in (False, True)]
+    equal = [bool((mask == mask[:, :1]).all()) for mask in masks]
+    assert equal == [True, False], "one key for all steps, or one for each"
+
+
 def test_carries_of_several_batch_dims() -> None:
     """Linen's have another shape than the batch here."""
     layer = nn.RNN(nn.GRUCell(3), return_carry=True)
