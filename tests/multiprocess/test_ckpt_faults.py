@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from shardflax import ckpt
-from shardflax.ckpt import faults, sources
+from shardflax.ckpt import faults, reading
 
 if __name__ != "__main__":
     pytestmark = pytest.mark.multiprocess
@@ -74,15 +74,15 @@ def forked(work: Callable[[], int]) -> int:
 
 
 def when(point: str, what: Callable[[], object]) -> None:
-    """Does something at a point of a save, or when arrays are being read."""
+    """Does something at a point of a save, or when a step that was opened is read."""
     if point == "reading":
-        read = sources.OurSource.read
+        read = reading.restore_source
 
         def patched(*args: Any) -> Any:
             what()
             return read(*args)
 
-        sources.OurSource.read = patched
+        reading.restore_source = patched
     else:
         faults.listen(lambda name: what() if name == point else None)
 
