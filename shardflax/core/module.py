@@ -170,6 +170,8 @@ class Module(Stateful, _Typed):
 
     def _adopt_fields(self) -> None:
         attrs = self.__dict__
+        if _LEAVES.issuperset(map(type, attrs.values())):
+            return  # the usual case: nothing to adopt
         for name in field_names(type(self)):
             value: Any = attrs.get(name)
             kind: Any = type(value)  # pyright: ignore[reportUnknownVariableType]
@@ -452,7 +454,7 @@ class _NameScope(Module):
     """The parent of what a method marked `compact_name_scope` makes."""
 
 
-_LEAVES: set[type] = {int, float, bool, str, type(None)}
+_LEAVES: set[type] = {int, float, bool, str, type(None), Progress, Scope, weakref.ref}
 
 
 def _is_leaf(value: Any) -> bool:

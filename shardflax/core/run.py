@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 from shardflax.core.calls import context, intercept_methods
@@ -57,9 +57,13 @@ def _method_named(module: Any, name: str) -> Callable[..., Any]:
 _NOTHING = contextlib.nullcontext()
 
 
-def _run(
-    fn: Callable[..., Any], module: Any, scope: Scope, capture: Any, args: Any, kwargs: Any
-) -> Any:
+@contextlib.contextmanager
+def _running(module: Any, scope: Scope, capture: Any) -> Generator[Any]:
+    """The module, bound to `scope` for the length of a run.
+
+    A context, not a function that calls: that would be one frame more in the traceback that JAX
+    takes of each operation.
+    """
     # Runs may be nested: the module of this one is no child of a module that is running outside.
     outer, context.stack = context.stack, []
     try:
@@ -67,7 +71,7 @@ def _run(
         keep = _is_call if capture is True else capture
         with intercept_methods(functools.partial(_capture, keep)) if capture else _NOTHING:
             bound._prepare()
-            return fn(bound, *args, **kwargs)
+            yield bound
     finally:
         context.stack = outer
         scope.store.end()
@@ -108,7 +112,8 @@ def apply(
         if capture_intermediates:
             names = names | Names.of("intermediates")
         scope = bind(variables, rngs, names)
-        result = _run(fn, module, scope, capture_intermediates, args, kwargs)
+        with _running(module, scope, capture_intermediates) as bound:
+            result = fn(bound, *args, **kwargs)
         return (result, changeable(scope)) if mutable is not False else result
 
     return call
@@ -132,7 +137,8 @@ def init_with_output(
         if capture_intermediates:
             names = names | Names.of("intermediates")
         scope = bind({}, rngs, names, {"initializing": True})
-        result = _run(fn, module, scope, capture_intermediates, args, kwargs)
+        with _running(module, scope, capture_intermediates) as bound:
+            result = fn(bound, *args, **kwargs)
         return result, changeable(scope)
 
     return call

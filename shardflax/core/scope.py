@@ -89,7 +89,7 @@ class Store:
         """Raises unless `value` may outlive every trace that was entered after the run began."""
         if not self.live:
             raise InvalidScopeError(self.path)
-        if staging.current_trace() != self.trace and staging.escapes(value, self.trace):
+        if staging.escapes(value, self.trace):
             raise JaxTransformError(self.path)
 
     def writable(self) -> dict[str, Any]:
@@ -457,14 +457,16 @@ class Scope:
             # The common case, and the cheap one: init_fn(key, shape, ...) and an array of that
             # shape.  Only a tuple is a shape here: comparing with an array would be an array.
             plain = boxes.unbox(value) if unboxed and boxes.is_box(value) else value
-            if args and type(args[0]) is tuple and getattr(plain, "shape", None) == args[0]:
+            told = getattr(plain, "aval", plain)  # of a tracer, much cheaper to ask
+            if args and type(args[0]) is tuple and getattr(told, "shape", None) == args[0]:
                 return plain
             expected, found = shapes_of(init_fn, args, kwargs), stored_shapes(value)
             if expected != found:
                 raise ScopeParamShapeError(name, self.path_text, expected, found)
         elif self.is_mutable_collection("params"):
             value = init_fn(self._init_key(init_fn), *args, **kwargs)
-            self.put_variable("params", name, value)
+            self.store.check_write(value)
+            self._writable("params")[name] = value
         elif not self.store.collections.get("params"):
             raise ScopeCollectionNotFound("params", name, self.path_text)
         else:

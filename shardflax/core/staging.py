@@ -96,8 +96,10 @@ def escapes(tree: Any, since: Any) -> bool:
     >>> jax.vmap(fn)(jax.numpy.ones(2))
     True False
     """
-    entered: list[Any] = []
     trace: Any = _core.trace_ctx.trace
+    if since._trace_ref() is trace:
+        return False
+    entered: list[Any] = []
     while trace is not None and since._trace_ref() is not trace:
         entered.append(trace)
         trace = getattr(trace, "parent_trace", None)

@@ -13,6 +13,7 @@ that does not divide) that dim is left to the compiler.  What the user writes is
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from jax.sharding import PartitionSpec
 from shardflax import partitioning
 from shardflax.nn.types import Names
 from shardflax.partitioning import default_names
-from shardflax.partitioning.defaults import in_force
+from shardflax.partitioning.defaults import DefaultNames, in_force
 from shardflax.partitioning.override_lookup import is_overridden
 from shardflax.partitioning.resolve import resolve
 from shardflax.partitioning.rules import AxisRules
@@ -47,7 +48,12 @@ _ACTIVATIONS = {
 
 def is_default(names: Names | None) -> bool:
     """True for names that nobody wrote: a layer's own guess."""
-    return isinstance(names, type(FOLLOW))
+    return isinstance(names, DefaultNames)
+
+
+def silent(names: Names | None) -> bool:
+    """True for names of which nothing comes: none, or default ones where no rules are in scope."""
+    return names is None or (isinstance(names, DefaultNames) and rules_in_scope() is None)
 
 
 def kernel_names(n_in: int, n_out: int, n_batch: int = 0) -> Names:
@@ -67,7 +73,8 @@ def like_kernel(names: Names | None, kernel: Names, dims: Sequence[int]) -> Name
     """The names of a bias: its own, or by default those of `dims` of the kernel."""
     if names is not None and not is_default(names):
         return names
-    picked = [kernel[d] for d in dims]
+    # Names of the wrong rank are the kernel's problem, which is told by its path.
+    picked = [kernel[d] if -len(kernel) <= d < len(kernel) else None for d in dims]
     return default_names(*picked) if is_default(kernel) else tuple(picked)
 
 
@@ -77,6 +84,11 @@ def activation_names(ndim: int, features: Sequence[Any]) -> Names | None:
     Before the features stand nothing, a batch dim, or batch and length; anything else is not
     guessed at.
     """
+    return _activation_names(ndim, tuple(features))
+
+
+@lru_cache(maxsize=1024)
+def _activation_names(ndim: int, features: tuple[Any, ...]) -> Names | None:
     if any(f not in _ACTIVATIONS for f in features):
         return None
     acts = [_ACTIVATIONS[f] for f in features]
@@ -90,7 +102,7 @@ def output(x: jax.Array, names: Names | None, features: Sequence[Any] | None = N
 
     `features` are the kernel's names of the last dims of `x`; they are what `FOLLOW` follows.
     """
-    return partitioning.constrain(x, said(x.shape, names, features))
+    return x if silent(names) else partitioning.constrain(x, said(x.shape, names, features))
 
 
 def said(

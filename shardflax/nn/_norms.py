@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from shardflax import partitioning
 from shardflax.core import nowrap
 from shardflax.nn import _names as names
+from shardflax.nn import _weights as weights
 from shardflax.nn import dtypes
 from shardflax.nn.errors import MaskShapeError, where
 from shardflax.nn.general import canonical_dims
@@ -36,7 +37,9 @@ class Reduction(NamedTuple):
     def cast(self, x: Array) -> Array:
         """`x` in the dtype of its moments."""
         dtype = x.dtype if self.dtype is None else self.dtype
-        return dtypes.cast(x, jnp.promote_types(dtype, jnp.float32) if self.at_least_f32 else dtype)
+        if self.at_least_f32 and dtype not in _WIDE:
+            dtype = jnp.promote_types(dtype, jnp.float32)
+        return dtypes.cast(x, dtype)
 
     def mean(self, *xs: Array) -> list[Array]:
         """The means of `xs`, in one collective where they are spread over `axis_name`."""
@@ -47,9 +50,13 @@ class Reduction(NamedTuple):
         return list(lax.pmean(stacked, self.axis_name, axis_index_groups=self.axis_index_groups))
 
 
+# What JAX would find out with every call: these promote to themselves.
+_WIDE = frozenset(np.dtype(d) for d in ("float32", "float64", "complex64", "complex128"))
+
+
 def squared(x: Array) -> Array:
     """|x|^2, real also where `x` is complex."""
-    if jnp.iscomplexobj(x):
+    if x.dtype.kind == "c":
         return lax.square(lax.real(x)) + lax.square(lax.imag(x))
     return lax.square(x)
 
@@ -96,7 +103,7 @@ class Norm(LayerBase):
 
     @nowrap
     def dims(self, field: str, given: Axes, x: Array) -> tuple[int, ...]:
-        return canonical_dims(where(self), field, given, x.shape)
+        return canonical_dims(self, field, given, x.shape)
 
     @nowrap
     def along(
@@ -104,10 +111,11 @@ class Norm(LayerBase):
     ) -> Array:
         """The parameter `name` along `dims` of `x`, shaped to broadcast against it."""
         this: Any = self
-        shape = tuple(x.shape[d] for d in dims)
-        init = partitioning.named(init, for_rank(axes, len(dims)))
+        sizes = x.shape
+        shape = tuple([sizes[d] for d in dims])
+        init = weights.named(init, for_rank(axes, len(dims)))
         value = self.param(name, init, shape, this.param_dtype)
-        return jnp.reshape(value, [x.shape[d] if d in dims else 1 for d in range(x.ndim)])
+        return jnp.reshape(value, [size if d in dims else 1 for d, size in enumerate(sizes)])
 
     @nowrap
     def scale_and_bias(self, x: Array, dims: tuple[int, ...]) -> tuple[Array | None, Array | None]:
@@ -138,7 +146,7 @@ class Norm(LayerBase):
 
 def for_rank(axes: Names, rank: int) -> Names:
     """Default names, made for one dim, for several."""
-    if names.is_default(axes) and len(axes) < rank:
+    if len(axes) < rank and names.is_default(axes):
         return default_names(*axes, *[None] * (rank - len(axes)))
     return axes
 

@@ -14,10 +14,16 @@ from jax.sharding import PartitionSpec
 from shardflax import partitioning
 from shardflax.core import Module
 from shardflax.nn import _names
-from shardflax.nn.types import Array, Names
-from shardflax.partitioning import LogicalInit, MeshInit, NamedInit
+from shardflax.nn.types import Array, Initializer, Names
+from shardflax.partitioning import DefaultNames, LogicalInit, MeshInit, NamedInit
 from shardflax.partitioning.at_use import used_spec
 from shardflax.partitioning.explicit_out import InAuto, explicit_axes, operand, out_spec
+from shardflax.partitioning.scope import rules_in_scope
+
+
+def named(init: Initializer, axes: Names | None) -> Initializer:
+    """`init` with names for the dims of its value; as it is, where nothing would come of them."""
+    return init if _names.silent(axes) else partitioning.named(init, axes)
 
 
 def stored_names(init: Any, axes: Names | None) -> Names | None:
@@ -25,20 +31,21 @@ def stored_names(init: Any, axes: Names | None) -> Names | None:
 
     None where they are not known: the initializer boxes with mesh axes, or with rules of its own.
     """
-    if not _names.is_default(axes):
+    if not (isinstance(axes, DefaultNames) and isinstance(init, _NAMING)):
         return axes
     if isinstance(init, MeshInit):
         return None
     if isinstance(init, LogicalInit):
         return init.names if init.rules is None and init.mesh is None else None
-    if isinstance(init, NamedInit):
-        return stored_names(init.fn, axes if init.names is None else init.names)
-    return axes
+    return stored_names(init.fn, axes if init.names is None else init.names)
+
+
+_NAMING = (MeshInit, LogicalInit, NamedInit)
 
 
 def bias_at_use(bias: Array, init: Any, axes: Names | None) -> Array:
     """A bias laid out for its sum with an output whose other dims are the batch's."""
-    if not isinstance(bias, jax.Array):
+    if rules_in_scope() is None or not isinstance(bias, jax.Array):
         return bias
     return partitioning.at_use(bias, stored_names(init, axes))
 
@@ -77,6 +84,8 @@ def product(
     `dot`, what `fn` multiplies with, may be a module with state, which cannot run twice: then the
     backward pass keeps the weight as it was used.
     """
+    if rules_in_scope() is None and not explicit_axes():
+        return fn(x, weight)
     if not isinstance(weight, jax.Array):
         return fn(x, weight)
     spec = dims.spec(x, weight, stored)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 from collections.abc import Callable
@@ -160,9 +161,6 @@ class MultiHeadDotProductAttention(LayerBase):
     @nowrap
     def _project(self, name: str, x: Array, width: int, length: str) -> Array:
         """The heads of `x`; `length` is the name of its length dim."""
-        axes = names.activation_names(4, self.qkv_kernel_axes[1:])
-        if axes is not None:
-            axes = default_names(axes[0], length, *axes[2:])
         return DenseGeneral(
             features=(self.num_heads, width // self.num_heads),
             axis=-1,
@@ -175,7 +173,7 @@ class MultiHeadDotProductAttention(LayerBase):
             dot_general=self.qkv_dot_general,
             dot_general_cls=self.qkv_dot_general_cls,
             kernel_axes=self.qkv_kernel_axes,
-            out_axes=axes,
+            out_axes=_names_of_heads(tuple(self.qkv_kernel_axes), length),
             name=name,
         )(x)
 
@@ -248,6 +246,12 @@ class MultiHeadDotProductAttention(LayerBase):
             out_axes=self.out_axes,
             name="out",
         )(x)
+
+
+@functools.lru_cache(maxsize=256)
+def _names_of_heads(kernel_axes: Names, length: str) -> Names | None:
+    axes = names.activation_names(4, kernel_axes[1:])
+    return None if axes is None else default_names(axes[0], length, *axes[2:])
 
 
 class MultiHeadAttention(MultiHeadDotProductAttention):

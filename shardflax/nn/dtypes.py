@@ -33,7 +33,7 @@ def canonicalize_dtype(*args: Any, dtype: Dtype | None = None, inexact: bool = T
     if type(dtype) is Policy:
         dtype = dtype.compute
     if dtype is None:
-        found = {getattr(a, "dtype", None) for a in args if a is not None}
+        found = {getattr(getattr(a, "aval", a), "dtype", None) for a in args if a is not None}
         if len(found) == 1 and found <= _FLOATS:
             return found.pop()
         dtype = jnp.result_type(
@@ -56,8 +56,25 @@ def promote_dtype(*args: Any, dtype: Dtype | None = None, inexact: bool = True) 
     >>> x.dtype, bias
     (dtype('float16'), None)
     """
+    if _settled(args, dtype):
+        return [*args]
     dtype = canonicalize_dtype(*args, dtype=dtype, inexact=inexact)
     return [None if a is None else cast(a, dtype) for a in args]
+
+
+def _settled(args: tuple[Any, ...], dtype: Any) -> bool:
+    """True for arrays of JAX that all have one floating dtype, the given one: the usual case."""
+    found = dtype
+    for a in args:
+        if a is not None:
+            aval = getattr(a, "aval", None)
+            if aval is None or aval.weak_type:
+                return False
+            if found is None:
+                found = aval.dtype
+            elif aval.dtype != found:
+                return False
+    return isinstance(found, np.dtype) and found in _FLOATS
 
 
 def _given(args: tuple[Any, ...]) -> list[Any]:
@@ -70,7 +87,8 @@ def cast(x: Any, dtype: Dtype) -> Any:
     >>> cast(1, jnp.bfloat16).dtype
     dtype(bfloat16)
     """
-    # Only arrays of JAX have a weak_type.
-    if not getattr(x, "weak_type", True) and x.dtype == dtype:
+    # Only arrays of JAX have an aval; to ask that is much cheaper than to ask a tracer.
+    aval = getattr(x, "aval", None)
+    if aval is not None and not aval.weak_type and aval.dtype == dtype:
         return x
     return jnp.asarray(x, dtype)

@@ -55,13 +55,15 @@ def where(module: Any) -> str:
 class NNError(FlaxError, ValueError):
     """The base of the errors of this package: what happened, and in which module.
 
+    `place` is that module, or a text.
+
     >>> NNError("Dense 'mlp/up'", "something is wrong.").place
     "Dense 'mlp/up'"
     """
 
-    def __init__(self, place: str, message: str):
-        self.place = place
-        super().__init__(f"{place}: {message}")
+    def __init__(self, place: Any, message: str):
+        self.place = place if isinstance(place, str) else where(place)
+        super().__init__(f"{self.place}: {message}")
 
 
 class InputRankError(NNError):
@@ -103,7 +105,7 @@ class AxesError(NNError):
     shardflax.nn.errors.AxesError: DenseGeneral: axis=(7,) for an input of shape (2, 3): ...
     """
 
-    def __init__(self, place: str, field: str, axes: Sequence[int], shape: Sequence[int], why: str):
+    def __init__(self, place: Any, field: str, axes: Sequence[int], shape: Sequence[int], why: str):
         self.axes, self.shape = tuple(axes), tuple(shape)
         super().__init__(place, f"{field}={self.axes} for an input of shape {self.shape}: {why}.")
 

@@ -5,20 +5,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import field
-from functools import partial
+from functools import cached_property, lru_cache, partial
 from math import prod
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from shardflax import partitioning
 from shardflax.core import compact, nowrap
 from shardflax.core.rng import is_keyless
+from shardflax.core.variable import is_array
 from shardflax.nn import _names as names
 from shardflax.nn import _weights as weights
 from shardflax.nn import dtypes, initializers
-from shardflax.nn.errors import AxesError, where
+from shardflax.nn.errors import AxesError
 from shardflax.nn.linear import choose_dot_general
 from shardflax.nn.policy import LayerBase
 from shardflax.nn.types import Array, Axes, DotGeneral, Dtype, Initializer, Names, Precision
@@ -52,83 +52,113 @@ class _Flattened:
             # A wrapper of ours that names dims: it draws flat, and boxes the declared shape.
             return self.init.box(jnp.reshape(self.init.fn(key, tuple(flat), dtype), shape))
         drawn = self.init(key, tuple(flat), dtype)
+        if is_array(drawn):
+            return jnp.reshape(drawn, shape)
         return jax.tree.map(lambda value: jnp.reshape(value, shape), drawn)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Plan:
-    """The dims of one call, counted from the front and sorted."""
+    """The dims of a call, counted from the front and sorted, and their names."""
 
     batch: tuple[int, ...]
     contract: tuple[int, ...]
     features: tuple[int, ...]
     shape: tuple[int, ...]
+    kernel_axes: Names
+    bias_axes: Names
+    out_axes: Names | None
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
         return tuple(self.shape[d] for d in self.batch)
 
-    @property
+    @cached_property
     def kernel_shape(self) -> tuple[int, ...]:
         contracted = tuple(self.shape[d] for d in self.contract)
         return (*self.batch_shape, *contracted, *self.features)
 
-    @property
-    def bias_dims(self) -> list[int]:
-        """The kernel's dims that the bias has too."""
-        last = len(self.kernel_shape)
-        return [*range(len(self.batch)), *range(last - len(self.features), last)]
-
-    @property
-    def bias_groups(self) -> tuple[int, ...]:
-        return (len(self.batch) + len(self.features),)
-
-    @property
+    @cached_property
     def kernel_groups(self) -> tuple[int, ...]:
         return len(self.batch) + len(self.contract), len(self.features)
 
-    @property
+    @cached_property
+    def bias_shape(self) -> tuple[int, ...]:
+        return (*self.batch_shape, *self.features)
+
+    @cached_property
+    def bias_groups(self) -> tuple[int, ...]:
+        return (len(self.batch) + len(self.features),)
+
+    @cached_property
+    def bias_against_output(self) -> tuple[int, ...]:
+        """The shape of the bias in the sum: batch dims, ones for what is mapped, features."""
+        mapped = len(self.shape) - len(self.batch) - len(self.contract)
+        return (*self.batch_shape, *(1,) * mapped, *self.features)
+
+    @cached_property
     def dimension_numbers(self) -> Any:
         at = len(self.batch)
         within = tuple(range(at, at + len(self.contract)))
         return (self.contract, within), (self.batch, tuple(range(at)))
 
-    def contraction(self, out_axes: Names | None, kernel_axes: Names) -> weights.Contraction:
+    @cached_property
+    def contraction(self) -> weights.Contraction:
         """The dims by labels: those of the input by number, the features counted below zero."""
         features = tuple(range(-len(self.features), 0))
         mapped = [d for d in range(len(self.shape)) if d not in (*self.batch, *self.contract)]
-        if self.batch and names.is_default(out_axes):
-            out_axes = None
         return weights.Contraction(
             tuple(range(len(self.shape))),
             (*self.batch, *self.contract, *features),
             (*self.batch, *mapped, *features),
-            out_axes,
-            kernel_axes[len(kernel_axes) - len(features) :],
+            None if self.batch and names.is_default(self.out_axes) else self.out_axes,
+            self.kernel_axes[len(self.kernel_axes) - len(features) :],
         )
 
-    @property
-    def bias_shape(self) -> tuple[int, ...]:
-        """The bias against the output: batch dims, ones for what is mapped over, features."""
-        mapped = len(self.shape) - len(self.batch) - len(self.contract)
-        return (*self.batch_shape, *(1,) * mapped, *self.features)
+
+@lru_cache(maxsize=1024, typed=True)  # typed: default names equal the same names if written
+def _plan_of(
+    batch: tuple[int, ...],
+    contract: tuple[int, ...],
+    features: tuple[int, ...],
+    shape: tuple[int, ...],
+    kernel_axes: Names | None,
+    bias_axes: Names | None,
+    out_axes: Names | None,
+) -> _Plan:
+    """The plan for such dims, made once: a model has many layers of the same shape."""
+    if kernel_axes is None:
+        kernel_axes = names.kernel_names(len(contract), len(features), len(batch))
+    if bias_axes is None:
+        last = len(batch) + len(contract) + len(features)
+        dims = [*range(len(batch)), *range(last - len(features), last)]
+        bias_axes = names.like_kernel(None, kernel_axes, dims)
+    return _Plan(batch, contract, features, shape, kernel_axes, bias_axes, out_axes)
 
 
-def canonical_dims(place: str, name: str, dims: Axes, shape: Sequence[int]) -> tuple[int, ...]:
+def canonical_dims(layer: Any, name: str, dims: Axes, shape: Sequence[int]) -> tuple[int, ...]:
     """`dims` counted from the front and sorted; those that do not exist are an `AxesError`.
+
+    `layer` is a module, or a text, for the error.
 
     >>> canonical_dims("layer", "axis", (-1, 1), (2, 3, 4))
     (1, 2)
     """
     given = (dims,) if isinstance(dims, int) else tuple(dims)
-    ndim = len(shape)
-    for d in given:
-        if not -ndim <= d < ndim:
-            raise AxesError(place, name, given, shape, f"dim {d} does not exist")
-    counted = tuple(sorted(d % ndim for d in given))
-    if len(set(counted)) < len(counted):
-        raise AxesError(place, name, given, shape, "a dim is given twice")
+    counted = _counted(given, len(shape))
+    if isinstance(counted, str):
+        raise AxesError(layer, name, given, shape, counted)
     return counted
+
+
+@lru_cache(maxsize=1024)
+def _counted(dims: tuple[int, ...], ndim: int) -> tuple[int, ...] | str:
+    """`dims` of `ndim` counted from the front and sorted, or what is wrong with them."""
+    for d in dims:
+        if not -ndim <= d < ndim:
+            return f"dim {d} does not exist"
+    counted = tuple(sorted(d % ndim for d in dims))
+    return counted if len(set(counted)) == len(counted) else "a dim is given twice"
 
 
 class DenseGeneral(LayerBase):
@@ -169,46 +199,37 @@ class DenseGeneral(LayerBase):
     @compact
     def __call__(self, inputs: Array) -> Array:
         plan = self._plan(jnp.shape(inputs))
-        kernel_axes = self.kernel_axes
-        if kernel_axes is None:
-            kernel_axes = names.kernel_names(
-                len(plan.contract), len(plan.features), len(plan.batch)
-            )
-        init = partitioning.named(_Flattened(self.kernel_init, plan.kernel_groups), kernel_axes)
+        init = weights.named(_Flattened(self.kernel_init, plan.kernel_groups), plan.kernel_axes)
         kernel = self.param("kernel", init, plan.kernel_shape, self.param_dtype)
-        bias = self._bias(plan, kernel_axes) if self.use_bias else None
+        bias = self._bias(plan) if self.use_bias else None
         x, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
         dot = choose_dot_general(self.dot_general, self.dot_general_cls)
         multiply = partial(dot, dimension_numbers=plan.dimension_numbers, precision=self.precision)
-        stored = weights.stored_names(self.kernel_init, kernel_axes)
-        out = plan.contraction(self.out_axes, kernel_axes)
+        stored = weights.stored_names(self.kernel_init, plan.kernel_axes)
+        out = plan.contraction
         y = weights.product(multiply, x, kernel, stored, out, dot)
         if bias is not None:
-            y = y + jnp.reshape(bias, plan.bias_shape)
+            y = y + jnp.reshape(bias, plan.bias_against_output)
         return names.output(y, out.names, out.features)
 
     @nowrap
     def _plan(self, shape: tuple[int, ...]) -> _Plan:
-        place = where(self)
         features = (self.features,) if isinstance(self.features, int) else tuple(self.features)
-        batch = canonical_dims(place, "batch_dims", tuple(self.batch_dims), shape)
+        batch = canonical_dims(self, "batch_dims", self.batch_dims, shape)
         if batch != tuple(range(len(batch))):
             raise AxesError(
-                place, "batch_dims", batch, shape, "they must be the leading dims, 0, 1, ..."
+                self, "batch_dims", batch, shape, "they must be the leading dims, 0, 1, ..."
             )
-        contract = canonical_dims(place, "axis", self.axis, shape)
-        if both := sorted(set(contract) & set(batch)):
+        contract = canonical_dims(self, "axis", self.axis, shape)
+        if batch and (both := sorted(set(contract) & set(batch))):
             raise AxesError(
-                place, "axis", contract, shape, f"dim {both[0]} is also one of batch_dims={batch}"
+                self, "axis", contract, shape, f"dim {both[0]} is also one of batch_dims={batch}"
             )
-        return _Plan(batch, contract, features, shape)
+        axes = self.kernel_axes, self.bias_axes, self.out_axes
+        return _plan_of(batch, contract, features, shape, *axes)
 
     @nowrap
-    def _bias(self, plan: _Plan, kernel_axes: Names) -> Array:
-        axes = self.bias_axes
-        if axes is None:
-            axes = names.like_kernel(None, kernel_axes, plan.bias_dims)
-        shape = (*plan.batch_shape, *plan.features)
-        init = partitioning.named(_Flattened(self.bias_init, plan.bias_groups), axes)
-        bias = self.param("bias", init, shape, self.param_dtype)
-        return weights.bias_at_use(bias, self.bias_init, axes)
+    def _bias(self, plan: _Plan) -> Array:
+        init = weights.named(_Flattened(self.bias_init, plan.bias_groups), plan.bias_axes)
+        bias = self.param("bias", init, plan.bias_shape, self.param_dtype)
+        return weights.bias_at_use(bias, self.bias_init, plan.bias_axes)

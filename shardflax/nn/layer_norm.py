@@ -57,7 +57,7 @@ class LayerNorm(Norm):
         over = self.reduction(x, mask, self.dims("reduction_axes", self.reduction_axes, x))
         mean, variance = self.moments(x, over)
         scale, bias = self.scale_and_bias(x, self.dims("feature_axes", self.feature_axes, x))
-        mean, variance = (jnp.expand_dims(v, over.dims) for v in (mean, variance))
+        mean, variance = jnp.expand_dims(mean, over.dims), jnp.expand_dims(variance, over.dims)
         return names.output(self.normalized(x, mean, variance, scale, bias), self.out_axes)
 
 

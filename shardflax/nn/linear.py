@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import field
-from functools import partial
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 
-from shardflax import partitioning
 from shardflax.core import compact, nowrap
 from shardflax.nn import _names as names
 from shardflax.nn import _weights as weights
@@ -31,6 +30,29 @@ def choose_dot_general(given: DotGeneral | None, cls: Any) -> DotGeneral:
     if cls is not None:
         return cls()
     return lax.dot_general if given is None else given
+
+
+class _Plan(NamedTuple):
+    """What a call needs to know of its dims and their names."""
+
+    dimension_numbers: Any
+    bias_axes: Names
+    bias_shape: tuple[int, ...]
+    contraction: weights.Contraction
+
+
+@lru_cache(maxsize=1024, typed=True)  # typed: default names equal the same names if written
+def _plan(ndim: int, kernel_axes: Names, bias_axes: Names, out_axes: Names | None) -> _Plan:
+    """The plan for inputs of `ndim` dims, made once for all layers of the same names."""
+    last = ndim - 1
+    mapped = tuple(range(last))
+    labels = (*mapped, last), (last, "f"), (*mapped, "f")
+    return _Plan(
+        dimension_numbers=(((last,), (0,)), ((), ())),
+        bias_axes=names.like_kernel(bias_axes, kernel_axes, [-1]),
+        bias_shape=(1,) * last + (-1,),
+        contraction=weights.Contraction(*labels, out_axes, kernel_axes[1:]),
+    )
 
 
 class Dense(LayerBase):
@@ -69,31 +91,25 @@ class Dense(LayerBase):
     def __call__(self, inputs: Array) -> Array:
         if jnp.ndim(inputs) == 0:
             raise InputRankError(where(self), "inputs", "at least 1 dim", ())
+        plan = _plan(jnp.ndim(inputs), self.kernel_axes, self.bias_axes, self.out_axes)
         kernel = self.param(
             "kernel",
-            partitioning.named(self.kernel_init, self.kernel_axes),
+            weights.named(self.kernel_init, self.kernel_axes),
             (jnp.shape(inputs)[-1], self.features),
             self.param_dtype,
         )
-        bias = self._bias() if self.use_bias else None
+        bias = self._bias(plan.bias_axes) if self.use_bias else None
         x, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
         dot = choose_dot_general(self.dot_general, self.dot_general_cls)
-        dims = (((x.ndim - 1,), (0,)), ((), ()))
-        multiply = partial(dot, dimension_numbers=dims, precision=self.precision)
+        multiply = partial(dot, dimension_numbers=plan.dimension_numbers, precision=self.precision)
         stored = weights.stored_names(self.kernel_init, self.kernel_axes)
-        last = x.ndim - 1
-        mapped = tuple(range(last))
-        out = weights.Contraction(
-            (*mapped, last), (last, "f"), (*mapped, "f"), self.out_axes, self.kernel_axes[1:]
-        )
-        y = weights.product(multiply, x, kernel, stored, out, dot)
+        y = weights.product(multiply, x, kernel, stored, plan.contraction, dot)
         if bias is not None:
-            y = y + jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
-        return names.output(y, self.out_axes, self.kernel_axes[1:])
+            y = y + jnp.reshape(bias, plan.bias_shape)
+        return names.output(y, self.out_axes, plan.contraction.features)
 
     @nowrap
-    def _bias(self) -> Array:
-        axes = names.like_kernel(self.bias_axes, self.kernel_axes, [-1])
-        init = partitioning.named(self.bias_init, axes)
+    def _bias(self, axes: Names) -> Array:
+        init = weights.named(self.bias_init, axes)
         bias = self.param("bias", init, (self.features,), self.param_dtype)
         return weights.bias_at_use(bias, self.bias_init, axes)

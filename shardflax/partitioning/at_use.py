@@ -136,7 +136,9 @@ class _Product:
 def _change(weight: Any, names: Names | None, beside: tuple[str, ...]) -> _Change | None:
     """What has to be done to `weight` under the rules and the mesh in scope, if anything."""
     rules = rules_in_scope()
-    if names is None or not isinstance(rules, AxisRules) or init_trace() is not None:
+    if rules is None or names is None:
+        return None
+    if not isinstance(rules, AxisRules) or init_trace() is not None:
         return None
     names = stored_by_path(weight, rules) or names
     mesh, said = mesh_in_scope(), in_force(names, np.ndim(weight), rules)
