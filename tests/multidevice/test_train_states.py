@@ -1,151 +1,117 @@
-"""Train states of a 12-layer decoder under every preset, on meshes of one, two and three axes."""
+"""Train states of a 12-layer decoder: all presets, meshes of one, two and three axes, both types.
+
+Each combination is laid out; of those that are the same layout (on axes of other names), the first
+is executed.  What it sends is held to a contract: kinds, axes, and how often.
+"""
 
 from __future__ import annotations
 
-import functools
+import re
+from collections import Counter
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from shardflax.core.boxes import unbox
-from shardflax.models import Decoder, DecoderConfig
 from shardflax.partitioning import (
     PRESETS,
     Layout,
     assert_collectives,
+    batch_axes,
     batch_sharding,
+    collectives,
     explain,
     init_sharded,
-    logical_axis_rules,
-    make_mesh,
-    preset,
     use,
 )
-from shardflax.partitioning.scope import InitTrace, init_tracing
-from shardflax.partitioning.spec_check import spec_axes
-from shardflax.training import TrainState, TrainStep, cross_entropy, make_train_step
+from shardflax.partitioning.spec_check import spec_axes, spec_parts
 from tests.core.harness import quick_key
-
-CONFIG = DecoderConfig(
-    vocab_size=32,
-    num_layers=12,
-    embed_dim=16,
-    mlp_dim=32,
-    num_heads=8,
-    num_kv_heads=2,
-    head_dim=4,
-    max_length=16,
-    remat=None,
-    dtype="float32",
+from tests.multidevice.states import (
+    ACTIVATIONS,
+    AXES,
+    BATCH,
+    CONFIG,
+    SIZES,
+    STEP,
+    TOKENS,
+    Case,
+    abstract_state,
+    alike,
+    init,
+    losses,
+    numbered,
 )
-MODEL = Decoder(CONFIG)
-TX = optax.adamw(1e-2)
-TOKENS = np.arange(8 * 16, dtype="int32").reshape(8, 16) * 7 % 32
 
-# The axes of each preset, the first for a mesh of 8, two for 4 x 2, all for 2 x 2 x 2.
-AXES = {
-    "dp": "data tensor fsdp",
-    "zero1": "data tensor fsdp",
-    "fsdp": "fsdp data tensor",
-    "hsdp": "fsdp data tensor",
-    "fsdp2d": "fsdp fsdp2 data",
-    "tp_sp": "tensor data fsdp",
-    "tp_embed": "tensor data fsdp",
-    "fsdp_tp": "fsdp tensor data",
-    "cp": "context data tensor",
-    "ep": "expert data tensor",
-    "ep_as_cp": "expert data tensor",
-    "cp_as_ep": "context data tensor",
-    "ep_as_dp": "expert data tensor",
-    "pp": "stage data tensor",
-    "decode": "tensor expert data",
-}
+LAYERS = CONFIG.num_layers
 
-
-def mesh_of(name: str, sizes: tuple[int, ...], types: Any = "auto") -> Any:
-    axes = AXES[name].split()[: len(sizes)]
-    spec = ",".join(f"{axis}={size}" for axis, size in zip(axes, sizes, strict=True))
-    return make_mesh(spec, axis_types=types)
-
-
-def init(key: jax.Array) -> TrainState:
-    params = MODEL.init(key, jnp.asarray(TOKENS))["params"]
-    return TrainState.create(apply_fn=MODEL.apply, params=params, tx=TX)
-
-
-def loss_fn(params: Any, batch: Any, _: Any) -> Any:
-    logits: Any = MODEL.apply({"params": params}, batch["tokens"])
-    return cross_entropy(logits, batch["targets"])
-
-
-STEP: TrainStep = make_train_step(loss_fn)
-BATCH = {"tokens": TOKENS, "targets": np.roll(TOKENS, -1, axis=1)}
-
-
-@functools.cache
-def losses() -> list[float]:
-    """Of two steps on one device."""
-    with logical_axis_rules(()):
-        state, step, found = jax.jit(lambda key: unbox(init(key)))(quick_key(0)), jax.jit(STEP), []
-        for _ in range(2):
-            state, metrics = step(state, BATCH)
-            found.append(float(metrics["loss"]))
-    return found
-
-
-# What each preset sends, and nothing else.  A CPU has no reduce-scatter, and sums in its place.
-# Gathers over an axis of the parameters are those of weights, sums over it those of gradients.
+# What each layout sends, and nothing else.  A CPU has no reduce-scatter, and sums in its place.
+# Gathers of weights and sums of gradients are counted from the layout; "6L" is six times a layer,
+# for activations.  A mesh of three axes, of which the rules know two, has one that idles, and
+# XLA's partitioner passes parts along it: `tp_sp`, `tp_embed`, and on auto axes `zero1`.
 SENT = {
+    "dp 8": "all-reduce data",
+    "zero1 8": "all-reduce data, all-gather data 1L",
+    "fsdp 8": "all-gather fsdp, all-reduce fsdp",
+    "tp_sp 8": "all-gather tensor 8L, all-reduce tensor 6L",
+    "tp_embed 8": "all-gather tensor 10L, all-reduce tensor 10L",
+    "cp 8": "all-gather context 1L, all-reduce context 1L",
+    "pp 8": "all-gather stage, all-reduce stage",
     "dp 4x2": "all-reduce data",
-    "zero1 4x2": "all-reduce data, all-gather data",
+    "zero1 4x2": "all-reduce data, all-gather data 1L",
     "fsdp 4x2": "all-gather fsdp, all-reduce fsdp, all-reduce data+fsdp",
-    "hsdp 4x2": "all-gather fsdp, all-reduce fsdp, all-reduce data+fsdp",
     "fsdp2d 4x2": "all-gather fsdp, all-gather fsdp2, all-gather fsdp+fsdp2, "
     "all-reduce fsdp, all-reduce fsdp2, all-reduce fsdp+fsdp2",
-    "tp_sp 4x2": "all-gather tensor, all-reduce tensor, all-reduce data",
-    "tp_embed 4x2": "all-gather tensor, all-reduce tensor, all-reduce data",
-    "fsdp_tp 4x2": "all-gather fsdp, all-gather tensor, all-reduce fsdp, all-reduce tensor",
-    "cp 4x2": "all-gather context, collective-permute context, all-reduce context, all-reduce data",
-    "ep 4x2": "all-gather expert, all-reduce expert, all-reduce data+expert",
-    "ep_as_cp 4x2": "all-gather expert, collective-permute expert, all-reduce expert, "
-    "all-reduce data",
-    "cp_as_ep 4x2": "all-gather context, collective-permute context, all-reduce context, "
-    "all-reduce data",
+    "tp_sp 4x2": "all-gather tensor 9L, all-reduce tensor 6L, all-reduce data",
+    "tp_embed 4x2": "all-gather tensor 13L, all-reduce tensor 10L, all-reduce data",
+    "fsdp_tp 4x2": "all-gather fsdp, all-gather tensor 6L, all-reduce fsdp, all-reduce tensor 5L",
+    "cp 4x2": "all-gather context 1L, all-reduce context 2L, all-reduce data",
     "ep_as_dp 4x2": "all-reduce data+expert",
     "pp 4x2": "all-gather data, all-gather stage, all-gather data+stage, all-reduce data, "
     "all-reduce data+stage",
-    "decode 4x2": "all-gather tensor, all-reduce tensor, all-reduce expert",
-    "dp 8": "all-reduce data",
-    "zero1 8": "all-reduce data, all-gather data",
-    "fsdp_tp 8": "all-gather fsdp, all-reduce fsdp",
-    "tp_sp 8": "all-gather tensor, all-reduce tensor",
+    "dp 2x2x2": "all-reduce data",
+    "zero1 2x2x2": "all-reduce data, all-gather data 1L, collective-permute data+fsdp 8L?",
+    "fsdp 2x2x2": "all-gather fsdp, all-reduce fsdp, all-reduce data+fsdp",
     "fsdp2d 2x2x2": "all-gather fsdp, all-gather fsdp2, all-gather fsdp+fsdp2, all-reduce fsdp, "
     "all-reduce fsdp2, all-reduce fsdp+fsdp2, all-reduce data+fsdp+fsdp2",
-    "fsdp_tp 2x2x2": "all-gather fsdp, all-gather tensor, all-reduce fsdp, all-reduce tensor, "
-    "all-reduce data+fsdp",
+    "tp_sp 2x2x2": "all-gather fsdp 4L, all-gather tensor?, all-reduce data, all-reduce fsdp 1L, "
+    "all-reduce tensor 6L, collective-permute fsdp+tensor 14L",
+    "tp_embed 2x2x2": "all-gather fsdp 9L, all-gather tensor 2L, all-reduce data, "
+    "all-reduce fsdp 1L, all-reduce tensor 8L, collective-permute fsdp+tensor 15L",
+    "fsdp_tp 2x2x2": "all-gather fsdp, all-gather tensor 6L, all-reduce fsdp, "
+    "all-reduce tensor 5L, all-reduce data+fsdp",
+    "cp 2x2x2": "all-gather context 2L, all-reduce context 2L, all-reduce data",
+    "ep_as_dp 2x2x2": "all-reduce data+expert",
+    "pp 2x2x2": "all-gather data, all-gather stage, all-gather data+stage, all-reduce data, "
+    "all-reduce data+stage",
+    "decode 2x2x2": "all-gather tensor 6L, all-reduce tensor 5L, all-reduce data+expert",
 }
-QUICK = ("zero1 8", "fsdp_tp 2x2x2")
-EXPLICIT = ("dp 8", "zero1 8", "fsdp2d 2x2x2", "fsdp_tp 4x2", "fsdp_tp 2x2x2", "ep_as_dp 4x2")
-CASES = [(case, "auto") for case in SENT] + [(case, "explicit") for case in EXPLICIT]
+FEW = 8  # once in a step: logits, sums of metrics and norms
+
+GROUPS = {str(cases[0]): cases for cases in alike()}
 
 
 @pytest.mark.parametrize(
-    ("case", "types"),
+    ("cases", "types"),
     [
-        pytest.param(case, types, marks=() if case in QUICK else pytest.mark.slow)
-        for case, types in CASES
+        pytest.param(
+            cases,
+            types,
+            # The fast group has all on auto axes, and all meshes of three axes.
+            marks=[pytest.mark.slow] if types == "explicit" and len(cases[0].sizes) < 3 else [],
+            id=f"{'='.join(case.name for case in cases)} {first.split()[1]} {types}",
+        )
+        for types in ("auto", "explicit")
+        for first, cases in GROUPS.items()
     ],
 )
-def test_placed_as_explained_and_the_same_loss(case: str, types: str) -> None:
-    name, sizes = case.split()
-    mesh, rules = mesh_of(name, tuple(map(int, sizes.split("x"))), types), preset(name)
+def test_placed_as_explained_and_the_same_loss(cases: tuple[Case, ...], types: str) -> None:
+    first, *others = cases
+    mesh, rules = first.mesh(types), first.rules
     state, layout = init_sharded(init, quick_key(0), mesh=mesh, rules=rules)
-    explained = explain(layout, mesh, rules).leaves
-    check_placed(state, layout, explained)
+    check_placed(state, layout)
+    for other in others:
+        check_same_layout(layout, other.layout(types))
     with use(mesh, rules):
         sharding = batch_sharding(mesh, rules, ("batch", "length"), TOKENS.shape)
         batch = jax.device_put(BATCH, sharding)
@@ -154,15 +120,14 @@ def test_placed_as_explained_and_the_same_loss(case: str, types: str) -> None:
         for expected in losses():
             state, metrics = compiled(state, batch)
             np.testing.assert_allclose(metrics["loss"], expected, 2e-6)
-    check_placed(state, layout, explained)
-    words = [sent.split() for sent in SENT[case].split(", ")]
-    assert_collectives(compiled, [f"{kind} over {axes.replace('+', ',')}" for kind, axes in words])
+    check_placed(state, layout)
+    check_sent(first, layout, compiled)
 
 
-def check_placed(state: Any, layout: Layout, explained: Any) -> None:
+def check_placed(state: Any, layout: Layout) -> None:
     """Every array lies as its layout and its explanation say."""
-    rows = zip(jax.tree.leaves(state), layout.leaves, explained, strict=True)
-    for array, leaf, row in rows:
+    explained = explain(layout, layout.mesh, layout.rules).leaves
+    for array, leaf, row in zip(jax.tree.leaves(state), layout.leaves, explained, strict=True):
         assert array.sharding.spec == leaf.spec, leaf.where
         assert tuple(spec_axes(part) for part in leaf.spec) == row.spec[: len(leaf.spec)]
         local = array.addressable_shards[0].data
@@ -171,20 +136,123 @@ def check_placed(state: Any, layout: Layout, explained: Any) -> None:
     assert sum(row.bytes_per_device for row in explained) == layout.bytes_per_device
 
 
+def check_same_layout(one: Layout, other: Layout) -> None:
+    """Leaf for leaf the same, on axes of other names."""
+    assert one.mesh.devices.shape == other.mesh.devices.shape
+    assert one.mesh.axis_types == other.mesh.axis_types
+    assert one.bytes_per_device == other.bytes_per_device
+    for a, b in zip(one.leaves, other.leaves, strict=True):
+        assert numbered(a.spec, one.mesh) == numbered(b.spec, other.mesh), a.where
+
+
+def check_sent(case: Case, layout: Layout, compiled: Any) -> None:
+    """What the contract allows, as often as it allows; gathers of weights exactly."""
+    contract = dict(_promise(words) for words in SENT[str(case)].split(", "))
+    found, sums = Counter[str](), 0
+    summed = {*batch_axes(layout.mesh, case.rules)}
+    for one in collectives(compiled):
+        found[one.what] += one.count
+        if one.kind != "all-gather" and set(one.axes) & summed:
+            sums += one.total
+    needed = [what for what, (_, optional) in contract.items() if what in found or not optional]
+    assert_collectives(compiled, needed)
+    gathers, arrays = gathered(case, layout), summed_arrays(layout)
+    for what, times in found.items():
+        per_layer, _ = contract[what]
+        kind, _, axes = what.partition(" over ")
+        most = (
+            gathers[what] + per_layer * LAYERS + (0 if what in gathers and not per_layer else FEW)
+        )
+        if kind == "all-reduce" and {*axes.split(",")} <= summed | {"context"}:
+            most += arrays
+        assert gathers[what] <= times <= most, what
+    gradients = sum(summed_bytes(case, layout))
+    if summed and case.name not in ("pp", "tp_embed"):  # these take some of it apart
+        assert gradients <= sums <= gradients + 256
+
+
+def _promise(words: str) -> tuple[str, tuple[int, bool]]:
+    """`all-gather tensor 9L?` as what is sent, how often a layer, and whether it may be missing."""
+    found = re.fullmatch(r"([a-z-]+) ([a-z0-9+]+)(?: (\d+)L)?(\?)?", words)
+    assert found is not None, words
+    kind, axes, times, optional = found.groups()
+    return f"{kind} over {axes.replace('+', ',')}", (int(times or 0), optional is not None)
+
+
+def _parameters(case: Case, layout: Layout) -> Any:
+    """Each parameter, its spec where it is used, and how often a step uses it."""
+    for leaf, used in zip(layout.leaves, case.used(layout), strict=True):
+        if leaf.path[0] == "params":
+            yield leaf, used, LAYERS if "layers" in leaf.names else 1
+
+
+def gathered(case: Case, layout: Layout) -> Counter[str]:
+    """How often weights are gathered: each dim for the forward pass, and again for the backward.
+
+    The table of rows is looked up once: ids have no gradient.
+    """
+    found: Counter[str] = Counter()
+    for leaf, used, times in _parameters(case, layout):
+        passes = 1 if leaf.path[-1] == "embedding" else 2
+        for dim, part in enumerate(leaf.spec):
+            kept = spec_axes(used[dim]) if dim < len(used) else ()
+            if axes := [axis for axis in spec_axes(part) if axis not in kept]:
+                found[f"all-gather over {','.join(axes)}"] += times * passes
+    return found
+
+
+def summed_arrays(layout: Layout) -> int:
+    """How many gradients a step sums, if each is summed alone: so many times at most."""
+    return sum(
+        LAYERS if "layers" in leaf.names else 1
+        for leaf in layout.leaves
+        if leaf.path[0] == "params" and leaf.names
+    )
+
+
+def summed_bytes(case: Case, layout: Layout) -> Any:
+    """The bytes of each gradient on a device, before it is cut as its parameter is stored."""
+    for leaf, used, _ in _parameters(case, layout):
+        size = int(np.prod(leaf.shape)) * leaf.dtype.itemsize
+        yield size // spec_parts(used, dict(layout.mesh.shape))
+
+
 def test_every_preset_names_every_leaf() -> None:
     """15 presets, three meshes, auto and explicit axes; the state is traced once."""
-    mesh = make_mesh("data=8")
-    with use(mesh, preset("dp")), init_tracing(InitTrace()):
-        state = jax.eval_shape(init, quick_key(0))
     assert set(AXES) == set(PRESETS)
-    whole = Layout(state, mesh, preset("dp")).bytes_per_device
+    assert sorted(str(case) for cases in alike() for case in cases) == sorted(
+        str(Case(name, sizes)) for name in AXES for sizes in SIZES
+    )
+    assert GROUPS.keys() == SENT.keys()
+    whole = Case("dp", (8,)).layout().bytes_per_device
     for name in AXES:
-        for sizes in ((8,), (4, 2), (2, 2, 2)):
-            found = [
-                Layout(state, mesh_of(name, sizes, types), preset(name))
-                for types in ("auto", "explicit")
-            ]
+        for sizes in SIZES:
+            found = [Case(name, sizes).layout(types) for types in ("auto", "explicit")]
             assert found[0].problems == () and found[0].unnamed == (), (name, sizes)
             assert found[0].leaves == found[1].leaves
             rest = found[0].bytes_per_device
             assert (rest == whole) == (name in ("dp", "ep_as_dp", "pp")), (name, sizes)
+
+
+def test_what_counts_as_the_same_is_all_that_the_decoder_names() -> None:
+    state, constrained = abstract_state()
+    layout = Layout(state, Case("dp", (8,)).mesh(), PRESETS["dp"])
+    of_leaves = {name for leaf in layout.leaves for name in leaf.names or () if name}
+    assert constrained == {name for names in ACTIVATIONS for name in names}
+    assert of_leaves.isdisjoint(constrained) and "embed" in of_leaves
+
+
+def test_the_same_layout_is_the_same_program() -> None:
+    """Lowered for the axes of `ep` and of `fsdp`, the text differs in their names alone."""
+    texts: list[str] = []
+    for name, axis in (("fsdp", "fsdp"), ("ep", "expert")):
+        case = Case(name, (2, 2, 2))
+        mesh, layout = case.mesh(), case.layout()
+        batch = jax.ShapeDtypeStruct(
+            TOKENS.shape, TOKENS.dtype, sharding=batch_sharding(mesh, case.rules)
+        )
+        with use(mesh, case.rules):
+            step = jax.jit(STEP, out_shardings=(layout.shardings, None))
+            lowered = step.lower(layout.abstract, {"tokens": batch, "targets": batch})
+        texts.append(lowered.as_text().replace(f'"{axis}"', '"axis"'))
+    assert texts[0] == texts[1]
