@@ -108,7 +108,8 @@ class StepFolder:
 
     def discard(self, path: Path) -> None:
         """Removes what an interrupted save or delete left; raises OSError."""
-        shutil.rmtree(path)
+        if path.exists():
+            shutil.rmtree(path)
 
 
 def _remove(folder: Path) -> None:

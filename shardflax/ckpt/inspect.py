@@ -24,6 +24,7 @@ __all__ = [
     "LeafInfo",
     "StepInfo",
     "about",
+    "changed",
     "disk_bytes",
     "inspect_checkpoint",
     "list_steps",
@@ -174,7 +175,7 @@ def about(found: Found) -> CheckpointInfo:
         metrics=manifest.metrics if manifest else {},
         mesh=manifest.mesh if manifest else {},
         processes=manifest.processes if manifest else 0,
-        time=manifest.time if manifest else _mtime(found.path),
+        time=manifest.time if manifest else changed(found.path),
         bytes_on_disk=disk_bytes(found.path),
     )
 
@@ -221,15 +222,15 @@ def list_steps(folder: str | os.PathLike[str]) -> list[StepInfo]:
     found = [_step_info(steps.step(step)) for step in committed]
     numbered = (path for path in steps.root.iterdir() if path.is_dir() and path.name.isdecimal())
     bare = sorted(path for path in numbered if int(path.name) not in committed)
-    for path in [*bare, *steps.unfinished()]:
+    for path in dict.fromkeys([*bare, *steps.unfinished()]):
         state = "saving" if steps.is_busy(path) else "unfinished"
-        found.append(StepInfo(path.name, path, state, "", disk_bytes(path), _mtime(path)))
+        found.append(StepInfo(path.name, path, state, "", disk_bytes(path), changed(path)))
     return found
 
 
 def _step_info(path: Place) -> StepInfo:
     """A committed step, which may be damaged all the same."""
-    state, kind, time = "committed", "", _mtime(path)
+    state, kind, time = "committed", "", changed(path)
     try:
         found = find_checkpoint(path) if (path / NAME).is_file() else None
         kind = "shardflax" if found else "orbax"
@@ -240,7 +241,13 @@ def _step_info(path: Place) -> StepInfo:
     return StepInfo(path.name, path, state, kind, disk_bytes(path), time)
 
 
-def _mtime(path: Place) -> float:
+def changed(path: Place) -> float:
+    """When a file or folder was changed, in seconds since 1970; 0 where nobody knows.
+
+    >>> from pathlib import Path
+    >>> changed(Path("/nowhere"))
+    0.0
+    """
     try:
         return path.stat().st_mtime
     except OSError:

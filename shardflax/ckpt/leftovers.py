@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from shardflax.ckpt.folder import step_folder
-from shardflax.ckpt.inspect import disk_bytes
+from shardflax.ckpt.inspect import changed, disk_bytes
 from shardflax.ckpt.place import Place, place
 
 __all__ = ["Leftover", "find_leftovers", "remove_leftovers"]
@@ -72,10 +72,10 @@ def remove_leftovers(found: Sequence[Leftover]) -> list[Leftover]:
         steps = step_folder(leftover.path.parent)
         if steps.is_busy(leftover.path):
             continue
-        if leftover.path.is_dir() and not leftover.path.is_symlink():
-            steps.discard(leftover.path)
-        else:
+        if leftover.path.is_symlink() or leftover.path.is_file():
             leftover.path.unlink(missing_ok=True)
+        else:
+            steps.discard(leftover.path)
         gone.append(leftover)
     return gone
 
@@ -89,4 +89,4 @@ def _mark(path: Place) -> Leftover:
 
 
 def _leftover(path: Place, why: str) -> Leftover:
-    return Leftover(path, why, disk_bytes(path), path.stat().st_mtime)
+    return Leftover(path, why, disk_bytes(path), changed(path))

@@ -110,6 +110,7 @@ class _Proxy:
 class _Handler(BaseHTTPRequestHandler):
     behind = 0
     protocol_version = "HTTP/1.1"
+    wbufsize = 1 << 16  # an answer goes out at once
 
     def _pass_on(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
