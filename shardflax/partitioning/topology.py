@@ -6,6 +6,7 @@ The compiler for TPUs is in the package libtpu, and needs no TPU to compile.
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 import os
 import re
@@ -94,14 +95,13 @@ def _chips(name: str) -> int:
 
 @functools.cache
 def _devices(name: str, slices: int, one_chip: bool) -> tuple[Any, ...]:
-    from jax.experimental import topologies
-
     options: dict[str, Any] = {} if slices == 1 else {"num_slices": slices}
     if one_chip:  # a host has four, if nothing is said
         options["chips_per_host_bounds"] = (1, 1, 1)
     if os.environ.get("TPU_SKIP_MDS_QUERY"):  # JAX sets it where it finds no TPU
         for variable, value in _NO_TPU_HERE.items():
             os.environ.setdefault(variable, value)
+    topologies = importlib.import_module("jax.experimental.topologies")  # half typed
     try:
         return tuple(topologies.get_topology_desc(name, "tpu", **options).devices)
     except Exception as error:

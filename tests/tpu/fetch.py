@@ -1,9 +1,10 @@
-"""Fetches the compiler for TPUs (libtpu) into a folder beside the environment, for `make test`.
+"""Fetches the compiler for TPUs (libtpu) into a folder, for `make test` and `make bench`.
 
     python -m tests.tpu.fetch .venv-3.11/libtpu
 
-It does not go into the environment itself: there, JAX would look for a TPU at each start.  Says in
-one line what happened and never fails; without the folder the tests of the group `tpu` do not run.
+The folder is beside the packages of the environment, not among them: there, JAX would look for a
+TPU at each start.  Says in one line what happened and never fails; without the folder the tests of
+the group `tpu` do not run, and `make bench` lacks a row.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from shardflax.partitioning.topology import libtpu_requirement
 __all__ = ["fetch"]
 
 _SECONDS = 600  # for 130 MB
-_NOT_RUN = "the tests of the group tpu are not run"
+_LEFT_OUT = "what takes it (tests of the group tpu, a row of the benchmarks) is left out"
 
 
 def fetch(folder: Path, seconds: float = _SECONDS) -> str:
@@ -30,14 +31,14 @@ def fetch(folder: Path, seconds: float = _SECONDS) -> str:
         return f"libtpu: {wanted} is in {folder}"
     here = f"{platform.system()} {platform.machine()}"
     if here != "Linux x86_64":
-        return f"libtpu: there is none for {here}: {_NOT_RUN}"
+        return f"libtpu: there is none for {here}: {_LEFT_OUT}"
     try:
         problem = _install(folder, wanted, seconds)
         if problem:
-            return f"libtpu: {wanted} cannot be installed: {_NOT_RUN}: {problem}"
+            return f"libtpu: {wanted} cannot be installed: {_LEFT_OUT}: {problem}"
         note.write_text(wanted, encoding="utf-8")
     except OSError as error:
-        return f"libtpu: {folder} cannot be written: {_NOT_RUN}: {error}"
+        return f"libtpu: {folder} cannot be written: {_LEFT_OUT}: {error}"
     return f"libtpu: {wanted} was installed into {folder}"
 
 
