@@ -31,6 +31,11 @@ class Budget:
             self._changed.wait_for(lambda: self._open or self._fits(size))
             self.used += size
 
+    def fits(self, size: int) -> bool:
+        """True if `take` would not wait."""
+        with self._changed:
+            return self._open or self._fits(size)
+
     def _fits(self, size: int) -> bool:
         return self.limit is None or not self.used or self.used + size <= self.limit
 

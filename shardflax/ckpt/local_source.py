@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 
 from shardflax.ckpt.index import read_index
@@ -23,20 +21,24 @@ from shardflax.ckpt.plan import Stored
 from shardflax.ckpt.regions import Box, chunks_in
 from shardflax.ckpt.sources import Later, LeafDataError, OurSource
 from shardflax.ckpt.worker import Worker
-from shardflax.ckpt.zarr import chunk_key
+from shardflax.ckpt.zarr import checksum_of, chunk_key
 
 __all__ = ["LocalSource"]
 
 _Array = np.ndarray[Any, np.dtype[Any]]
 _ALIGNMENT = 64
 """Bytes; where buffers begin that JAX takes as they are, on the host."""
-_JOB_BYTES = 4 << 20
-"""Chunks that follow one another in a file are read by one thread up to this size."""
+_JOB_BYTES, _JOB_CHUNKS = 4 << 20, 64
+"""How much of a file one thread reads before it looks for more to do."""
 _CHECKSUM = 4
 
 
 class LocalSource(OurSource):
     """A step that this library wrote, in a folder of a file system."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._job = _Job(Path(), "")
 
     @functools.cached_property
     def _state(self) -> Path:
@@ -51,146 +53,197 @@ class LocalSource(OurSource):
         return later
 
     def read_boxes(self, path: LeafPath, boxes: Sequence[Box]) -> list[tuple[Box, Later]]:
-        """Starts reading; each chunk once, however many boxes it is in."""
+        """Starts reading, soon; each chunk once, however many boxes it is in."""
         stored = self.manifest.stored[path]
         if stored.codec is not None:
             return [(box, super(LocalSource, self).read(path, box)) for box in boxes]
         arrays = _aligned(boxes, stored.leaf.stored[1])
-        chunks = self._chunks(stored, list(zip(boxes, arrays, strict=True)))
-        jobs = [_submit(self._state, job) for job in _batched(chunks)]
-
-        def finish(array: _Array) -> _Array:
-            try:
-                for job in jobs:
-                    job.result()
-            except (ValueError, OSError) as error:
-                raise LeafDataError(path, str(error)) from error
-            return array
-
+        leaf = _Leaf(path, stored, arrays)
+        for spot in _spots(stored.shape, stored.chunk, tuple(boxes)):
+            self._add(_Chunk(leaf, spot, self._index.get(f"{stored.name}/{spot.key}")))
         return [
-            (box, functools.partial(finish, array))
+            (box, functools.partial(leaf.finish, array))
             for box, array in zip(boxes, arrays, strict=True)
         ]
 
-    def _chunks(self, stored: Stored, wanted: list[tuple[Box, _Array]]) -> list[_Chunk]:
-        """The chunks that some boxes lie in."""
-        found: dict[tuple[int, ...], _Chunk] = {}
-        for box, array in wanted:
-            for index, _ in chunks_in(_rounded(box, stored), stored.chunk):
-                if index not in found:
-                    key = f"{stored.name}/{chunk_key(index)}"
-                    found[index] = _Chunk(key, self._index.get(key), _span(index, stored), stored)
-                found[index].parts.append((box, array))
-        return list(found.values())
+    def _add(self, chunk: _Chunk) -> None:
+        """Puts a chunk on the list of what is to be read; a full list is read at once."""
+        file = chunk.value.file if isinstance(chunk.value, Place) else ""
+        if self._job.full or self._job.file != file:
+            self._job.start()
+            self._job = _Job(self._state, file)
+        self._job.chunks.append(chunk)
+        self._job.nbytes += chunk.nbytes
+        if not chunk.leaf.jobs or chunk.leaf.jobs[-1] is not self._job:
+            chunk.leaf.jobs.append(self._job)
+        if self._job.full:
+            self._job.start()
 
 
 @dataclasses.dataclass
-class _Chunk:
-    """A chunk that is to be read, and the boxes that want parts of it."""
+class _Leaf:
+    """Boxes of one leaf that are being read."""
+
+    path: LeafPath
+    stored: Stored
+    arrays: list[_Array]
+    jobs: list[_Job] = dataclasses.field(default_factory=list)
+    error: Exception | None = None
+
+    def finish(self, array: _Array) -> _Array:
+        """One of the arrays, once all of them are there."""
+        while self.jobs:
+            self.jobs.pop().start().result()
+        if self.error is not None:
+            raise LeafDataError(self.path, str(self.error)) from self.error
+        return array
+
+
+@dataclasses.dataclass(eq=False)
+class _Job:
+    """Chunks of one file (or of the index, if it has no name) that one thread reads."""
+
+    folder: Path
+    file: str
+    chunks: list[_Chunk] = dataclasses.field(default_factory=list)
+    nbytes: int = 0
+    future: Future[None] | None = None
+
+    @property
+    def full(self) -> bool:
+        """True if nothing can be added."""
+        many = self.nbytes >= _JOB_BYTES or len(self.chunks) >= _JOB_CHUNKS
+        return many or self.future is not None
+
+    def start(self) -> Future[None]:
+        """Lets a thread read it, unless one does already."""
+        if self.future is None:
+            self.future = _readers().submit(self._run)
+        return self.future
+
+    def _run(self) -> None:
+        chunks, self.chunks = self.chunks, []
+        try:
+            if self.file:
+                descriptor = os.open(self.folder / self.file, os.O_RDONLY | os.O_CLOEXEC)
+            else:
+                descriptor = -1
+        except OSError as error:
+            for chunk in chunks:
+                chunk.leaf.error = error
+            return
+        for chunk in chunks:
+            try:
+                chunk.read(descriptor)
+            except (ValueError, OSError) as error:
+                where = self.folder / self.file if self.file else "the index"
+                chunk.leaf.error = ValueError(f"{where}: {error}")
+        if self.file:
+            os.close(descriptor)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Spot:
+    """A chunk of an array, and the boxes that want parts of it.
+
+    Of each box its number, which part of it that is, and which part of the chunk.  `direct` says
+    that the chunk as it is stored is a contiguous part of the one box that wants it.
+    """
 
     key: str
+    parts: tuple[tuple[int, tuple[slice, ...], tuple[slice, ...]], ...]
+    direct: bool
+
+
+@functools.lru_cache(maxsize=1024)
+def _spots(
+    shape: tuple[int, ...], chunk: tuple[int, ...], boxes: tuple[Box, ...]
+) -> tuple[_Spot, ...]:
+    """The chunks that some boxes lie in."""
+    found: dict[tuple[int, ...], list[tuple[int, Box]]] = {}
+    for number, box in enumerate(boxes):
+        for index, _ in chunks_in(_rounded(box, shape, chunk), chunk):
+            found.setdefault(index, []).append((number, box))
+    spots: list[_Spot] = []
+    for index, wanting in found.items():
+        span = _span(index, shape, chunk)
+        parts = [(n, box, span.meet(box)) for n, box in wanting]
+        slices = [(n, m.within(box), m.within(span)) for n, box, m in parts if m is not None]
+        whole = len(wanting) == 1 and parts[0][2] == span and span.shape == chunk
+        direct = whole and _contiguous(span.shape, wanting[0][1].shape)
+        spots.append(_Spot(chunk_key(index), tuple(slices), direct))
+    return tuple(spots)
+
+
+def _contiguous(part: Sequence[int], whole: Sequence[int]) -> bool:
+    """True if a part of an array, of some shape, is one piece of memory."""
+    dims = [d for d, length in enumerate(part) if length > 1]
+    return all(part[d] == whole[d] for d in range(min(dims, default=0) + 1, len(part)))
+
+
+@dataclasses.dataclass(slots=True)
+class _Chunk:
+    """A chunk that is to be read: where it is, and where it goes."""
+
+    leaf: _Leaf
+    spot: _Spot
     value: Value | None
-    box: Box
-    stored: Stored
-    parts: list[tuple[Box, _Array]] = dataclasses.field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
         """Without the checksum."""
-        return math.prod(self.stored.chunk) * self.stored.dtype.itemsize
+        return math.prod(self.leaf.stored.chunk) * self.leaf.stored.dtype.itemsize
 
-    def check_size(self) -> None:
-        """Raises ValueError for a chunk that is not there or of another size."""
+    def read(self, descriptor: int) -> None:
+        """Reads and checks it, and puts it where it is wanted; raises ValueError, OSError."""
+        value = self._checked()
+        number, part, _ = self.spot.parts[0]
+        if self.spot.direct:
+            # With the dots, it is a view also of an array without dims.
+            target = self.leaf.arrays[number][(..., *part)].reshape(-1).view(np.uint8)
+        else:
+            target = np.empty(self.nbytes, np.uint8)
+        check = bytearray(_CHECKSUM)
+        if isinstance(value, Place):
+            _fill(descriptor, value.offset, target, check)
+        else:
+            target[:] = np.frombuffer(value, np.uint8)[:-_CHECKSUM]
+            check[:] = value[-_CHECKSUM:]
+        if checksum_of(target) != check:
+            raise ValueError(f"the checksum of chunk {self.spot.key} is wrong")
+        if not self.spot.direct:
+            self._scatter(target)
+
+    def _checked(self) -> Value:
+        """Where it is, if it has the right size there."""
         if self.value is None:
-            raise ValueError(f"chunk {self.key} is missing")
+            raise ValueError(f"chunk {self.spot.key} is missing")
         size = self.value.length if isinstance(self.value, Place) else len(self.value)
-        if size != self.nbytes + _CHECKSUM:
-            raise ValueError(
-                f"chunk {self.key} has {size} bytes instead of {self.nbytes + _CHECKSUM}"
-            )
+        wanted = self.nbytes + _CHECKSUM
+        if size != wanted:
+            raise ValueError(f"chunk {self.spot.key} has {size} bytes instead of {wanted}")
+        return self.value
 
-    def destination(self) -> _Array | None:
-        """The bytes of a box in which the whole chunk comes to lie as it is, if there is one."""
-        if len(self.parts) != 1 or self.box.shape != self.stored.chunk:
-            return None
-        outer, array = self.parts[0]
-        if self.box.meet(outer) != self.box:
-            return None
-        part = array[(..., *self.box.within(outer))]  # with the dots, a view also of a scalar
-        return part.reshape(-1).view(np.uint8) if part.flags.c_contiguous else None
-
-    def scatter(self, data: _Array) -> None:
+    def _scatter(self, data: _Array) -> None:
         """Copies what was read to where it is wanted."""
-        chunk = data.view(self.stored.leaf.stored[1]).reshape(self.stored.chunk)
-        for outer, array in self.parts:
-            both = self.box.meet(outer)
-            if both is not None:
-                array[both.within(outer)] = chunk[both.within(self.box)]
+        stored = self.leaf.stored
+        chunk = data.view(stored.leaf.stored[1]).reshape(stored.chunk)
+        for number, there, here in self.spot.parts:
+            self.leaf.arrays[number][there] = chunk[here]
 
 
 def _aligned(boxes: Sequence[Box], dtype: np.dtype[Any]) -> list[_Array]:
-    """Uninitialized arrays in one piece of memory, which costs fewer page faults."""
-    sizes = [box.size * dtype.itemsize for box in boxes]
+    """Arrays that hold nothing yet, in one piece of memory, which costs fewer page faults."""
+    shapes = [box.shape for box in boxes]
+    sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
     steps = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
     memory = np.empty(sum(steps) + _ALIGNMENT, np.uint8)
     at = -memory.ctypes.data % _ALIGNMENT
     arrays: list[_Array] = []
-    for box, size, step in zip(boxes, sizes, steps, strict=True):
-        arrays.append(memory[at : at + size].view(dtype).reshape(box.shape))
+    for shape, step in zip(shapes, steps, strict=True):
+        arrays.append(np.ndarray(shape, dtype, memory, at))
         at += step
     return arrays
-
-
-def _batched(chunks: Iterable[_Chunk]) -> Iterator[list[_Chunk]]:
-    """Chunks that one thread reads: near one another in one file."""
-    by_file: dict[str, list[_Chunk]] = collections.defaultdict(list)
-    for chunk in chunks:
-        by_file[chunk.value.file if isinstance(chunk.value, Place) else ""].append(chunk)
-    for some in by_file.values():
-        some.sort(key=lambda c: c.value.offset if isinstance(c.value, Place) else 0)
-        batch: list[_Chunk] = []
-        for chunk in some:
-            if batch and sum(c.nbytes for c in batch) + chunk.nbytes > _JOB_BYTES:
-                yield batch
-                batch = []
-            batch.append(chunk)
-        yield batch
-
-
-def _read_batch(folder: Path, batch: Sequence[_Chunk]) -> None:
-    """Reads and checks chunks of one file, or such as are in the index."""
-    value = batch[0].value
-    descriptor, name = -1, "index"
-    if isinstance(value, Place):
-        name = f"{folder / value.file}"
-        descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        for chunk in batch:
-            _read_chunk(descriptor, chunk)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-    finally:
-        if descriptor >= 0:
-            os.close(descriptor)
-
-
-def _read_chunk(descriptor: int, chunk: _Chunk) -> None:
-    """Reads one chunk to where it is wanted."""
-    chunk.check_size()
-    value = chunk.value
-    data = chunk.destination()
-    target = np.empty(chunk.nbytes, np.uint8) if data is None else data
-    if isinstance(value, Place):
-        check = bytearray(_CHECKSUM)
-        _fill(descriptor, value.offset, target, check)
-    else:
-        assert value is not None
-        target[:] = np.frombuffer(value[:-_CHECKSUM], np.uint8)
-        check = value[-_CHECKSUM:]
-    if google_crc32c.value(target) != int.from_bytes(check, "little"):  # type: ignore[arg-type]
-        raise ValueError(f"the checksum of chunk {chunk.key} is wrong")
-    if data is None:
-        chunk.scatter(target)
 
 
 def _fill(descriptor: int, offset: int, *buffers: Any) -> None:
@@ -207,28 +260,24 @@ def _fill(descriptor: int, offset: int, *buffers: Any) -> None:
             left[0] = left[0][count:]
 
 
-def _rounded(box: Box, stored: Stored) -> Box:
+def _rounded(box: Box, shape: Sequence[int], chunk: Sequence[int]) -> Box:
     """A box that begins and ends between chunks (or at the end of the array)."""
-    start = (a // c * c for a, c in zip(box.start, stored.chunk, strict=True))
-    stop = (-(-b // c) * c for b, c in zip(box.stop, stored.chunk, strict=True))
-    return Box(tuple(start), tuple(map(min, stop, stored.shape)))
+    start = (a // c * c for a, c in zip(box.start, chunk, strict=True))
+    stop = (-(-b // c) * c for b, c in zip(box.stop, chunk, strict=True))
+    return Box(tuple(start), tuple(map(min, stop, shape)))
 
 
-def _span(index: tuple[int, ...], stored: Stored) -> Box:
+def _span(index: Sequence[int], shape: Sequence[int], chunk: Sequence[int]) -> Box:
     """The elements of an array that are in a chunk."""
-    start = tuple(i * c for i, c in zip(index, stored.chunk, strict=True))
-    ends = (a + c for a, c in zip(start, stored.chunk, strict=True))
-    return Box(start, tuple(map(min, ends, stored.shape)))
+    start = tuple(i * c for i, c in zip(index, chunk, strict=True))
+    ends = (a + c for a, c in zip(start, chunk, strict=True))
+    return Box(start, tuple(map(min, ends, shape)))
 
 
-_readers: list[Worker] = []
-"""Threads that read, once there are any."""
+@functools.cache
+def _readers() -> Worker:
+    """Threads that read, from the first time on."""
+    return Worker("shardflax-read", min(16, max(4, os.cpu_count() or 1)))
 
 
-def _submit(folder: Path, batch: Sequence[_Chunk]) -> Future[None]:
-    if not _readers:
-        _readers.append(Worker("shardflax-read", min(16, max(4, os.cpu_count() or 1))))
-    return _readers[0].submit(functools.partial(_read_batch, folder, batch))
-
-
-os.register_at_fork(after_in_child=_readers.clear)
+os.register_at_fork(after_in_child=_readers.cache_clear)

@@ -278,18 +278,24 @@ class CheckpointManager:
         IN_FLIGHT.add(self)
         if self._timer is not None:
             self._timer.saved()
-        self._writer.submit(lambda: self._run(job, handle))
+        writing: Future[None] | None = None
         staged: list[Staged] = []
         try:
             for parcel in job.plan.parcels:
-                job.budget.take(sum(lot.nbytes for lot in parcel))
+                size = sum(lot.nbytes for lot in parcel)
+                if writing is None and not job.budget.fits(size):
+                    writing = self._writer.submit(lambda: self._run(job, handle))
+                job.budget.take(size)
                 group = stage(parcel, leaves)
                 job.groups.put(group)
                 staged += [x for x in group if x.moving]
+            job.groups.put(None)
         except BaseException as error:
             job.groups.put(error)
             raise
-        job.groups.put(None)
+        finally:  # and not before: it would take this thread's time
+            if writing is None:
+                self._writer.submit(lambda: self._run(job, handle))
         if staged:
             _when_ready(self._syncer, staged, handle.staged)
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -94,7 +94,7 @@ class _Leaf:
             return
         words = key_words(saved.impl) if saved.kind == "key" else ()
         shape = (*taken.shape(saved.shape), *words)
-        boxes = sorted(set(_boxes(self.target, shape)))
+        boxes = _boxes(self.target, shape)
         if taken.dim is None:
             self.reading = self.source.read_boxes(taken.paths[0], boxes)
         else:
@@ -173,16 +173,28 @@ def _sharding(leaf: Any) -> jax.sharding.Sharding | None:
     return None
 
 
-def _boxes(target: Any, shape: tuple[int, ...]) -> Iterator[Box]:
-    """The boxes of an array that this process needs for a target."""
+def _boxes(target: Any, shape: tuple[int, ...]) -> tuple[Box, ...]:
+    """The boxes of an array that this process needs for a target, in order."""
     sharding = _sharding(target)
     if sharding is None:
-        yield Box.whole(shape)
-        return
-    index: Any
-    for index in sharding.addressable_devices_indices_map(tuple(target.shape)).values():
-        words = (slice(None),) * (len(shape) - len(target.shape))
-        yield Box.of((*index, *words), shape)
+        return (Box.whole(shape),)
+    return _boxes_on(sharding, tuple(target.shape), shape)
+
+
+@functools.lru_cache(maxsize=1024)
+def _boxes_on(
+    sharding: jax.sharding.Sharding, outer: tuple[int, ...], shape: tuple[int, ...]
+) -> tuple[Box, ...]:
+    """The boxes of an array of which the first dims, of shape `outer`, are sharded."""
+    words: Any = (slice(None),) * (len(shape) - len(outer))
+    indices: Any = sharding.addressable_devices_indices_map(outer).values()
+    return tuple(sorted({Box.of((*index, *words), shape) for index in indices}))
+
+
+@functools.lru_cache(maxsize=4096)
+def _box_at(index: tuple[tuple[int | None, int | None], ...], shape: tuple[int, ...]) -> Box:
+    """The box that slices select, of which only start and stop are given."""
+    return Box.of([slice(*ends) for ends in index], shape)
 
 
 def _placed(read: list[tuple[Box | None, Any]], take: Take, target: Any) -> Any:
@@ -228,19 +240,17 @@ def _shape(read: list[tuple[Box | None, Any]], target: Any) -> tuple[int, ...]:
     return (*target.shape, *read[0][1].shape[read[0][1].ndim - words :]) if words else target.shape
 
 
-@dataclasses.dataclass(frozen=True)
 class _Parts:
     """Gives each device its part of what was read."""
 
-    read: list[tuple[Box | None, Any]]
-    shape: tuple[int, ...]
+    def __init__(self, read: list[tuple[Box | None, Any]], shape: tuple[int, ...]) -> None:
+        self._read, self._shape = dict(read), shape
 
     def __call__(self, index: Any) -> _Array:
-        box = Box.of(index, self.shape)
-        for outer, array in self.read:
-            if outer == box:
-                return array
-        outer, array = self.read[0]
+        box = _box_at(tuple((part.start, part.stop) for part in index), self._shape)
+        if box in self._read:
+            return self._read[box]
+        outer, array = next(iter(self._read.items()))
         assert outer is not None
         return array[box.within(outer)]
 

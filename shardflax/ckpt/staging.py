@@ -16,6 +16,7 @@ import numpy as np
 
 from shardflax.ckpt.leaves import is_key
 from shardflax.ckpt.plan import Lot
+from shardflax.core.staging import single_device_arrays
 
 __all__ = ["Staged", "stage"]
 
@@ -53,31 +54,32 @@ def stage(lots: Sequence[Lot], leaves: Sequence[Any]) -> list[Staged]:
     >>> stage(plan.parcels[0], leaves)[0].arrays()
     [array([0, 1, 2])]
     """
-    data: dict[int, Any] = {}
+    data: dict[int, tuple[Any, Sequence[Any], bool]] = {}
     values: list[list[Any]] = []
     far: list[tuple[list[Any], int]] = []
     for lot in lots:
         if lot.leaf not in data:
-            data[lot.leaf] = _data(leaves[lot.leaf])
-        leaf, found = data[lot.leaf], list[Any]()
-        for piece in lot.pieces:
-            if piece.position < 0:
-                found.append(np.array(leaf))
-                continue
-            value = leaf.addressable_data(piece.position)
-            if _on_host(leaf):
-                found.append(np.asarray(value))
-            else:
-                far.append((found, len(found)))
-                found.append(value)
+            data[lot.leaf] = _parts(leaves[lot.leaf])
+        whole, parts, near = data[lot.leaf]
+        found: list[Any] = [
+            parts[piece.position] if piece.position >= 0 else np.array(whole)
+            for piece in lot.pieces
+        ]
+        if near:
+            found = list(map(np.asarray, found))
+        else:
+            far += [(found, i) for i, piece in enumerate(lot.pieces) if piece.position >= 0]
         values.append(found)
     _fetch(far)
     return [Staged(lot, tuple(found)) for lot, found in zip(lots, values, strict=True)]
 
 
-def _data(leaf: Any) -> Any:
-    """The leaf, or the words of its keys."""
-    return jax.random.key_data(leaf) if isinstance(leaf, jax.Array) and is_key(leaf) else leaf
+def _parts(leaf: Any) -> tuple[Any, Sequence[Any], bool]:
+    """The leaf, or the words of its keys; what is on each device; whether numpy can look at it."""
+    if not isinstance(leaf, jax.Array):
+        return leaf, (), True
+    data = jax.random.key_data(leaf) if is_key(leaf) else leaf
+    return data, single_device_arrays(data), _on_host(data)
 
 
 def _on_host(array: jax.Array) -> bool:

@@ -30,6 +30,7 @@ __all__ = [
     "run_equation",
     "run_simple",
     "show_frames",
+    "single_device_arrays",
     "with_checkpoint_names",
 ]
 
@@ -51,6 +52,15 @@ class Static:
     """
 
     value: Hashable
+
+
+def single_device_arrays(array: jax.Array) -> Sequence[jax.Array]:
+    """What is on each device of this process: all that `addressable_data` gives one by one.
+
+    >>> [part.shape for part in single_device_arrays(jax.numpy.ones(3))]
+    [(3,)]
+    """
+    return cast("Any", array)._arrays
 
 
 def current_trace() -> Any:
