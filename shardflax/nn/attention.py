@@ -15,7 +15,7 @@ from shardflax.core import compact, nowrap
 from shardflax.nn import _names as names
 from shardflax.nn import initializers
 from shardflax.nn._cache import KVCache, open_cache
-from shardflax.nn.dot_product import dot_product_attention
+from shardflax.nn.dot_product import check_operands, dot_product_attention
 from shardflax.nn.errors import AttentionOptionsError, HeadsError, InputRankError, where
 from shardflax.nn.general import DenseGeneral
 from shardflax.nn.masks import combine_masks
@@ -219,6 +219,7 @@ class MultiHeadDotProductAttention(LayerBase):
         if mask is not None:
             options["mask"] = mask
         if self.attention_fn is dot_product_attention:
+            check_operands(self, query, key, value, mask)
             return dot_product_attention(query, key, value, **options)
         known = inspect.signature(self.attention_fn).parameters
         if not any(p.kind is p.VAR_KEYWORD for p in known.values()):

@@ -12,6 +12,7 @@ from shardflax.core import compact, nowrap
 from shardflax.nn import _windows as windows
 from shardflax.nn import initializers
 from shardflax.nn._norms import Norm, for_rank
+from shardflax.nn.errors import InputRankError, InputShapeError, where
 from shardflax.nn.stochastic import merge_param
 from shardflax.nn.types import Array, Axes, Dtype, Initializer, Names
 from shardflax.partitioning import default_names
@@ -77,6 +78,7 @@ class BatchNorm(Norm):
         shape = tuple(x.shape[d] for d in features)
         old_mean = self._statistic("mean", initializers.zeros, shape)
         old_variance = self._statistic("var", initializers.ones, shape)
+        self._check(x, features, old_mean.value, old_variance.value)
         if stored:
             mean, variance = old_mean.value, old_variance.value
         else:
@@ -96,6 +98,20 @@ class BatchNorm(Norm):
     def _statistic(self, name: str, init: Initializer, shape: tuple[int, ...]) -> Any:
         init = partitioning.named(init, for_rank(self.stats_axes, len(shape)))
         return self.variable("batch_stats", name, init, None, shape, jnp.float32)
+
+    @nowrap
+    def _check(self, x: Array, features: tuple[int, ...], *stored: Array) -> None:
+        """Raises unless the stored statistics are of so many features."""
+        for value in stored:
+            if jnp.shape(value) == tuple(x.shape[d] for d in features):
+                continue
+            why = f"the stored statistics have shape {jnp.shape(value)}"
+            for dim, size in zip(features, jnp.shape(value), strict=False):
+                if x.shape[dim] != size:
+                    raise InputShapeError(
+                        where(self), "inputs", dim=dim, expected=size, found=x.shape[dim], why=why
+                    )
+            raise InputRankError(where(self), "inputs", why, x.shape)
 
     @nowrap
     def _update(self, stored: Any, new: Array) -> None:

@@ -19,7 +19,7 @@ from shardflax.nn.errors import (
 )
 from shardflax.nn.types import Array, Dtype, Precision
 
-__all__ = ["dot_product_attention", "dot_product_attention_weights"]
+__all__ = ["check_operands", "dot_product_attention", "dot_product_attention_weights"]
 
 
 def dot_product_attention_weights(
@@ -132,6 +132,21 @@ def dot_product_attention(
     )
     product = _einsum(place, attn_weights_value_einsum, einsum_dot_general, precision)
     return product("...hqk,...khd->...qhd", weights, value)
+
+
+def check_operands(place: Any, query: Array, key: Array, value: Array, mask: Any) -> None:
+    """Raises what `dot_product_attention` would raise, in the name of the layer that calls it.
+
+    >>> x = jnp.ones((1, 3, 2, 4))
+    >>> check_operands("here", x, x, x, jnp.ones((1, 2, 3, 5)))
+    Traceback (most recent call last):
+    shardflax.nn.errors.MaskShapeError: here: mask of shape (1, 2, 3, 5) does not broadcast to ...
+    """
+    _check_query_key(place, query, key)
+    _check_key_value(place, key, value)
+    _check_broadcasts(
+        place, "mask", mask, (*query.shape[:-3], query.shape[-2], query.shape[-3], key.shape[-3])
+    )
 
 
 def _einsum(place: str, einsum: Any, dot_general: Any, precision: Precision) -> Any:

@@ -15,7 +15,7 @@ from shardflax.core import compact
 from shardflax.nn import _names as names
 from shardflax.nn import _weights as weights
 from shardflax.nn import dtypes, initializers
-from shardflax.nn.errors import EinsumError, InputRankError, where
+from shardflax.nn.errors import EinsumError, InputRankError, InputShapeError, where
 from shardflax.nn.policy import LayerBase
 from shardflax.nn.types import Array, Dtype, Initializer, Names, Precision
 from shardflax.partitioning import default_names
@@ -35,6 +35,16 @@ class _Equation:
     def shared(self) -> list[int]:
         """The kernel's dims that the output has too, in the order of the output."""
         return [self.kernel.index(c) for c in self.output if c in self.kernel]
+
+    def check(self, place: Any, inputs: Sequence[int], kernel: Sequence[int]) -> None:
+        """Raises unless both operands have the same size where they have the same label."""
+        for dim, (label, found) in enumerate(zip(self.inputs, inputs, strict=True)):
+            expected = kernel[self.kernel.index(label)] if label in self.kernel else found
+            if 1 not in (found, expected) and found != expected:
+                why = f"{label!r} of the kernel in the equation"
+                raise InputShapeError(
+                    place, "inputs", dim=dim, expected=expected, found=found, why=why
+                )
 
     def broadcast(self, kernel_shape: Sequence[int]) -> list[int]:
         """The shape in which a bias over the shared dims is added to the output."""
@@ -106,6 +116,7 @@ class Einsum(LayerBase):
     def __call__(self, inputs: Array, einsum_str: str | None = None) -> Array:
         text = self._equation(einsum_str)
         equation = _parse(where(self), text, jnp.ndim(inputs), len(self.shape))
+        equation.check(self, jnp.shape(inputs), self.shape)
         axes = equation.kernel_names() if self.kernel_axes is None else self.kernel_axes
         init = partitioning.named(self.kernel_init, axes)
         kernel = self.param("kernel", init, tuple(self.shape), self.param_dtype)

@@ -74,7 +74,7 @@ class Embed(LayerBase):
         (table,) = self.promote_dtype(self.embedding, dtype=self.dtype, inexact=False)
         if self.num_embeddings == 1:
             # Linen's answer: a single row is every row, whatever the id.
-            y = jnp.broadcast_to(table, (*ids.shape, self.features))
+            y = jnp.broadcast_to(jnp.squeeze(table, 0), (*ids.shape, self.features))
         elif self.lookup == "one_hot":
             stored = weights.stored_names(self.embedding_init, self.embedding_axes)
             y = weights.product(_one_hot_rows, ids, table, stored, self._rows(ids))

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec
 from shardflax import partitioning
 from shardflax.core import Module
 from shardflax.nn import initializers
-from shardflax.nn.errors import EinsumError, InputRankError, where
+from shardflax.nn.errors import EinsumError, InputRankError, InputShapeError, where
 from shardflax.nn.fp8_scaling import (
     compute_amax_history,
     compute_scale,
@@ -96,6 +96,26 @@ class Fp8DotGeneralBase(Module):
         return self.variable(OVERWRITE_WITH_GRADIENT, name, init, None, (size,), jnp.float32)
 
 
+def _check(op: Module, lhs: Array, rhs: Array, dimension_numbers: Any) -> None:
+    """Raises unless the dims of a product are there, and of equal sizes."""
+    shapes = jnp.shape(lhs), jnp.shape(rhs)
+    for pairs in dimension_numbers:
+        for what, shape, dims in zip(("lhs", "rhs"), shapes, pairs, strict=True):
+            if any(d >= len(shape) for d in dims):
+                wanted = f"those of dimension_numbers={dimension_numbers}"
+                raise InputRankError(where(op), what, wanted, shape)
+        for a, b in zip(*pairs, strict=True):
+            if shapes[0][a] != shapes[1][b]:
+                raise InputShapeError(
+                    where(op),
+                    "lhs",
+                    dim=a,
+                    expected=shapes[1][b],
+                    found=shapes[0][a],
+                    why=f"dim {b} of rhs",
+                )
+
+
 class Fp8DotGeneralOp(Fp8DotGeneralBase):
     """A product of operands that eight bits can hold, in their own dtype.
 
@@ -121,6 +141,7 @@ class Fp8DotGeneralOp(Fp8DotGeneralBase):
         out_sharding: Any = None,
         **kwargs: Any,
     ) -> Array:
+        _check(self, lhs, rhs, dimension_numbers)
         dtype = rhs.dtype
         narrow, widest = self.e4m3_dtype, self.e5m2_dtype
         lhs = in_qdq(
@@ -170,6 +191,7 @@ class Fp8DirectDotGeneralOp(Fp8DotGeneralBase):
         preferred_element_type: Dtype | None = None,
         out_sharding: Any = None,
     ) -> Array:
+        _check(self, lhs, rhs, dimension_numbers)
         dtype = rhs.dtype
         out = dtype if preferred_element_type is None else preferred_element_type
         quantized = partial(in_q, dtype, self.e4m3_dtype)
