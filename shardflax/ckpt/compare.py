@@ -13,8 +13,9 @@ from shardflax.ckpt.errors import CheckpointReadError
 from shardflax.ckpt.leaves import LeafSpec, difference
 from shardflax.ckpt.locate import find_checkpoint
 from shardflax.ckpt.paths import Path, show
-from shardflax.ckpt.sources import LeafDataError, Source
+from shardflax.ckpt.sources import Source
 from shardflax.ckpt.tree_source import TreeSource, pieces, with_names
+from shardflax.core.errors import FlaxError
 
 __all__ = ["Comparison", "Unlike", "compare_checkpoints", "compare_sources"]
 
@@ -100,9 +101,12 @@ def compare_checkpoints(
         other: Source = find_checkpoint(second, second_step).source
     else:
         other = TreeSource(second)
+    named = with_names(found.source, rename)
     try:
-        return compare_sources(with_names(found.source, rename), other, values=values)
-    except LeafDataError as error:
+        return compare_sources(named, other, values=values)
+    except FlaxError:
+        raise
+    except (ValueError, OSError) as error:
         raise CheckpointReadError(found.path, None, error) from error
 
 

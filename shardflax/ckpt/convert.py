@@ -12,7 +12,7 @@ from shardflax.ckpt.budget import Budget
 from shardflax.ckpt.errors import CheckpointError, CheckpointExistsError, CheckpointReadError
 from shardflax.ckpt.folder import step_folder
 from shardflax.ckpt.locate import find_checkpoint
-from shardflax.ckpt.manifest import CODECS, check_json
+from shardflax.ckpt.manifest import CODECS, Manifest, check_json
 from shardflax.ckpt.msgpack_files import write_msgpack
 from shardflax.ckpt.paths import Path as LeafPath
 from shardflax.ckpt.paths import nest, storage_names, tree_of
@@ -92,8 +92,7 @@ def convert_checkpoint(
         extras = dict(found.extras())
         if form == "shardflax":
             number = as_step if as_step is not None else found.step or 0
-            metrics = found.manifest.metrics if found.manifest else {}
-            path = write_step(path, number, leaves, check_json(extras), metrics)
+            path = write_step(path, number, leaves, check_json(extras), found.manifest)
         else:
             _write_file(path, form, leaves, extras)
     except FlaxError:
@@ -143,11 +142,12 @@ def write_step(
     step: int,
     source: Source,
     extras: dict[str, Any],
-    metrics: Mapping[str, float] | None = None,
+    about: Manifest | None = None,
 ) -> Any:
     """Writes what a source offers as a step in the folder of a run; its folder.
 
-    Only this process takes part, and no device.  Atomic, like a save of `CheckpointManager`.
+    Metrics, and the extras of the processes, are those of `about`.  Only this process takes part,
+    and no device.  Atomic, like a save of `CheckpointManager`.
     Raises CheckpointExistsError, CheckpointFolderError.
 
     >>> import tempfile, numpy as np
@@ -172,8 +172,9 @@ def write_step(
         plan=plan,
         values=python,
         extras=extras,
-        metrics=dict(metrics or {}),
+        metrics=dict(about.metrics) if about else {},
         process_extras={},
+        extras_of_all=about.process_extras if about else None,
         meeting=Rendezvous("", 60, 0, 1, None, {}),
         syncer=syncer,
         budget=Budget(None),

@@ -13,7 +13,7 @@ from typing import Any
 from shardflax.ckpt.errors import CheckpointError
 from shardflax.ckpt.folder import step_folder
 from shardflax.ckpt.leaves import LeafSpec
-from shardflax.ckpt.locate import Found, find_checkpoint
+from shardflax.ckpt.locate import Found, find_checkpoint, flax_steps
 from shardflax.ckpt.manifest import NAME
 from shardflax.ckpt.paths import Names
 from shardflax.ckpt.paths import Path as LeafPath
@@ -90,7 +90,8 @@ class CheckpointInfo:
     """What a checkpoint holds, and how it was written.
 
     `format` is "shardflax", "orbax", "safetensors" or "flax msgpack"; `time` is in seconds since
-    1970, 0 if it is not known.
+    1970, 0 if it is not known.  `process_extras` has one entry for each process that saved, and
+    `temporary` steps only bridge the time to the next one.
     """
 
     path: Any
@@ -99,11 +100,13 @@ class CheckpointInfo:
     leaves: tuple[LeafInfo, ...]
     nones: tuple[LeafPath, ...]
     extras: Mapping[str, Any]
+    process_extras: tuple[Any, ...]
     metrics: Mapping[str, float]
     mesh: Mapping[str, int]
     processes: int
     time: float
     bytes_on_disk: int
+    temporary: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -115,7 +118,9 @@ class CheckpointInfo:
         """When and by whom, as users read it.
 
             >>> from pathlib import Path
-        >>> CheckpointInfo(Path("x"), "orbax", 3, (), (), {}, {}, {"data": 8}, 2, 0.0, 0).written
+        >>> CheckpointInfo(
+        ...     Path("x"), "orbax", 3, (), (), {}, (), {}, {"data": 8}, 2, 0.0, 0
+        ... ).written
             'by 2 processes on data=8'
         """
         parts = [when(self.time)] if self.time else []
@@ -172,11 +177,13 @@ def about(found: Found) -> CheckpointInfo:
         leaves=leaves,
         nones=tuple(source.nones),
         extras=found.extras(),
+        process_extras=manifest.process_extras if manifest else (),
         metrics=manifest.metrics if manifest else {},
         mesh=manifest.mesh if manifest else {},
         processes=manifest.processes if manifest else 0,
         time=manifest.time if manifest else changed(found.path),
         bytes_on_disk=disk_bytes(found.path),
+        temporary=manifest is not None and manifest.temporary,
     )
 
 
@@ -208,6 +215,8 @@ class StepInfo:
 def list_steps(folder: str | os.PathLike[str]) -> list[StepInfo]:
     """The steps in the folder of a run, in order; last what was not finished.
 
+    Those that Flax wrote (`checkpoint_100`) are among them.
+
     Raises CheckpointFolderError if there is no such folder.
 
     >>> import tempfile
@@ -222,6 +231,7 @@ def list_steps(folder: str | os.PathLike[str]) -> list[StepInfo]:
     found = [_step_info(steps.step(step)) for step in committed]
     numbered = (path for path in steps.root.iterdir() if path.is_dir() and path.name.isdecimal())
     bare = sorted(path for path in numbered if int(path.name) not in committed)
+    found += [_step_info(path) for path in flax_steps(steps.root).values()]
     for path in dict.fromkeys([*bare, *steps.unfinished()]):
         state = "saving" if steps.is_busy(path) else "unfinished"
         found.append(StepInfo(path.name, path, state, "", disk_bytes(path), changed(path)))
@@ -233,7 +243,7 @@ def _step_info(path: Place) -> StepInfo:
     state, kind, time = "committed", "", changed(path)
     try:
         found = find_checkpoint(path) if (path / NAME).is_file() else None
-        kind = "shardflax" if found else "orbax"
+        kind = "shardflax" if found else "flax msgpack" if path.is_file() else "orbax"
         if found and found.manifest:
             time = found.manifest.time
     except CheckpointError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ from shardflax.ckpt.place import Place, StorePath, place
 from shardflax.ckpt.safetensors_files import INDEX, SafetensorsSource, open_safetensors
 from shardflax.ckpt.sources import Source
 
-__all__ = ["Found", "find_checkpoint", "format_of"]
+__all__ = ["Found", "find_checkpoint", "flax_steps", "format_of"]
+
+_FLAX = re.compile(r"checkpoint_(\d+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +74,9 @@ def format_of(path: Path) -> str:
 def find_checkpoint(path: str | os.PathLike[str], step: int | None = None) -> Found:
     """Opens a checkpoint: a step's folder, a run's (its latest step, or `step`), or a file.
 
-    A file is safetensors or MessagePack of Flax; a folder may also hold safetensors files.  Needs
-    no devices.  Raises CheckpointFolderError, CheckpointNotFoundError; CheckpointReadError for
-    what is damaged.
+    A file is safetensors or MessagePack of Flax; a folder may also hold safetensors files, or what
+    Flax's `training.checkpoints` wrote.  Needs no devices.  Raises CheckpointFolderError,
+    CheckpointNotFoundError; CheckpointReadError for what is damaged.
 
     >>> import tempfile
     >>> from shardflax.ckpt.manager import CheckpointManager
@@ -95,20 +98,36 @@ def find_checkpoint(path: str | os.PathLike[str], step: int | None = None) -> Fo
         raise CheckpointReadError(where, None, error) from error
     if not where.exists():
         raise CheckpointFolderError(where, "there is neither a folder nor a file", "Was it moved?")
-    steps = step_folder(where).steps()
+    steps = {number: where / str(number) for number in step_folder(where).steps()}
+    steps = steps or flax_steps(where)
     chosen = max(steps, default=None) if step is None else step
     if chosen is None or chosen not in steps:
-        raise CheckpointNotFoundError(where, step, steps)
+        raise CheckpointNotFoundError(where, step, list(steps))
     try:
-        return _step(where / str(chosen))
+        path = steps[chosen]
+        return _step(path) if path.is_dir() else dataclasses.replace(_file(path), step=chosen)
     except (ValueError, OSError) as error:
         raise CheckpointReadError(where, chosen, error) from error
+
+
+def flax_steps(folder: Place) -> dict[int, Any]:
+    """The files and folders in the manner of Flax, `checkpoint_100`, by their steps, in order.
+
+    >>> import tempfile
+    >>> Path(folder := tempfile.mkdtemp(), "checkpoint_20").touch()
+    >>> list(flax_steps(Path(folder)))
+    [20]
+    """
+    found = ((_FLAX.fullmatch(path.name), path) for path in folder.iterdir())
+    return dict(sorted((int(name[1]), path) for name, path in found if name))
 
 
 def _is_step(folder: Place) -> bool:
     """True for the folder of one step: ours, or one with arrays of Orbax."""
     return (folder / NAME).is_file() or (
-        find_item(folder) is not None and not step_folder(folder).steps()
+        find_item(folder) is not None
+        and not step_folder(folder).steps()
+        and not flax_steps(folder)
     )
 
 
@@ -118,7 +137,9 @@ def _has_weights(folder: Place) -> bool:
 
 def _step(folder: Any) -> Found:
     opened = open_step(folder)
-    step = int(folder.name) if folder.name.isdecimal() else None
+    numbered = _FLAX.fullmatch(folder.name)
+    number = numbered[1] if numbered else folder.name
+    step = int(number) if number.isdecimal() else None
     if opened.manifest is not None:
         step = opened.manifest.step
     kind = "shardflax" if opened.manifest is not None else "orbax"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import fnmatch
 import re
@@ -81,7 +82,7 @@ def match(
     names: dict[Path, Names] = dict(zip(tree.paths, tree.names, strict=True))
     saved, lines = renamed(source, options.rename)
     if source.boxed:
-        saved = {_unboxed(path, leaves): old for path, old in saved.items()}
+        saved = _unboxed(saved, leaves)
     specs = {path: source.leaves[old] for path, old in saved.items()}
     found: dict[Path, Take] = {}
     restacked: list[Path] = []
@@ -140,9 +141,22 @@ def renamed(source: Source, rules: Mapping[str, str]) -> tuple[dict[Path, Path],
     return saved, lines
 
 
-def _unboxed(path: Path, target: Mapping[Path, Any]) -> Path:
-    """A path without its last part, where that is the field of a box, as the target shows."""
-    return path[:-1] if path not in target and path[:-1] in target else path
+def _unboxed(saved: Mapping[Path, Path], target: Mapping[Path, Any]) -> dict[Path, Path]:
+    """Paths without their last part, where that is the field of a box.
+
+    The target shows it: it has a leaf of the shorter path; or it knows no such part at all, and
+    the part stands alone (the leaf may be one of a scanned layer, under another path).
+    """
+    ends = {path[-1] for path in target if path}
+    siblings = collections.Counter(path[:-1] for path in saved)
+
+    def short(path: Path) -> bool:
+        if path in target:
+            return False
+        alone = path[-1:] == ("value",) and siblings[path[:-1]] == 1 and len(path) > 1
+        return path[:-1] in target or (alone and "value" not in ends)
+
+    return {path[:-1] if short(path) else path: old for path, old in saved.items()}
 
 
 def _rule(old: str) -> re.Pattern[str]:

@@ -39,7 +39,8 @@ class Save:
     """A save: what is to be written, where, and with whom.
 
     `number` counts the saves of a manager, equally in all processes.  `groups` gives the staged
-    parcels, then None, or what kept them from coming.
+    parcels, then None, or what kept them from coming.  `extras_of_all` are those of all processes,
+    where they are not this save's.
     """
 
     root: Path
@@ -55,6 +56,7 @@ class Save:
     syncer: Worker
     budget: Budget
     temporary: bool = False
+    extras_of_all: tuple[Any, ...] | None = None
     groups: queue.SimpleQueue[list[Staged] | BaseException | None] = dataclasses.field(
         default_factory=queue.SimpleQueue
     )
@@ -183,7 +185,8 @@ class Save:
             if "error" in value:
                 raise CheckpointAbortedError(f"process {index}: {value['error']}")
         faults.at("reported")
-        self._extras_of_all = tuple(said[i]["extras"] for i in range(self.meeting.count))
+        if self.extras_of_all is None:
+            self.extras_of_all = tuple(said[i]["extras"] for i in range(self.meeting.count))
         files = {name: record for value in said.values() for name, record in value["files"].items()}
         if self.meeting.count > 1:
             parts = [name.split("/")[0] for name in files if name.endswith("manifest.ocdbt")]
@@ -212,7 +215,7 @@ class Save:
             processes=self.meeting.count,
             time=time.time(),
             metrics=self.metrics,
-            process_extras=self._extras_of_all,
+            process_extras=self.extras_of_all or (),
             temporary=self.temporary,
         )
         return manifest.text()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 from shardflax.ckpt.errors import CheckpointReadError
 from shardflax.ckpt.locate import Found, find_checkpoint
 from shardflax.ckpt.manifest import NAME, Manifest
 from shardflax.ckpt.opening import damage
+from shardflax.ckpt.paths import show
+from shardflax.ckpt.place import Place, place
 from shardflax.ckpt.sources import LeafDataError
 from shardflax.ckpt.tree_source import pieces
 
@@ -27,7 +29,7 @@ class Verification:
     could be read.  `stray` are files that do no harm, but that no manifest lists.
     """
 
-    path: Path
+    path: Place
     problems: tuple[str, ...]
     leaves: int
     files: int
@@ -39,6 +41,7 @@ class Verification:
     def ok(self) -> bool:
         """True if nothing is wrong.
 
+        >>> from pathlib import Path
         >>> Verification(Path("x"), ("x/f is missing",), 1, 1, 0, True).ok
         False
         """
@@ -69,7 +72,7 @@ def verify_checkpoint(
     try:
         found = find_checkpoint(path, step)
     except CheckpointReadError as error:
-        where = Path(path) if error.step is None else Path(path) / str(error.step)
+        where = place(path) if error.step is None else place(path) / str(error.step)
         return Verification(where, (str(error.__cause__ or error),), 0, 0, 0, True)
     return verify_found(found, progress)
 
@@ -100,6 +103,8 @@ def verify_found(found: Found, progress: Progress = lambda nbytes: None) -> Veri
             total += spec.nbytes
         except LeafDataError as error:
             problems.append(str(error))
+        except (ValueError, OSError) as error:  # of what leads to the leaf
+            problems.append(f"leaf {show(path)!r}: {error}")
     leaves = len(found.source.leaves)
     checked = found.manifest is not None
     return Verification(found.path, tuple(problems), leaves, count, total, checked, stray)
@@ -123,7 +128,7 @@ def bytes_to_verify(found: Found) -> int:
     return leaves + sum(size for size, _ in files)
 
 
-def _files(folder: Path, manifest: Manifest, progress: Progress) -> list[str]:
+def _files(folder: Place, manifest: Manifest, progress: Progress) -> list[str]:
     problems: list[str] = []
     for name, record in sorted(manifest.files.items()):
         problems += damage(folder, {name: record})
@@ -131,7 +136,7 @@ def _files(folder: Path, manifest: Manifest, progress: Progress) -> list[str]:
     return problems
 
 
-def _stray(folder: Path, manifest: Manifest) -> tuple[str, ...]:
+def _stray(folder: Any, manifest: Manifest) -> tuple[str, ...]:
     """Files that are not of the checkpoint."""
     there = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     return tuple(sorted(name for name in there if name != NAME and name not in manifest.files))

@@ -16,12 +16,13 @@ from shardflax.ckpt.compare import Comparison, compare_sources
 from shardflax.ckpt.inspect import when
 from shardflax.ckpt.locate import Found, find_checkpoint
 from shardflax.ckpt.metering import Meter, Mode, showing
-from shardflax.ckpt.sources import LeafDataError, Source
+from shardflax.ckpt.sources import Source
 from shardflax.ckpt.tree_source import TreeSource, with_names
 from shardflax.ckpt.verify import bytes_to_verify, verify_found
 from shardflax.cli.ckpt_tree import heading, plain, rich_table, rows_of
 from shardflax.cli.errors import CommandError
 from shardflax.cli.subject import Subject, rules_of
+from shardflax.core.errors import FlaxError
 from shardflax.partitioning import make_abstract_mesh
 from shardflax.partitioning.table import bytes_text
 from shardflax.programs import layout_of
@@ -179,7 +180,9 @@ def _compared(found: Found, first: Source, second: Source, values: bool, mode: M
     try:
         with _bar("comparing", total, mode) as progress:
             return compare_sources(first, second, values=values, progress=progress)
-    except LeafDataError as error:
+    except FlaxError:
+        raise
+    except (ValueError, OSError) as error:
         raise ckpt.CheckpointReadError(found.path, None, error) from error
 
 

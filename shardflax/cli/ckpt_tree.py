@@ -116,7 +116,7 @@ def heading(info: CheckpointInfo) -> str:
     """What a checkpoint is, in a line or two.
 
     >>> from pathlib import Path
-    >>> print(heading(CheckpointInfo(Path("x"), "orbax", 3, (), (), {}, {}, {}, 0, 0.0, 9)))
+    >>> print(heading(CheckpointInfo(Path("x"), "orbax", 3, (), (), {}, (), {}, {}, 0, 0.0, 9)))
     x (orbax, step 3): 0 leaves, 0 B (9 B on disk)
     """
     step = "" if info.step is None else f", step {info.step}"
@@ -128,9 +128,18 @@ def heading(info: CheckpointInfo) -> str:
         lines.append(f"written {info.written}")
     if info.metrics:
         lines.append("metrics: " + ", ".join(f"{k}={v:.6g}" for k, v in info.metrics.items()))
+    if info.temporary:
+        lines.append("temporary: it goes when a later step is committed")
     if info.extras:
         lines.append(f"extras: {', '.join(info.extras)}")
+    if any(info.process_extras):
+        names = dict.fromkeys(n for x in info.process_extras for n in _names(x))
+        lines.append(f"extras of each process: {', '.join(names)}")
     return "\n".join(lines)
+
+
+def _names(extras: Any) -> list[str]:
+    return list(extras) if isinstance(extras, dict) else [str(extras)]
 
 
 def plain(rows: list[Row]) -> str:
