@@ -54,7 +54,7 @@ def read_index(folder: Path) -> dict[str, Value]:
 
     try:
         return read_tree((folder / MANIFEST).read_bytes(), read)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, OverflowError) as error:
         raise ValueError(f"{folder / name}: {error}") from error
 
 

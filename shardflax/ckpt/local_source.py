@@ -57,10 +57,14 @@ class LocalSource(OurSource):
         stored = self.manifest.stored[path]
         if stored.codec is not None:
             return [(box, super(LocalSource, self).read(path, box)) for box in boxes]
+        try:
+            index = self._index
+        except ValueError as error:  # it cannot be read
+            raise LeafDataError(path, str(error)) from error
         arrays = _aligned(boxes, stored.leaf.stored[1])
         leaf = _Leaf(path, stored, arrays)
         for spot in _spots(stored.shape, stored.chunk, tuple(boxes)):
-            self._add(_Chunk(leaf, spot, self._index.get(f"{stored.name}/{spot.key}")))
+            self._add(_Chunk(leaf, spot, index.get(f"{stored.name}/{spot.key}")))
         return [
             (box, functools.partial(leaf.finish, array))
             for box, array in zip(boxes, arrays, strict=True)
@@ -135,7 +139,7 @@ class _Job:
         for chunk in chunks:
             try:
                 chunk.read(descriptor)
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, OverflowError) as error:
                 where = self.folder / self.file if self.file else "the index"
                 chunk.leaf.error = ValueError(f"{where}: {error}")
         if self.file:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -215,22 +216,49 @@ def changed_manifest(rng: random.Random, data: bytes) -> bytes:
     return b'{"crc32": "%08x", "body":\n' % zlib.crc32(body) + body
 
 
-def change_of(path: Path) -> Callable[[random.Random, bytes], bytes]:
+def changed_index(rng: random.Random, data: bytes) -> bytes:
+    """A node, or the head, of a database, with a right length and checksum."""
+    changed = changed_bytes(rng, data[12:-4])
+    text = data[:4] + len(data).to_bytes(8, "little") + changed
+    return text + google_crc32c.value(text).to_bytes(4, "little")
+
+
+def change_of(rng: random.Random, path: Path, data: bytes) -> bytes:
     if path.name == "MANIFEST.json":
-        return changed_manifest
-    return changed_json if path.read_bytes()[:1] == b"{" else changed_bytes
+        return changed_manifest(rng, data)
+    if data[:1] == b"{":
+        return changed_json(rng, data)
+    index = data[:4] in (b"\x0c\xdb\x3a\x2a", b"\x0c\xdb\x20\xde")
+    return changed_index(rng, data) if index and rng.random() < 0.8 else changed_bytes(rng, data)
+
+
+def seal(manifest: Path) -> None:
+    """Lets a manifest of ours say that all files are as they should be."""
+    body = json.loads(manifest.read_bytes())["body"]
+    for name in body["files"]:
+        data = (manifest.parent / name).read_bytes()
+        body["files"][name] = [len(data), f"{zlib.crc32(data):08x}"]
+    rest = json.dumps(body).encode() + b"}"
+    manifest.write_bytes(b'{"crc32": "%08x", "body":\n' % zlib.crc32(rest) + rest)
 
 
 def attack(rng: random.Random, where: Path, path: Path) -> str:
-    """Changes one file, reads all, and puts it back; what came of it."""
+    """Changes one file, reads all in two ways, and puts it back; what came of it."""
     whole = path.read_bytes()
-    path.write_bytes(change_of(path)(rng, whole))
+    path.write_bytes(change_of(rng, path, whole))
+    manifest = where / "1" / "MANIFEST.json"
+    kept = manifest.read_bytes() if manifest.is_file() else b""
     try:
+        if kept and path != manifest:
+            seal(manifest)
+        ckpt.verify_checkpoint(where)
         restored(where)
     except ckpt.CheckpointError:
         return "refused"
     finally:
         path.write_bytes(whole)
+        if kept and path != manifest:
+            manifest.write_bytes(kept)
     return "read"
 
 
