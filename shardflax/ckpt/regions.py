@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -55,12 +56,12 @@ class Box:
         """All of an array."""
         return cls((0,) * len(shape), tuple(shape))
 
-    @property
+    @functools.cached_property
     def shape(self) -> tuple[int, ...]:
         """The length of each dim."""
         return tuple(b - a for a, b in zip(self.start, self.stop, strict=True))
 
-    @property
+    @functools.cached_property
     def size(self) -> int:
         """How many elements."""
         return math.prod(self.shape)

@@ -7,8 +7,10 @@ runtime finishes before it lets anybody overwrite the source.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -54,6 +56,23 @@ def stage(lots: Sequence[Lot], leaves: Sequence[Any]) -> list[Staged]:
     >>> stage(plan.parcels[0], leaves)[0].arrays()
     [array([0, 1, 2])]
     """
+    with _no_collection():
+        return _stage(lots, leaves)
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keeps the garbage collector from looking at all that is made here, again and again."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+def _stage(lots: Sequence[Lot], leaves: Sequence[Any]) -> list[Staged]:
     data: dict[int, tuple[Any, Sequence[Any], bool]] = {}
     values: list[list[Any]] = []
     far: list[tuple[list[Any], int]] = []
