@@ -77,6 +77,48 @@ LEVANTER = {
 }
 
 
+NAMES = {
+    "activation_mlp": "act_mlp",
+    "activation_heads": "act_heads",
+    "activation_batch": "batch",
+    "activation_batch_attn": "batch",
+    "activation_batch_no_exp_moe": "moe_batch",
+    "activation_length": "length",
+    "kv": "head_dim",
+    "head_size": "head_dim",
+    "kv_head_dim": "head_dim",
+    "q_heads": "heads",
+    "exp": "expert",
+    "experts": "expert",
+    "embed_moe": "expert_embed",
+    "mlp_moe": "expert_mlp",
+    "embed_vocab": "vocab_embed",
+    "position": "length",
+    "key_position": "kv_length",
+    "embed": "embed",
+}
+AXES = {
+    "fsdp_transpose": "fsdp2",
+    "model": "tensor",
+    "mdl": "tensor",
+    "tp": "tensor",
+    "seq": "context",
+    "sequence": "context",
+    "cp": "context",
+    "pipeline": "stage",
+    "pp": "stage",
+    "replica": "data",
+    "ep": "expert",
+}
+
+
+def test_every_word_of_other_codebases() -> None:
+    assert {name: known_name(name) for name in NAMES} == NAMES
+    assert set(NAMES.values()) <= set(DEFAULT_RULES.names)
+    rules = from_maxtext([[f"dim_{axis}", [axis]] for axis in AXES]).rules
+    assert {axis: rules[f"dim_{axis}"] for axis in AXES} == {a: (ours,) for a, ours in AXES.items()}
+
+
 def test_maxtext() -> None:
     found = from_maxtext(MAXTEXT, axes=["data", "fsdp"])
     rules = found.rules
