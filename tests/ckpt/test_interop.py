@@ -90,7 +90,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "PyTreeCheckpointer": lambda root: ocp.PyTreeCheckpointer().restore(root / "5/state"),
     "StandardCheckpointer": lambda root: ocp.StandardCheckpointer().restore(root / "5/state"),
     "v1.load_pytree": lambda root: v1.load_pytree(root / "5"),
-    "v1.load_checkpointables": lambda root: v1.load_checkpointables(root / "5")["state"],
+    "v1.load_checkpointables": lambda root: v1.load_checkpointables(str(root / "5"))["state"],
 }
 
 
@@ -162,12 +162,12 @@ def test_ours_reads_orbaxs(tmp_path: Path, writer: str) -> None:
 def test_several_trees_beside_each_other(tmp_path: Path) -> None:
     """Which of them is the state is said by its name, or by whoever reads it."""
     trees = {"model": {"w": jnp.arange(3.0)}, "moments": {"w": jnp.ones(3)}, "json": {"seen": 1}}
-    v1.save_checkpointables(tmp_path / "7", trees)
+    v1.save_checkpointables(str(tmp_path / "7"), trees)
     with pytest.raises(ckpt.CheckpointReadError, match="several trees, json, model, moments"):
         ckpt.load_checkpoint(tmp_path / "7")
     for name in ("model", "moments"):
         assert bits(ckpt.load_checkpoint(tmp_path / "7" / name).state) == bits(trees[name])
-    v1.save_checkpointables(tmp_path / "8", {"state": trees["model"], "json": trees["json"]})
+    v1.save_checkpointables(str(tmp_path / "8"), {"state": trees["model"], "json": trees["json"]})
     got = ckpt.load_checkpoint(tmp_path / "8", {"w": jnp.zeros(3)})
     assert bits(got.state) == bits(trees["model"])
 
