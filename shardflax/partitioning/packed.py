@@ -1,7 +1,7 @@
 """Boxes in two slots: one holds the value as JAX wants its children, one all metadata as a tuple.
 
 A jitted step takes each box apart and makes a new one at each call.  Here that is one call of C
-to take it apart, and three assignments to make one; comparing two trees of boxes compares tuples
+to take it apart, and two assignments to make one; comparing two trees of boxes compares tuples
 that are mostly the same object.
 """
 
@@ -53,6 +53,8 @@ class _Value:
         return self if box is None else box._children[0]
 
     def __set__(self, box: Any, value: Any) -> None:
+        if hasattr(box, "_children"):
+            raise _frozen(box)
         object.__setattr__(box, "_children", (value,))
 
 
@@ -66,16 +68,24 @@ class _Meta:
         return self if box is None else box._meta[self.index]
 
     def __set__(self, box: Any, value: Any) -> None:
-        # Only constructors come here, also those of subclasses: field after field, in order.
+        # Constructors come here, also those of subclasses: field after field, in order.
         meta = getattr(box, "_meta", ())
-        object.__setattr__(box, "_meta", (*meta[: self.index], value, *meta[self.index + 1 :]))
+        if len(meta) != self.index:
+            raise _frozen(box)
+        object.__setattr__(box, "_meta", (*meta, value))
+
+
+def _frozen(box: Any) -> dataclasses.FrozenInstanceError:
+    kind = type(box).__name__
+    return dataclasses.FrozenInstanceError(f"a {kind} is never changed: see {kind}.replace.")
 
 
 def packed(cls: C) -> C:
     """Makes a frozen dataclass a box that JAX quickly takes apart and makes.
 
     Its first field is the only child.  It has no slots of its own, nor a `__dict__`.  Subclasses
-    may be dataclasses like any others.
+    may be dataclasses like any others.  What keeps it frozen are its fields, each of which is set
+    once: the `__setattr__` that dataclasses make for it would have each slot set by a call.
 
     >>> import jax
     >>> @packed
@@ -91,17 +101,18 @@ def packed(cls: C) -> C:
     setattr(cls, first.name, _Value())
     for index, field in enumerate(others):
         setattr(cls, field.name, _Meta(index))
+    del cls.__setattr__, cls.__delattr__
     key = jx.tree_util.GetAttrKey(first.name)
 
     def with_key(box: Any) -> tuple[Any, Any]:
         return ((key, box._children[0]),), box._meta
 
+    new: Any = object.__new__
+
     def make(meta: Any, children: Any) -> Any:
-        # A frozen class would have each slot set by a call: it becomes one when they are.
-        box: Any = Packed()
+        box = new(cls)
         box._children = children
         box._meta = meta
-        box.__class__ = cls
         return box
 
     take = operator.attrgetter("_children", "_meta")
