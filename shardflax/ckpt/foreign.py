@@ -20,7 +20,7 @@ from shardflax.ckpt.leaves import LeafSpec, key_words
 from shardflax.ckpt.manifest import spec_of
 from shardflax.ckpt.orbax_files import TREE
 from shardflax.ckpt.paths import Path as LeafPath
-from shardflax.ckpt.place import StorePath, kvstore
+from shardflax.ckpt.place import Place, StorePath, kvstore
 from shardflax.ckpt.regions import Box
 from shardflax.ckpt.sources import Later, LeafDataError, Source, context
 
@@ -32,7 +32,7 @@ _SLACK, _RATIO = 64 << 20, 1000
 """Arrays are at most so much larger than the files that they are compressed in."""
 
 
-def find_item(folder: Path) -> Path | None:
+def find_item(folder: Place) -> Any:
     """The folder of the arrays in a step: itself, or the item that is a tree.
 
     >>> import tempfile
@@ -46,7 +46,7 @@ def find_item(folder: Path) -> Path | None:
     return next(iter(named or sorted(found)), None)
 
 
-def check_choice(folder: Path, item: Path) -> None:
+def check_choice(folder: Place, item: Path) -> None:
     """Raises ValueError if an item is one of several, and nothing says that it is the right one.
 
     >>> check_choice(Path("/nowhere/3"), Path("/nowhere/3/state"))
@@ -65,7 +65,7 @@ class OrbaxSource(Source):
 
     boxed = True
 
-    folder: Path
+    folder: Place
     arrays: Mapping[LeafPath, Any]
     leaves: Mapping[LeafPath, LeafSpec]
     nones: tuple[LeafPath, ...] = ()
@@ -96,7 +96,7 @@ class OrbaxSource(Source):
         return finish
 
 
-def open_orbax(folder: Path) -> OrbaxSource:
+def open_orbax(folder: Place) -> OrbaxSource:
     """What Orbax saved in an item's folder; raises ValueError for what cannot be read."""
     about = _json(folder / TREE)
     with _as_orbax_writes(folder / TREE):
@@ -114,7 +114,7 @@ def open_orbax(folder: Path) -> OrbaxSource:
     return OrbaxSource(folder, arrays, {p: leaves[p] for p in present}, tuple(nones))
 
 
-def first_format(folder: Path) -> OrbaxSource:
+def first_format(folder: Place) -> OrbaxSource:
     """A step in the first format of this library: a manifest beside what Orbax wrote."""
     path = folder / "manifest" / "manifest.json"
     about = _json(path)
@@ -135,7 +135,7 @@ def first_format(folder: Path) -> OrbaxSource:
 
 
 @contextlib.contextmanager
-def _as_orbax_writes(path: Path) -> Iterator[None]:
+def _as_orbax_writes(path: Place) -> Iterator[None]:
     """What looks otherwise in a file is a ValueError that names it."""
     try:
         yield
@@ -143,7 +143,7 @@ def _as_orbax_writes(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} is not what it should be: {error!r}") from error
 
 
-def _json(path: Path) -> Any:
+def _json(path: Place) -> Any:
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -154,7 +154,7 @@ def _path(entry: Mapping[str, Any]) -> LeafPath:
     return tuple(str(part["key"]) for part in entry["key_metadata"])
 
 
-def _strings(folder: Path) -> Mapping[str, str]:
+def _strings(folder: Place) -> Mapping[str, str]:
     path = folder / "_strings.json"
     if not path.is_file():
         return {}
@@ -162,7 +162,7 @@ def _strings(folder: Path) -> Mapping[str, str]:
         return {name: str(text) for name, text in _json(path).items()}
 
 
-def _key_impls(folder: Path) -> dict[str, str]:
+def _key_impls(folder: Place) -> dict[str, str]:
     """The generators of the leaves that are PRNG keys, by name."""
     found: dict[str, str] = {}
     for path in sorted((folder / "array_metadatas").glob("process_*")):
@@ -176,7 +176,7 @@ def _key_impls(folder: Path) -> dict[str, str]:
     return found
 
 
-def _open(folder: Path, paths: list[LeafPath], ocdbt: bool, zarr3: bool) -> dict[LeafPath, Any]:
+def _open(folder: Place, paths: list[LeafPath], ocdbt: bool, zarr3: bool) -> dict[LeafPath, Any]:
     """Opens arrays, all at once."""
     base = kvstore(folder)
     shared, futures = context(), {}

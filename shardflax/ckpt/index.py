@@ -6,10 +6,10 @@ import contextlib
 import dataclasses
 import secrets
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from shardflax.ckpt.durable import FileRecord, sync_folder, write_file
 from shardflax.ckpt.ocdbt import MANIFEST, Place, Value, read_tree, write_tree
+from shardflax.ckpt.place import Place as Folder
 
 __all__ = ["DATA", "merge_indices", "read_index", "write_index"]
 
@@ -17,10 +17,11 @@ DATA = "d"
 """The folder of the files with data."""
 
 
-def write_index(folder: Path, values: Mapping[str, Value]) -> dict[str, FileRecord]:
+def write_index(folder: Folder, values: Mapping[str, Value]) -> dict[str, FileRecord]:
     """Writes the index of a folder, if there are values, and forces all names in it to the disk.
 
     >>> import tempfile
+    >>> from pathlib import Path
     >>> folder = Path(tempfile.mkdtemp())
     >>> sorted(name[:2] for name in write_index(folder, {"a": b"1"}))
     ['d/', 'ma']
@@ -41,7 +42,7 @@ def write_index(folder: Path, values: Mapping[str, Value]) -> dict[str, FileReco
     return records
 
 
-def read_index(folder: Path) -> dict[str, Value]:
+def read_index(folder: Folder) -> dict[str, Value]:
     """All values of a folder's index; raises ValueError, naming the file, if it is damaged."""
     name = MANIFEST
 
@@ -58,7 +59,7 @@ def read_index(folder: Path) -> dict[str, Value]:
         raise ValueError(f"{folder / name}: {error}") from error
 
 
-def merge_indices(folder: Path, parts: Sequence[str]) -> dict[str, FileRecord]:
+def merge_indices(folder: Folder, parts: Sequence[str]) -> dict[str, FileRecord]:
     """Makes an index for a folder of those of its sub-folders; the files that are new."""
     values: dict[str, Value] = {}
     for part in parts:

@@ -104,8 +104,8 @@ def find_checkpoint(path: str | os.PathLike[str], step: int | None = None) -> Fo
     if chosen is None or chosen not in steps:
         raise CheckpointNotFoundError(where, step, list(steps))
     try:
-        path = steps[chosen]
-        return _step(path) if path.is_dir() else dataclasses.replace(_file(path), step=chosen)
+        found = steps[chosen]
+        return _step(found) if found.is_dir() else dataclasses.replace(_file(found), step=chosen)
     except (ValueError, OSError) as error:
         raise CheckpointReadError(where, chosen, error) from error
 

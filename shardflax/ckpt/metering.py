@@ -116,6 +116,6 @@ def _bar(
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(file=stream), transient=True) as progress:
-        task = progress.add_task(meter.what, total=meter.total or None)
+        task = progress.add_task(meter.what, completed=meter.done, total=meter.total or None)
         while not ended.wait(0.1):
             progress.update(task, completed=meter.done, total=meter.total or None)

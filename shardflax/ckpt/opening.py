@@ -14,6 +14,7 @@ from shardflax.ckpt.foreign import check_choice, find_item, first_format, open_o
 from shardflax.ckpt.local_source import LocalSource
 from shardflax.ckpt.manifest import NAME, Manifest
 from shardflax.ckpt.orbax_files import EXTRAS, JSON_FILE, MARKER, OURS
+from shardflax.ckpt.place import Place
 from shardflax.ckpt.sources import OurSource, Source
 
 __all__ = ["Opened", "claims_manifest", "damage", "is_data", "open_step"]
@@ -28,7 +29,7 @@ class Opened:
     """A step that can be read: its arrays, and the JSON beside them; `manifest` if it is ours."""
 
     source: Source
-    _extras: Path
+    _extras: Place
     manifest: Manifest | None = None
 
     def extras(self) -> dict[str, Any]:
@@ -42,7 +43,7 @@ class Opened:
         return _json(self._extras)
 
 
-def open_step(folder: Path) -> Opened:
+def open_step(folder: Place) -> Opened:
     """Opens a step as far as to know what it holds.
 
     Raises ValueError, naming the file, if it is damaged or of no known kind.
@@ -62,7 +63,7 @@ def open_step(folder: Path) -> Opened:
     return Opened(open_orbax(item), extras)
 
 
-def _manifest(folder: Path) -> Manifest:
+def _manifest(folder: Place) -> Manifest:
     try:
         return Manifest.read((folder / NAME).read_bytes())
     except (OSError, ValueError) as error:
@@ -104,7 +105,7 @@ def is_data(name: str) -> bool:
     return Path(name).parent.name == "d"
 
 
-def claims_manifest(folder: Path) -> bool:
+def claims_manifest(folder: Place) -> bool:
     """True if Orbax's marker says that a manifest of ours belongs to the step.
 
     >>> claims_manifest(Path("/nowhere"))
@@ -117,7 +118,7 @@ def claims_manifest(folder: Path) -> bool:
         return False
 
 
-def _json(path: Path) -> Any:
+def _json(path: Place) -> Any:
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:

@@ -109,7 +109,7 @@ def _tell(
     return meeting.together(key, value, f"restoring step {step}")
 
 
-def _elsewhere(root: Path, step: int, index: int, value: dict[str, Any]) -> CheckpointReadError:
+def _elsewhere(root: Place, step: int, index: int, value: dict[str, Any]) -> CheckpointReadError:
     """The error for a step that only another process could not read.
 
     Raises CheckpointMismatchError if it does not fit the target there.

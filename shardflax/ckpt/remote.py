@@ -44,6 +44,10 @@ class StoreFolder(StepFolder):
 
     root: Any
 
+    def step(self, step: int) -> Any:
+        """The folder of a step, there or not."""
+        return self.root / str(step)
+
     def steps(self) -> list[int]:
         """The committed steps in order; raises CheckpointFolderError if the store is gone."""
         found, _ = self._listing()
