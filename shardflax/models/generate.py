@@ -11,8 +11,19 @@ import jax.numpy as jnp
 from shardflax.models.config import DecoderConfig
 from shardflax.models.decoder import Decoder
 from shardflax.models.errors import ModelConfigError
+from shardflax.partitioning import AxisRules, get_logical_axis_rules, logical_axis_rules
 
 __all__ = ["generate"]
+
+_ROWS_AND_LENGTHS = (
+    "batch",
+    "vocab_batch",
+    "cache_batch",
+    "length",
+    "norm_length",
+    "kv_length",
+    "cache_length",
+)
 
 
 def generate(
@@ -29,8 +40,9 @@ def generate(
 
     `prompt` `(batch, tokens)` gives `(batch, length)`, int32.  Each row is sampled from the
     distribution at `temperature` (0: the most probable token), cut to the `top_k` most probable
-    tokens.  The prompt is read in one step.  Raises `ModelConfigError` if prompt and sample are
-    longer than `config.max_length`.
+    tokens.  The prompt is read in one step.  Under strict rules rows and lengths lie over those of
+    their axes that divide them: a step has one token, and a prompt any number.  Raises
+    `ModelConfigError` if prompt and sample are longer than `config.max_length`.
 
     >>> config = DecoderConfig(num_layers=1, max_length=8)
     >>> prompt = jnp.ones((2, 3), jnp.int32)
@@ -42,7 +54,19 @@ def generate(
     if total > config.max_length:
         problem = f"max_length={config.max_length} tokens, for {prompt.shape[1]} + {length}"
         raise ModelConfigError("DecoderConfig", problem, "Sample fewer, or use a longer cache.")
-    return _generate(config, params, prompt, length, key, temperature, top_k)
+    rules = get_logical_axis_rules()
+    if not isinstance(rules, AxisRules):
+        return _generate(config, params, prompt, length, key, temperature, top_k)
+    with logical_axis_rules(_of_any_size(rules)):
+        return _generate(config, params, prompt, length, key, temperature, top_k)
+
+
+def _of_any_size(rules: AxisRules) -> AxisRules:
+    """The rules with the axes of rows and lengths free to yield."""
+    found = {name: rules.compute.get(name) for name in _ROWS_AND_LENGTHS}
+    return rules | {
+        n: [f"{axis.rstrip('?')}?" for axis in axes] for n, axes in found.items() if axes
+    }
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 6))

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from shardflax.models import Decoder, DecoderConfig
-from shardflax.partitioning import abstract_layout, batch_sharding, make_mesh, preset, use
+from shardflax.models import Decoder, DecoderConfig, generate
+from shardflax.partitioning import (
+    abstract_layout,
+    batch_sharding,
+    init_sharded,
+    make_mesh,
+    preset,
+    use,
+)
 from shardflax.partitioning.spec_check import canonical_spec
 from shardflax.training import cross_entropy
+from tests.core.harness import quick_key
 
 TINY = DecoderConfig(
     vocab_size=16, num_layers=2, embed_dim=16, mlp_dim=32, head_dim=4, dtype="float32", remat=None
@@ -53,3 +62,21 @@ def test_gradients_are_typed_as_the_parameters(name: str) -> None:
         _, grads = jax.eval_shape(step, layout.abstract, tokens)
     for leaf, grad in zip(layout.leaves, jax.tree.leaves(grads), strict=True):
         assert canonical_spec(grad.sharding.spec, dict(mesh.shape)) == leaf.spec, leaf.where
+
+
+def test_a_sample_of_any_size() -> None:
+    """Training lays lengths over `context` and logits over `stage`: one token fits neither."""
+    mesh, rules = make_mesh("data=2,stage=2,context=2"), preset("cp + pp")
+    config = dataclasses.replace(TINY, num_layers=1, max_length=8)
+
+    def written(params: Any) -> jax.Array:
+        prompt = jnp.ones((2, 3), jnp.int32)
+        return generate(config, params, prompt, 3, quick_key(1), temperature=0.0)
+
+    def make(key: jax.Array) -> Any:
+        return Decoder(config).init(key, jnp.ones((1, 8), jnp.int32))["params"]
+
+    params, _ = init_sharded(make, quick_key(0), mesh=mesh, rules=rules)
+    with use(mesh, rules):
+        found = written(params)
+    assert (found == written(jax.device_get(params))).all()
