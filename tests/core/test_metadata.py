@@ -74,6 +74,9 @@ def only(tree: Any) -> Any:
     return leaf
 
 
+# The names of the tests are its axes.
+SIZES = {"embed": 1, "mlp": 1, "in": 2, "out": 4}
+MESH = jax.make_mesh((*SIZES.values(),), (*SIZES,), axis_types=(jax.sharding.AxisType.Auto,) * 4)
 KINDS = ["vmap", "scan", "jit", "remat"]
 NESTINGS = [
     (inner, outer, a, b)
@@ -96,8 +99,12 @@ def test_names_follow_dims(inner: str, outer: str, a: int, b: int) -> None:
             names, shape = insert(names, axis, name), insert(shape, axis, size)
 
     x = jnp.ones((2, 3))
-    abstract = only(jax.eval_shape(target().init, KEY, x))
-    assert (abstract.names, abstract.value.shape) == (names, shape)
+    shapes = jax.eval_shape(target().init, KEY, x)
+    assert (only(shapes).names, only(shapes).value.shape) == (names, shape)
+    specs = nn.get_partition_spec(shapes)
+    assert only(specs) == jax.sharding.PartitionSpec(*names)
+    # In boxes and without, the variables are made as they lie on the devices.
+    laid_out = jax.tree.map(lambda spec: jax.sharding.NamedSharding(MESH, spec), specs)
 
     def everything() -> Any:
         variables, others = target().init(KEY, x), bare().init(KEY, x)
@@ -105,7 +112,12 @@ def test_names_follow_dims(inner: str, outer: str, a: int, b: int) -> None:
         grads = jax.grad(lambda v: run(v).sum())(variables)
         return variables, others, run(variables), run(others), grads
 
-    variables, others, ys, plain_ys, grads = jax.jit(everything)()
+    out = (laid_out, laid_out, None, None, laid_out)
+    variables, others, ys, plain_ys, grads = jax.jit(everything, out_shardings=out)()
+    cut = tuple(n // MESH.shape[name] for n, name in zip(shape, names, strict=True))
+    for value in (only(variables).value, only(others), only(grads).value):
+        assert len(value.sharding.device_set) == 8
+        assert {shard.data.shape for shard in value.addressable_shards} == {cut}
     assert (only(variables).names, only(variables).value.shape) == (names, shape)
     assert (only(grads).names, only(grads).value.shape) == (names, shape)
     np.testing.assert_array_equal(only(others), only(variables).value)
@@ -293,24 +305,3 @@ def test_names_of_levels_in_one_mapping_say_how_to_write_them(names: Any) -> Non
 def test_a_negative_axis_of_metadata_alone_is_refused() -> None:
     with pytest.raises(TransformAxisError, match="count it from the front"):
         nn.add_metadata_axis(square(("a", "b")), {"params": -1}, {"partition_name": "layers"})
-
-
-NAMED = ("vmap", "scan")
-
-
-@pytest.mark.parametrize(("inner", "outer"), [*itertools.product(NAMED, NAMED)])
-@pytest.mark.parametrize(("i", "j"), [(0, 0), (1, -1), (-1, 0)])
-def test_nested_results_shard_as_their_names_say(inner: str, outer: str, i: int, j: int) -> None:
-    mesh = jax.make_mesh((2, 4), ("in", "out"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    target = layer(nn, boxed(Partitioned, (None, None)))
-    names, shape = (None, None), (3, 5)
-    for kind, axis, name, size in ((inner, i, "in", 2), (outer, j, "out", 4)):
-        target = lift(nn, kind, target, axis, name, size)
-        names, shape = insert(names, axis, name), insert(shape, axis, size)
-    shapes = jax.eval_shape(target().init, KEY, jnp.ones((2, 3)))
-    shardings = nn.get_sharding(shapes, mesh)
-    variables = jax.jit(target().init, out_shardings=shardings)(KEY, jnp.ones((2, 3)))
-    value = only(variables).value
-    assert value.sharding.spec == jax.sharding.PartitionSpec(*names)
-    expected = tuple(1 if n else size for n, size in zip(names, shape, strict=True))
-    assert value.addressable_shards[0].data.shape == expected
