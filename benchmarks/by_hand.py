@@ -50,8 +50,10 @@ def conv_transpose(p: Params, x: jax.Array) -> jax.Array:
 
 def normalized(p: Params, x: jax.Array, dims: tuple[int, ...], epsilon: float = 1e-6) -> jax.Array:
     """To mean 0 and variance 1 over `dims`."""
-    mean = jnp.mean(x, dims, keepdims=True)
-    variance = jnp.maximum(0.0, jnp.mean(lax.square(x), dims, keepdims=True) - lax.square(mean))
+    square = lax.square(x)
+    mean, square = jnp.mean(x, dims), jnp.mean(square, dims)
+    variance = jnp.maximum(0.0, square - lax.square(mean))
+    mean, variance = (jnp.expand_dims(v, dims) for v in (mean, variance))
     return (x - mean) * (lax.rsqrt(variance + epsilon) * p["scale"]) + p["bias"]
 
 
