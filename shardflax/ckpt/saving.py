@@ -81,6 +81,12 @@ class Save:
         try:
             self._begin()
             report = self._write()
+        except OSError as error:  # process 0 removes the folder when it gives up
+            failure: Exception = error
+            with contextlib.suppress(CheckpointPeerError):
+                failure = error if self.meeting.primary else self._reason() or error
+            self._fail(failure)
+            raise failure from error.__cause__
         except BaseException as error:
             self._fail(error)
             raise
@@ -136,9 +142,14 @@ class Save:
 
     def _check_outcome(self) -> None:
         """Raises if another process has failed, so that this one stops writing."""
+        failure = self._reason()
+        if failure is not None:
+            raise failure
+
+    def _reason(self) -> CheckpointAbortedError | None:
+        """Why process 0 has given up, if it has."""
         outcome = self.meeting.peek(self._key("outcome"))
-        if outcome is not None:
-            raise CheckpointAbortedError(outcome["error"])
+        return None if outcome is None else CheckpointAbortedError(outcome["error"])
 
     def _fail(self, error: BaseException) -> None:
         """Lets all others know, and removes what was written."""

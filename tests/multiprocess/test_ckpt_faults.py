@@ -26,6 +26,8 @@ if __name__ != "__main__":
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 1.0
+LATE = 2.5
+"""Seconds for which a process hangs, longer than the others wait, before it goes on."""
 BEFORE = faults.POINTS[: faults.POINTS.index("rename") + 1]
 """The points at which nothing is committed yet."""
 PEER = ("staged", "folder", "group", "written")
@@ -33,6 +35,7 @@ PEER = ("staged", "folder", "group", "written")
 CASES = [
     *(("die", point) for point in (*PEER, "reported", "committed")),
     ("hang", "written"),
+    ("late", "written"),
     ("fail", "group"),
     ("die", "reading"),
     ("hang", "reading"),
@@ -42,7 +45,9 @@ CASES = [
 
 
 def steps_after(role: str, point: str) -> list[int]:
-    """Step 1, and step 2 if it was committed all the same."""
+    """Step 1, and step 2 if it was committed all the same; step 3 if both went on."""
+    if role in ("late", "fail"):
+        return [1, 3]
     done = point != "reading" and role in ("lead", "die")
     return [1, 2] if done and point not in (BEFORE if role == "lead" else PEER) else [1]
 
@@ -78,7 +83,7 @@ def forked(work: Callable[[], int]) -> int:
         os._exit(status)
 
 
-def when(point: str, what: Callable[[], object]) -> None:
+def when(point: str, what: Callable[[], object]) -> Callable[[], object]:
     """Does something at a point of a save, or when a step that was opened is read."""
     if point == "reading":
         read = reading.restore_source
@@ -88,8 +93,8 @@ def when(point: str, what: Callable[[], object]) -> None:
             return read(*args)
 
         reading.restore_source = patched
-    else:
-        faults.listen(lambda name: what() if name == point else None)
+        return patched
+    return faults.listen(lambda name: what() if name == point else None)
 
 
 def die() -> None:
@@ -125,13 +130,15 @@ def pair(folder: Path, index: int, port: int, role: str, point: str) -> int:
         made = jax.make_array_from_callback(w.shape, sharding, lambda index: w[index])
         return {**state, "w": made}
 
-    manager = ckpt.CheckpointManager(folder, keep=2, timeout=60 if role == "fail" else TIMEOUT)
+    timeout = {"fail": 60, "late": LATE - 0.5}.get(role, TIMEOUT)
+    manager = ckpt.CheckpointManager(folder, keep=2, timeout=timeout)
     manager.save(1, spread(1))
     manager.wait()
-    target = spread(2)
+    target, end = spread(2), int
     if index == (role != "lead"):
-        does = {"die": die, "hang": lambda: time.sleep(60), "fail": lambda: 1 / 0, "lead": die}
-        when(point, does[role])
+        does = {"die": die, "lead": die, "hang": lambda: time.sleep(60), "fail": lambda: 1 / 0}
+        does["late"] = lambda: time.sleep(LATE)
+        end = when(point, does[role])
     began = time.monotonic()
     try:
         if point == "reading":
@@ -145,6 +152,10 @@ def pair(folder: Path, index: int, port: int, role: str, point: str) -> int:
         report = {"error": str(error), "kind": type(error).__name__, "seconds": seconds}
         report |= {"steps": manager.all_steps(), "left": left}
         (folder.parent / f"{folder.name}.{index}.json").write_text(json.dumps(report))
+    if role in ("late", "fail"):  # the next step is none the worse for it
+        end()
+        manager.save(3, spread(3))
+        manager.close()
     return 0
 
 
@@ -186,7 +197,7 @@ def run_pairs(root: Path) -> None:
         if role == "lead":
             pids.reverse()
         first = wait_for(pids[:1], 60)
-        if role != "fail":
+        if role not in ("fail", "late"):
             os.kill(pids[1], signal.SIGKILL)
         wait_for(pids[1:], 30)
         # JAX ends a process whose coordination service is gone, if it is faster than we are.
@@ -293,18 +304,20 @@ def test_a_peer_that_dies_hangs_or_fails(ran: Path) -> None:
     assert set(reports) == {
         f"{role}-{point}"
         for role, point in CASES
-        if role != "lead" and steps_after(role, point) == [1]
+        if role != "lead" and 2 not in steps_after(role, point)
     }
     for case, report in reports.items():
         if case.startswith("fail"):
             assert "process 1: ZeroDivisionError" in report["error"]
         else:
-            assert "Process 1 did not answer for 1 s" in report["error"], (case, report)
+            assert "Process 1 did not answer for" in report["error"], (case, report)
+        limit = (LATE if case.startswith("late") else TIMEOUT) + 2
         kind = "CheckpointPeerError" if case.endswith("reading") else "CheckpointSaveError"
-        assert report["kind"] == kind and report["seconds"] < TIMEOUT + 2, (case, report)
+        assert report["kind"] == kind and report["seconds"] < limit, (case, report)
         assert report["steps"] == [1] and report["left"] == ["1"], (case, report)
-    other = json.loads((root / "fail-group.1.json").read_text())
-    assert "ZeroDivisionError" in other["error"] and other["steps"] == [1]
+    for case, why in (("fail-group", "ZeroDivisionError"), ("late-written", "Process 1 did not")):
+        other = json.loads((root / f"{case}.1.json").read_text())
+        assert why in other["error"] and other["steps"] == [1]
 
 
 def test_a_first_process_that_dies(ran: Path) -> None:
