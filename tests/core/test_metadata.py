@@ -77,6 +77,7 @@ def only(tree: Any) -> Any:
 # The names of the tests are its axes.
 SIZES = {"embed": 1, "mlp": 1, "in": 2, "out": 4}
 MESH = jax.make_mesh((*SIZES.values(),), (*SIZES,), axis_types=(jax.sharding.AxisType.Auto,) * 4)
+DEVICES = jax.devices()[:4]
 KINDS = ["vmap", "scan", "jit", "remat"]
 NESTINGS = [
     (inner, outer, a, b)
@@ -272,6 +273,27 @@ def test_names_follow_dims_of_stacks(inner: str, outer: str, i: int, j: int) -> 
 
     variables, _ = jax.eval_shape(both)
     assert (only(variables).names, only(variables).value.shape) == (names, shape)
+
+
+OVER = [pair for pair in itertools.product(STACKS[:3], STACKS[:3]) if "remat_scan" in pair]
+
+
+@pytest.mark.parametrize(("inner", "outer"), OVER)
+def test_stacks_are_cut_as_their_names_say(inner: str, outer: str) -> None:
+    """For real, with other sizes of axes, and dims in the middle and at the end."""
+    mesh = jax.make_mesh(
+        (1, 1, 2, 2), (*SIZES,), axis_types=(jax.sharding.AxisType.Auto,) * 4, devices=DEVICES
+    )
+    target, names = square(("embed", "mlp")), ("embed", "mlp")
+    for kind, axis, name in ((inner, 1, "in"), (outer, -1, "out")):
+        target, names = stack(kind, target, axis, name), insert(names, axis, name)
+    x = jnp.ones((2, 4))
+    specs = nn.get_partition_spec(jax.eval_shape(target().init, KEY, x))
+    laid_out = jax.tree.map(lambda spec: jax.sharding.NamedSharding(mesh, spec), specs)
+    made = only(jax.jit(target().init, out_shardings=laid_out)(KEY, x))
+    assert made.names == names
+    cut = tuple(4 if name in ("embed", "mlp") else 1 for name in names)
+    assert {shard.data.shape for shard in made.value.addressable_shards} == {cut}
 
 
 def test_levels_of_remat_scan_have_names_of_their_own() -> None:
