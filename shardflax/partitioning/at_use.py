@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from shardflax.partitioning.constraints import located, lower
+from shardflax.partitioning.call_site import located
 from shardflax.partitioning.defaults import DefaultNames, in_force
 from shardflax.partitioning.errors import Problem, raise_problems
+from shardflax.partitioning.lowering import lower
 from shardflax.partitioning.override_lookup import stored_by_path
 from shardflax.partitioning.resolve import MeshAxes, resolve
 from shardflax.partitioning.rules import AxisRules

@@ -1,67 +1,48 @@
-"""Constraints by logical names: the one place where names are lowered onto arrays.
+"""Constraints by logical names: the spec that they mean where they stand, and what is wrong.
 
-On auto axes a constraint is `with_sharding_constraint`, on explicit axes `reshard`, on manual
-axes (inside `jax.shard_map`) nothing; a mesh may mix them.  It follows the mesh that is given or
-in scope, never the default backend.
+`lowering` puts the spec on the array.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
-import os
-import warnings
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from shardflax.core.calls import current_module
-from shardflax.core.staging import is_tracing
+from shardflax.partitioning.call_site import located, warn_no_rules
 from shardflax.partitioning.defaults import DefaultNames, in_force
 from shardflax.partitioning.errors import (
     LayoutError,
     NamesRankError,
-    NoRulesWarning,
     Problem,
-    kind_of,
-    mapped_over,
-    no_devices,
     raise_problems,
 )
 from shardflax.partitioning.linen_rules import RulesFallback, linen_axes, undecided_error
+from shardflax.partitioning.lowering import lower
 from shardflax.partitioning.names_tree import names_of_leaves
 from shardflax.partitioning.paths import keys_of, path_text
 from shardflax.partitioning.resolve import check_mesh_axes, resolve
 from shardflax.partitioning.rules import AxisRules, LogicalRules
 from shardflax.partitioning.scope import (
     AnyMesh,
-    axis_kinds,
-    devices_of,
     free_axes,
     init_trace,
     mesh_in_scope,
     rules_in_scope,
 )
-from shardflax.partitioning.spec_check import check_spec, make_spec, spec_axes
+from shardflax.partitioning.spec_check import check_spec
 from shardflax.partitioning.untyped import jx
 
 __all__ = [
     "constrain",
     "constrain_box",
     "constrain_spec",
-    "located",
-    "lower",
     "wanted_spec",
     "with_logical_constraint",
 ]
-
-_HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-_JAX = os.path.dirname(os.path.abspath(jax.__file__))
-_warned: set[tuple[str, int]] = set()
 
 
 def with_logical_constraint(
@@ -96,7 +77,7 @@ def with_logical_constraint(
     if rules is None:
         rules = rules_in_scope()
     if rules is None:
-        _warn_no_rules(logical_axis_resources)
+        warn_no_rules(logical_axis_resources)
 
     if not jx.tree_util.all_leaves([x]):
         return _constrain_tree(x, logical_axis_resources, rules, mesh, fallback)
@@ -147,7 +128,7 @@ def constrain(x: jax.Array, names: tuple[Any, ...] | None) -> jax.Array:
             return x
         names = expanded
     elif rules is None:
-        _warn_no_rules(names)
+        warn_no_rules(names)
     return _constrain(x, names, rules, None, RulesFallback.AXIS_IS_UNSHARDED)
 
 
@@ -228,28 +209,6 @@ def _constrain_strict(
     return x if target is None else lower(x, found.spec, target, f"names {names!r}")
 
 
-def located(problems: Sequence[Problem], what: str = "constraint") -> list[Problem]:
-    """The same, with the line of code, and the module whose method runs there.
-
-    >>> located([])
-    []
-    """
-    if not problems:
-        return []
-    where = f"{what} at {_caller()[0]}{_inside()}"
-    return [replace(problem, where=where) for problem in problems]
-
-
-def _inside() -> str:
-    """Where in the model this is, in brackets: a path and a class; the root has no path."""
-    module = current_module()
-    scope = getattr(module, "scope", None)
-    if scope is None:
-        return ""
-    where, kind = "/".join(scope.path), kind_of(module)
-    return f" (in {where}, {kind})" if where else f" (in {kind}, the outermost module)"
-
-
 def _whole(x: Any) -> Any:
     """`x` without explicit axes in its type."""
     sharding = jx.typeof(x).sharding
@@ -293,106 +252,6 @@ def constrain_box(
     return _constrain(x, names, stored, mesh, RulesFallback.AXIS_IS_UNSHARDED)
 
 
-def lower(x: Any, spec: PartitionSpec, mesh: AnyMesh, what: str = "a layout") -> Any:
-    """Puts `spec` on `x`, each axis of the mesh in the way of its type.
-
-    `what` says whose spec it is, where JAX refuses it: `MeshScopeError` for a concrete array over
-    a mesh without devices, `AxisConflictError` for an axis over which a `vmap` around maps.
-
-    >>> from shardflax.partitioning import make_mesh
-    >>> x = np.ones((8, 2), "float32")
-    >>> lower(x, PartitionSpec("data"), make_mesh("data=8")).sharding.spec
-    P('data',)
-    """
-    if mesh.size == 1:
-        return x
-    traced = isinstance(x, jx.core.Tracer)
-    explicit, auto = _by_type(spec, axis_kinds(mesh))
-    mesh = devices_of(mesh, traced)
-    if not traced and isinstance(mesh, AbstractMesh) and not is_tracing():
-        raise no_devices(what, spec, mesh.shape)
-    try:
-        if explicit is not None and auto is not None and not traced:
-            return jx.jit(_lower, static_argnums=(1, 2, 3))(x, explicit, auto, mesh)
-        return _lower(x, explicit, auto, mesh)
-    except Exception as error:  # JAX's class for duplicates is an Exception and no more
-        if "spmd_axis_name" in str(error) or "has duplicate entries" in str(error):
-            raise mapped_over(what, spec) from error
-        raise
-
-
-def _lower(
-    x: Any, explicit: PartitionSpec | None, auto: PartitionSpec | None, mesh: AnyMesh
-) -> Any:
-    """Explicit axes first, then auto ones; an eager array would lose the first unless jitted."""
-    if explicit is not None:
-        whole = _settle(_pad(explicit, np.ndim(x)), x)
-        x = jx.sharding.reshard(x, NamedSharding(mesh, whole))
-    if auto is not None:
-        x = jx.lax.with_sharding_constraint(x, NamedSharding(mesh, auto))
-    return x
-
-
-@functools.lru_cache(maxsize=4096)
-def _by_type(
-    spec: PartitionSpec, kinds: tuple[tuple[str, AxisType], ...]
-) -> tuple[PartitionSpec | None, PartitionSpec | None]:
-    """`spec` with the explicit axes alone and with the auto ones; None if the mesh has none."""
-    types = dict(kinds)
-
-    def kept(entry: Any, kind: AxisType) -> Any:
-        if entry is PartitionSpec.UNCONSTRAINED:
-            return entry
-        return tuple(axis for axis in spec_axes(entry) if types[axis] == kind)
-
-    def only(kind: AxisType) -> PartitionSpec | None:
-        return make_spec(kept(entry, kind) for entry in spec) if kind in types.values() else None
-
-    return only(AxisType.Explicit), only(AxisType.Auto)
-
-
-def _settle(spec: PartitionSpec, x: Any) -> PartitionSpec:
-    """`spec` with each unconstrained dim as `x` has it: `reshard` wants every dim said."""
-    if PartitionSpec.UNCONSTRAINED not in tuple(spec):
-        return spec
-    now = _pad(jax.typeof(x).sharding.spec, len(spec))
-    return PartitionSpec(
-        *(
-            old if new is PartitionSpec.UNCONSTRAINED else new
-            for new, old in zip(spec, now, strict=True)
-        )
-    )
-
-
-def _pad(spec: PartitionSpec, rank: int) -> PartitionSpec:
-    return PartitionSpec(*spec, *[None] * (rank - len(spec)))
-
-
 def _is_array(x: Any) -> bool:
     """True for what JAX can constrain: not for a shape, nor for a box's stand-in value."""
     return isinstance(x, (jax.Array, np.ndarray, np.generic, float, int, complex))
-
-
-def _caller() -> tuple[str, tuple[str, int]]:
-    """The first line outside of this package and of JAX on the stack: as text, and as a key."""
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code.co_filename.startswith((_HERE, _JAX)):
-        frame = frame.f_back
-    if frame is None:
-        return "an unknown line", ("", 0)
-    key = (frame.f_code.co_filename, frame.f_lineno)
-    return f"{key[0]}:{key[1]}", key
-
-
-def _warn_no_rules(names: Any) -> None:
-    """Says, once for each line of code, that a constraint does nothing."""
-    text, key = _caller()
-    if key not in _warned:
-        _warned.add(key)
-        warnings.warn(
-            f"the constraint {names!r} at {text} does nothing: no rules are in scope. Enter "
-            f"`partitioning.use(mesh, rules)`; `logical_axis_rules(())` says that none are "
-            f"wanted.",
-            NoRulesWarning,
-            stacklevel=3,
-        )

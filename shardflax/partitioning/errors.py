@@ -37,6 +37,7 @@ __all__ = [
     "UnknownAxisError",
     "UnknownNameError",
     "UnknownPresetError",
+    "UnknownTopologyError",
     "kind_of",
     "mapped_over",
     "no_devices",

@@ -11,10 +11,10 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from shardflax.core.errors import did_you_mean
-from shardflax.partitioning.constraints import lower
 from shardflax.partitioning.errors import LayoutError, Problem, kind_of, raise_problems
 from shardflax.partitioning.given import check_mesh, check_rules
 from shardflax.partitioning.leaf import Leaf, place_leaf
+from shardflax.partitioning.lowering import lower
 from shardflax.partitioning.overrides import freeze
 from shardflax.partitioning.paths import Path
 from shardflax.partitioning.resolve import check_mesh_axes

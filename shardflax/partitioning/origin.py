@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +16,7 @@ from shardflax.partitioning.untyped import jx
 
 __all__ = ["mesh_of", "module_path", "operation_name", "shapes_of", "source_line", "type_bytes"]
 
-_PACKAGES = (str(Path(jax.__file__).parent), str(Path(__file__).parent.parent))
+_PACKAGES = tuple(f"{Path(file).parent}{os.sep}" for file in (jax.__file__, Path(__file__).parent))
 _MOST = 2  # paths of one operation that are shown
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 # What JAX adds to the names of operations: around a part of the path, and as a part of its own.

@@ -16,8 +16,8 @@ import numpy as np
 
 from shardflax.core.calls import InterceptorContext, context, intercept_methods
 from shardflax.core.module import Module
-from shardflax.partitioning.constraints import lower
 from shardflax.partitioning.errors import OverrideError, Problem, raise_problems
+from shardflax.partitioning.lowering import lower
 from shardflax.partitioning.overrides import unmatched
 from shardflax.partitioning.resolve import resolve
 from shardflax.partitioning.rules import AxisRules, LogicalRules

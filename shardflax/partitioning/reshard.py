@@ -12,7 +12,6 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from shardflax.core.boxes import is_box
 from shardflax.core.staging import is_tracing
-from shardflax.partitioning.constraints import lower
 from shardflax.partitioning.errors import (
     MeshScopeError,
     NamesRankError,
@@ -24,6 +23,7 @@ from shardflax.partitioning.errors import (
 )
 from shardflax.partitioning.layout import Layout
 from shardflax.partitioning.linen_rules import linen_axes
+from shardflax.partitioning.lowering import lower
 from shardflax.partitioning.names_tree import names_of_leaves, tree_problems
 from shardflax.partitioning.paths import Path, keys_of, path_text
 from shardflax.partitioning.resolve import MeshAxes, resolve
