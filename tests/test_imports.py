@@ -40,6 +40,7 @@ SMALL: dict[str, set[str]] = {
     "shardflax.cursor": {"shardflax.core"},
     "shardflax.serialization": {"shardflax.core"},
     "shardflax._msgpack": {"shardflax.core"},
+    "shardflax._files": set(),
     "shardflax.configurations": {"shardflax.core"},
     "shardflax.errors": {"shardflax.core", "shardflax.partitioning", "shardflax.nn"},
 }

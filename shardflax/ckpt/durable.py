@@ -13,6 +13,8 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
+from shardflax import _files
+
 __all__ = [
     "DataFile", "FileRecord", "checksum", "checksum_file", "sync_file", "sync_folder", "write_file",
 ]  # fmt: skip
@@ -60,11 +62,7 @@ def checksum_file(path: Path, like: str = "") -> str:
 @functools.singledispatch
 def sync_folder(path: Any) -> None:
     """Forces the names in a folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    _files.sync_folder(path)
 
 
 @functools.singledispatch
@@ -75,10 +73,7 @@ def write_file(path: Any, data: bytes) -> FileRecord:
     >>> write_file(Path(tempfile.mkdtemp(), "f"), b"123456789")
     (9, 'cbf43926')
     """
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    _files.write_file(path, data)
     return len(data), checksum(data)
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from shardflax.ckpt.durable import sync_folder, write_file
-from shardflax.ckpt.errors import CheckpointError, CheckpointReadError
+from shardflax.ckpt.errors import CheckpointError
 from shardflax.ckpt.match import Options, Patterns
-from shardflax.ckpt.reading import Restored, restore_source
+from shardflax.ckpt.reading import Restored, restore_file
 from shardflax.ckpt.restore import load_on_host
 from shardflax.ckpt.sources import Source
-from shardflax.ckpt.tree_source import TreeSource, with_names
+from shardflax.ckpt.tree_source import TreeSource
 from shardflax.serialization import MsgpackError, msgpack_restore, msgpack_serialize
 
 __all__ = ["load_msgpack", "open_msgpack", "save_msgpack", "write_msgpack"]
@@ -58,16 +58,8 @@ def load_msgpack(
     >>> load_msgpack(file, {"w": np.zeros(3, int)}, rename={"params/*": "*"}, extra=True).state
     {'w': array([0, 1, 2])}
     """
-    where = Path(path)
-    try:
-        source: Source = open_msgpack(where)
-        if target is None:
-            source = with_names(source, rename)
-    except (ValueError, OSError) as error:
-        raise CheckpointReadError(where, None, error) from error
-    rules = {} if target is None else dict(rename or {})
-    options = Options(cast, missing, extra, rules, include)
-    return restore_source(source, where, None, target, options, dict)
+    options = Options(cast, missing, extra, dict(rename or {}), include)
+    return restore_file(Path(path), open_msgpack, target, options)
 
 
 def save_msgpack(path: str | os.PathLike[str], tree: Any) -> None:

@@ -23,9 +23,9 @@ from shardflax.ckpt.place import Place, place
 from shardflax.ckpt.rendezvous import Rendezvous
 from shardflax.ckpt.restore import load, load_on_host
 from shardflax.ckpt.sources import LeafDataError, Source
-from shardflax.ckpt.tree_source import pieces
+from shardflax.ckpt.tree_source import pieces, with_names
 
-__all__ = ["Restored", "load_checkpoint", "restore_source", "restore_step"]
+__all__ = ["Restored", "load_checkpoint", "restore_file", "restore_source", "restore_step"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +176,31 @@ def restore_source(
             lines = [*_damaged_leaves(source), *lines]
         text = "; ".join(dict.fromkeys([*str(error).split("; "), *lines]))
         raise CheckpointReadError(root, step, text) from error
+
+
+def restore_file(
+    where: Path,
+    opens: Callable[[Path], Source],
+    target: Any,
+    options: Options,
+    extras: Callable[[Source], dict[str, Any]] = lambda source: {},
+) -> Restored:
+    """Reads a file of weights, as the target; without one, with the new names all the same.
+
+    Raises CheckpointReadError for a file that is damaged or none; CheckpointMismatchError.
+
+    >>> from shardflax.ckpt.tree_source import TreeSource
+    >>> restore_file(Path("x"), lambda path: TreeSource({"a": 1}), None, Options()).state
+    {'a': 1}
+    """
+    try:
+        source = opens(where)
+        if target is None:
+            source = with_names(source, options.rename)
+            options = dataclasses.replace(options, rename={})
+    except (ValueError, OSError) as error:
+        raise CheckpointReadError(where, None, error) from error
+    return restore_source(source, where, None, target, options, lambda: extras(source))
 
 
 def _damaged_leaves(source: Source, most: int = 3) -> list[str]:

@@ -18,17 +18,17 @@ from typing import Any
 import numpy as np
 
 from shardflax.ckpt.durable import sync_folder
-from shardflax.ckpt.errors import CheckpointLeafError, CheckpointReadError
+from shardflax.ckpt.errors import CheckpointLeafError
 from shardflax.ckpt.leaves import LeafSpec
 from shardflax.ckpt.manifest import spec_json, spec_of
 from shardflax.ckpt.match import Options, Patterns
 from shardflax.ckpt.paths import Path as LeafPath
 from shardflax.ckpt.paths import show
-from shardflax.ckpt.reading import Restored, restore_source
+from shardflax.ckpt.reading import Restored, restore_file
 from shardflax.ckpt.regions import Box
 from shardflax.ckpt.safetensors_header import CODES, Tensor, header_bytes, read_header
 from shardflax.ckpt.sources import Later, LeafDataError, Source
-from shardflax.ckpt.tree_source import TreeSource, pieces, with_names
+from shardflax.ckpt.tree_source import TreeSource, pieces
 
 __all__ = [
     "INDEX",
@@ -186,16 +186,8 @@ def load_safetensors(
     >>> load_safetensors(file, rename={"encoder": "backbone"}).state
     {'backbone': {'w': array([0., 1., 2.])}}
     """
-    where = Path(path)
-    try:
-        source = open_safetensors(where)
-        if target is None:
-            source = with_names(source, rename)
-    except (ValueError, OSError) as error:
-        raise CheckpointReadError(where, None, error) from error
-    rules = {} if target is None else dict(rename or {})
-    options = Options(cast, missing, extra, rules, include)
-    return restore_source(source, where, None, target, options, lambda: _metadata(source))
+    options = Options(cast, missing, extra, dict(rename or {}), include)
+    return restore_file(Path(path), open_safetensors, target, options, _metadata)
 
 
 def _metadata(source: Source) -> dict[str, Any]:

@@ -23,6 +23,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from shardflax import config
+from shardflax._files import sync_folder, write_file
 from shardflax.core.checkpoint_errors import (
     AlreadyExistsError,
     InvalidCheckpointError,
@@ -126,7 +127,7 @@ class _Save:
                 raise AlreadyExistsError(str(self.path))
             os.replace(self.path, before)
         os.replace(self.temporary, self.path)
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
         StepFile(before, "").delete()
         self.clean()
 
@@ -283,7 +284,7 @@ def _save_file(
     def commit() -> None:
         if first:
             with _unfinished(save):
-                _write_file(save.temporary, msgpack_serialize(held))
+                write_file(save.temporary, msgpack_serialize(held), "wb")
                 save.commit()
 
     held = _on_host(rest, save) if first else None
@@ -318,22 +319,6 @@ def _remove_temporary(save: _Save) -> None:
     if jax.process_index() == 0:
         for path in save.folder.glob(f"{save.temporary.name}*"):  # Orbax adds to the name
             StepFile(path, "").delete()
-
-
-def _write_file(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Forces the names in a folder to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _on_host(state: Any, save: _Save) -> Any:

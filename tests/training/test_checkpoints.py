@@ -207,7 +207,7 @@ def test_a_save_that_fails_leaves_all_as_it_was(
     def fail(_: Path) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(ours, "_sync_folder", fail)
+    monkeypatch.setattr(ours, "sync_folder", fail)
     (tmp_path / ".checkpoint_2.unfinished").write_text("of a run that was killed")
     with pytest.raises((TypeError, ValueError)):
         ours.save_checkpoint(tmp_path, {"w": object()}, 2)
@@ -259,13 +259,13 @@ def test_a_file_that_is_no_checkpoint_is_an_error(tmp_path: Path) -> None:
 def test_another_program_that_saves_the_same_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = ours._write_file
+    write = ours.write_file
 
-    def write_late(path: Path, data: bytes) -> None:
-        write(path, data)
+    def write_late(path: Path, data: bytes, mode: str) -> None:
+        write(path, data, mode)
         (tmp_path / "checkpoint_1").write_bytes(b"of another")
 
-    monkeypatch.setattr(ours, "_write_file", write_late)
+    monkeypatch.setattr(ours, "write_file", write_late)
     with (
         config.temp_flip_flag("use_orbax_checkpointing", False),
         pytest.raises(errors.AlreadyExistsError),
