@@ -107,17 +107,14 @@ def test_one_process(tmp_path: Path) -> None:
 
 def test_one_of_two_processes(tmp_path: Path) -> None:
     folder, log = tmp_path / "run", tmp_path / "log"
-    seen = [0]
-    for seconds in (2.0, 3.0):
-        began = time.monotonic()
-        done = start(
-            ["-m", "launch.local", "--processes", "2", "--devices", "2", "--",
-             __file__, str(folder), str(log), str(seconds)],
-            devices=2,
-        )  # fmt: skip
-        assert done.returncode != 0 and time.monotonic() - began < 120, done.stdout + done.stderr
-        seen.append(check_folder(folder, log))
-    assert seen == sorted(seen) and seen[-1] > 1
+    began = time.monotonic()
+    done = start(
+        ["-m", "launch.local", "--processes", "2", "--devices", "2", "--",
+         __file__, str(folder), str(log), "3.0"],
+        devices=2,
+    )  # fmt: skip
+    assert done.returncode != 0 and time.monotonic() - began < 120, done.stdout + done.stderr
+    assert check_folder(folder, log) > 1
 
 
 def kill_many(folder: Path, log: Path) -> None:
