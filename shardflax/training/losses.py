@@ -81,7 +81,7 @@ def next_tokens(tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     if jnp.ndim(tokens) == 0:
         advice = "Give token ids, (batch, length) say."
-        raise LossInputError("tokens", "at least 1 dim", "none", advice, "next_tokens")
+        raise LossInputError("tokens", "at least 1", "no dims", advice, "next_tokens")
     tokens = jnp.asarray(tokens)
     return laid_out_as(tokens, _successors, tokens), laid_out_as(tokens, _followed, tokens)
 

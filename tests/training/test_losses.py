@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from shardflax.partitioning import batch_sharding, collectives, make_mesh, preset, use
 from shardflax.training.errors import LossInputError
-from shardflax.training.losses import cross_entropy
+from shardflax.training.losses import cross_entropy, next_tokens
 
 
 def reference(logits: Any, targets: Any, weights: Any, z_loss: float) -> tuple[Any, Any]:
@@ -148,3 +149,24 @@ def test_what_does_not_belong_together_is_refused(change: Any, argument: str) ->
     with pytest.raises(LossInputError, match="expected") as caught:
         cross_entropy(**given)
     assert caught.value.argument == argument
+
+
+@pytest.mark.parametrize("types", ["auto", "explicit"])
+def test_targets_of_a_length_that_is_spread(types: Any) -> None:
+    """One token of each row goes to the neighbour; nothing is gathered, and no length is odd."""
+    mesh, rules = make_mesh("data=2,context=4", axis_types=types), preset("cp")
+    tokens = np.random.default_rng(0).integers(1, 50, size=(4, 8)).astype(np.int32)
+    with use(mesh, rules):
+        placed = jax.device_put(tokens, batch_sharding(mesh, rules, shape=tokens.shape))
+        compiled = jax.jit(next_tokens).lower(placed).compile()
+        targets, weights = compiled(placed)
+    np.testing.assert_array_equal(np.asarray(targets), np.c_[tokens[:, 1:], [0] * 4])
+    np.testing.assert_array_equal(weights, [[1.0] * 7 + [0.0]] * 4)
+    assert targets.sharding.spec == placed.sharding.spec
+    sent = [(one.what, one.bytes) for one in collectives(compiled)]
+    assert sent == [("collective-permute over context", 2 * 4)]
+
+
+def test_a_single_number_is_no_text() -> None:
+    with pytest.raises(LossInputError, match=r"next_tokens: tokens have no dims"):
+        next_tokens(jnp.int32(3))
