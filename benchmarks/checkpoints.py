@@ -1,7 +1,8 @@
 """Checkpoints beside Orbax's, Flax's and safetensors: `python benchmarks/checkpoints.py`.
 
 Everything is timed in turn and reported as a ratio: writes to one sequential write and fsync of
-the same bytes, reads to one read of such a file by four threads from a cold cache.
+the same bytes, reads to one read of such a file by four threads from a cold cache, both taken
+right before.  The state is another one for each save, as after a step of training.
 """
 
 from __future__ import annotations
@@ -16,320 +17,276 @@ if __name__ == "__main__":
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
-import dataclasses
 import gc
 import json
 import logging
 import platform
 import shutil
 import statistics
+import subprocess
 import tempfile
-import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from benchmarks.checkpoint_targets import Figures, verdicts
+from benchmarks.savers import (
+    Contender,
+    State,
+    abstract,
+    contenders,
+    forget,
+    make_state,
+    read_by_four,
+    renew,
+    write_durably,
+)
+from launch.distributed import Cluster
+from launch.local import child_environ, free_port
 
 __all__ = ["main"]
 
-State = dict[str, jax.Array]
-
-
-def make_state(count: int, shape: tuple[int, int], mesh_shape: tuple[int, int]) -> State:
-    """f32 arrays over a mesh of eight devices; random, so that nothing compresses well."""
-    mesh = jax.make_mesh(mesh_shape, ("a", "b"), axis_types=(AxisType.Auto,) * 2)
-    sharding = NamedSharding(mesh, PartitionSpec("a", "b"))
-    rng = np.random.default_rng(0)
-    values = (rng.random(shape, np.float32) for _ in range(count))
-    return {f"w{i}": jax.device_put(x, sharding) for i, x in enumerate(values)}
-
-
-def abstract(state: State, mesh_shape: tuple[int, int] | None = None) -> Any:
-    """The shapes of a state, in its own layout or on another mesh, transposed."""
-
-    def shaped(x: jax.Array) -> jax.ShapeDtypeStruct:
-        sharding: Any = x.sharding
-        if mesh_shape is not None:
-            mesh = jax.make_mesh(mesh_shape, ("a", "b"), axis_types=(AxisType.Auto,) * 2)
-            sharding = NamedSharding(mesh, PartitionSpec("b", "a"))
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    return jax.tree.map(shaped, state)
-
-
-# --- contenders: save(folder, state) -> seconds of blocking; load(folder, target)
-
-
-@dataclasses.dataclass(frozen=True)
-class Contender:
-    """How one library saves, durably, and restores."""
-
-    save: Callable[[Path, State], float]
-    load: Callable[[Path, Any], Any]
-
-
-def ours() -> Contender:
-    """`shardflax.ckpt`."""
-    from shardflax.ckpt import CheckpointManager, load_checkpoint
-
-    def save(folder: Path, state: State) -> float:
-        with CheckpointManager(folder) as manager:
-            began = time.perf_counter()
-            manager.save(1, state)
-            return time.perf_counter() - began
-
-    return Contender(save, lambda folder, target: load_checkpoint(folder / "1", target).state)
-
-
-def orbax(tuned: bool) -> Contender:
-    """Orbax: the standard checkpointer, or OCDBT with zarr3 and without compression."""
-    import orbax.checkpoint as ocp
-
-    def save(folder: Path, state: State) -> float:
-        if not tuned:
-            with ocp.StandardCheckpointer() as checkpointer:
-                began = time.perf_counter()
-                checkpointer.save(folder / "1", state)
-                return time.perf_counter() - began
-        handler = ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False)
-        with ocp.AsyncCheckpointer(handler) as checkpointer:
-            began = time.perf_counter()
-            checkpointer.save(folder / "1", args=ocp.args.PyTreeSave(state))
-            return time.perf_counter() - began
-
-    def load(folder: Path, target: Any) -> Any:
-        with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(folder / "1", target)
-
-    return Contender(save, load)
-
-
-def flax_msgpack() -> Contender:
-    """Flax's MessagePack, all of it blocking."""
-    from flax import serialization
-
-    def save(folder: Path, state: State) -> float:
-        began = time.perf_counter()
-        folder.mkdir(parents=True)
-        data = serialization.to_bytes(state)
-        write_durably(folder / "1", [data])
-        return time.perf_counter() - began
-
-    def load(folder: Path, target: Any) -> Any:
-        host = serialization.msgpack_restore((folder / "1").read_bytes())
-        return {k: jax.device_put(host[k], target[k].sharding) for k in host}
-
-    return Contender(save, load)
-
-
-def safetensors() -> Contender:
-    """One contiguous file with a header of JSON, all of it blocking: the format of safetensors."""
-
-    def save(folder: Path, state: State) -> float:
-        began = time.perf_counter()
-        folder.mkdir(parents=True)
-        header: dict[str, Any] = {}
-        at = 0
-        for name, x in state.items():
-            header[name] = {"dtype": "F32", "shape": x.shape, "data_offsets": [at, at + x.nbytes]}
-            at += x.nbytes
-        text = json.dumps(header).encode()
-        parts = (np.asarray(jax.device_get(x)).data for x in state.values())
-        write_durably(folder / "1", [len(text).to_bytes(8, "little"), text, *parts])
-        return time.perf_counter() - began
-
-    def load(folder: Path, target: Any) -> Any:
-        with (folder / "1").open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
-        data = np.memmap(folder / "1", np.uint8, "r", offset=8 + size)
-        return {
-            name: jax.device_put(
-                data[slice(*about["data_offsets"])].view(np.float32).reshape(about["shape"]),
-                target[name].sharding,
-            )
-            for name, about in header.items()
-        }
-
-    return Contender(save, load)
-
-
-def contenders() -> dict[str, Contender]:
-    """All of them."""
-    return {
-        "ours": ours(),
-        "Orbax default": orbax(tuned=False),
-        "Orbax tuned": orbax(tuned=True),
-        "Flax msgpack": flax_msgpack(),
-        "one file (safetensors)": safetensors(),
-    }
-
-
-# --- the measure: a plain file
-
-
-def write_durably(path: Path, parts: Sequence[Any]) -> None:
-    """One sequential write, and fsync."""
-    with path.open("wb") as file:
-        for part in parts:
-            file.write(part)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def forget(folder: Path) -> None:
-    """Drops the files of a folder from the page cache (a tmpfs has nothing else)."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
-
-
-def read_by_four(path: Path) -> None:
-    """Reads a file with four threads."""
-    size = path.stat().st_size
-
-    def read(part: int) -> None:
-        with path.open("rb", buffering=0) as file:
-            file.seek(part * size // 4)
-            left = (part + 1) * size // 4 - part * size // 4
-            buffer = bytearray(4 << 20)
-            while left > 0:
-                left -= file.readinto(memoryview(buffer)[: min(left, len(buffer))]) or left
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(read, range(4)))
-
-
-def memory() -> int:
-    """Bytes that the process holds."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-class Peak:
-    """The most memory that the process holds within a block, beyond what it held before."""
-
-    def __enter__(self) -> Peak:
-        self._done, self.before, self.most = threading.Event(), memory(), 0
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.005):
-            self.most = max(self.most, memory() - self.before)
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-
-def timed(fn: Callable[[], Any]) -> float:
-    """Seconds that a call takes, until its arrays are there."""
-    gc.collect()
-    began = time.perf_counter()
-    jax.block_until_ready(fn())
-    return time.perf_counter() - began
-
-
+ROOT = Path(__file__).parents[1]
 Samples = dict[str, dict[str, list[float]]]
+_LARGE, _SMALL = (1024, 2048), (16, 32)
+_CHILD = "benchmarks/checkpoint_child.py"
 
 
-def measure(state: State, root: Path, names: Sequence[str], rounds: int) -> Samples:
-    """Seconds of each contender, one after the other in each round; the plain file is "raw"."""
-    chosen = {name: x for name, x in contenders().items() if name in names}
-    taken: Samples = {name: {} for name in ("raw", *chosen)}
+def timed(fn: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds that a call takes until its arrays are there, and those of the processors."""
+    gc.collect()
+    os.sync()  # what was written before, and the deletion of files
+    cpu, began = time.process_time(), time.perf_counter()
+    jax.block_until_ready(fn())
+    return time.perf_counter() - began, time.process_time() - cpu
+
+
+def measure(state: State, root: Path, chosen: dict[str, Contender], rounds: int) -> Samples:
+    """Seconds of each contender, in turn; the first round warms up, unless there is only one."""
+    taken: Samples = {name: {} for name in chosen}
     same, other = abstract(state), abstract(state, (4, 2))
-    host = [np.asarray(jax.device_get(x)).data for x in state.values()]
-
-    def note(name: str, what: str, value: float) -> None:
-        taken[name].setdefault(what, []).append(value)
-
-    for number in range(rounds + 1):  # the first one warms up and does not count
-        order = [*chosen][number % len(chosen) :] + [*chosen][: number % len(chosen)]
-        scratch = Path(tempfile.mkdtemp(dir=root))
-        results = plain_file(scratch, host)
-        for name in order:
-            results += one(chosen[name], name, scratch / name.split()[0] / str(number), state,
-                           same, other)  # fmt: skip
-            shutil.rmtree(scratch / name.split()[0])
-        shutil.rmtree(scratch)
-        for result in results if number else []:
-            note(*result)
+    host = [np.asarray(x) for x in state.values()]
+    names = [*chosen]
+    for number in range(rounds + (rounds > 1)):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            state = jax.block_until_ready(renew(state))
+            scratch = Path(tempfile.mkdtemp(dir=root))
+            found = plain_file(scratch, host)
+            found |= one(chosen[name], scratch / "run", state, same, other)
+            shutil.rmtree(scratch)
+            if number or rounds == 1:
+                for what, value in found.items():
+                    taken[name].setdefault(what, []).append(value)
     return taken
 
 
-def plain_file(scratch: Path, host: Sequence[Any]) -> list[tuple[str, str, float]]:
+def plain_file(scratch: Path, host: Sequence[Any]) -> dict[str, float]:
     """What all others are measured by."""
     path = scratch / "raw"
-    found = [("raw", "save", timed(lambda: write_durably(path, host)))]
+    write, write_cpu = timed(lambda: write_durably(path, host))
     forget(scratch)
-    found.append(("raw", "restore", timed(lambda: read_by_four(path))))
+    read, read_cpu = timed(lambda: read_by_four(path))
     path.unlink()
-    return found
+    return {"raw save": write, "raw save cpu": write_cpu, "raw restore": read,
+            "raw restore cpu": read_cpu}  # fmt: skip
 
 
 def one(
-    contender: Contender, name: str, folder: Path, state: State, same: Any, other: Any
-) -> list[tuple[str, str, float]]:
+    contender: Contender, folder: Path, state: State, same: Any, other: Any
+) -> dict[str, float]:
     """A save, and two restores, of one contender."""
     blocked = [0.0]
 
     def save() -> None:
-        blocked[0] = contender.save(folder, state)
+        saver = contender.saver(folder)
+        began = time.perf_counter()
+        saver.save(state)
+        blocked[0] = time.perf_counter() - began
+        saver.close()
 
-    with Peak() as peak:
-        total = timed(save)
-    found = [(name, "save", total), (name, "blocking", blocked[0])]
-    found.append((name, "memory", peak.most / 1e6))
-    forget(folder)
-    found.append((name, "restore", timed(lambda: contender.load(folder, same))))
-    forget(folder)
-    found.append((name, "resharded", timed(lambda: contender.load(folder, other))))
+    found = dict(zip(("save", "save cpu"), timed(save), strict=True)) | {"blocking": blocked[0]}
+    for what, target in (("restore", same), ("resharded", other)):
+        forget(folder)
+        found[what], found[f"{what} cpu"] = timed(lambda t=target: contender.load(folder, t))
     return found
 
 
-def median_ratio(taken: Samples, name: str, what: str, over: str) -> float:
-    """The median over the rounds of a time over that of the plain file in the same round."""
-    pairs = zip(taken[name][what], taken["raw"][over], strict=True)
-    return statistics.median(a / b for a, b in pairs)
+def median(taken: Samples, name: str, what: str, over: str = "") -> float:
+    """The median over the rounds, of a ratio if there is something to take it over."""
+    values = taken[name][what]
+    if over:
+        values = [a / b for a, b in zip(values, taken[name][over], strict=True)]
+    return statistics.median(values)
 
 
 def table(title: str, taken: Samples, ratios: bool) -> list[str]:
     """The lines of a table."""
-    columns = ("blocking", "save", "restore", "resharded")
+    columns = {"blocking": "raw save", "save": "raw save", "restore": "raw restore",
+               "resharded": "raw restore"}  # fmt: skip
     unit = "over a plain file" if ratios else "seconds"
-    lines = [f"### {title} ({unit})", "", f"| | {' | '.join(columns)} | extra memory, MB |"]
-    lines.append("|---|---|---|---|---|---|")
+    cpu = [] if "save cpu" not in next(iter(taken.values())) else ["save cpu", "restore cpu"]
+    heads = [*columns, *(f"{what}, s" for what in cpu)]
+    lines = [f"### {title} ({unit})", "", f"| | {' | '.join(heads)} |", "|---" * 5]
+    lines[-1] += "|---" * len(cpu) + "|"
     for name in taken:
-        if name == "raw":
-            continue
-        cells: list[str] = []
-        for what in columns:
-            over = "save" if what in ("blocking", "save") else "restore"
-            value = (
-                median_ratio(taken, name, what, over)
-                if ratios
-                else statistics.median(taken[name][what])
-            )
-            cells.append(f"{value:.3f}" if what == "blocking" else f"{value:.2f}")
-        lines.append(
-            f"| {name} | {' | '.join(cells)} | {statistics.median(taken[name]['memory']):.0f} |"
-        )
+        found = {w: median(taken, name, w, over if ratios else "") for w, over in columns.items()}
+        cells = [f"{x:.{3 if what == 'blocking' else 2}f}" for what, x in found.items()]
+        cells += [f"{median(taken, name, what):.2f}" for what in cpu]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    if ratios:
+        first = next(iter(taken))
+        seconds = [f"{median(taken, first, f'raw {what}'):.2f}" for what in ("save", "restore")]
+        lines += ["", f"A plain file: written in {seconds[0]} s, read in {seconds[1]} s."]
     return [*lines, ""]
+
+
+# --- what is measured in other ways
+
+
+def child(*args: str, processes: int = 1) -> str:
+    """Runs `checkpoint_child.py`; what it prints."""
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "launch.local", "--processes", str(processes), "--devices", "4", "--"]
+    done = subprocess.run(
+        [*start, _CHILD, *args], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
+        capture_output=True, timeout=900, check=False,
+    )  # fmt: skip
+    if done.returncode and processes == 1:
+        raise RuntimeError(done.stdout + done.stderr)
+    return done.stdout
+
+
+def pair(root: Path, leaves: int, rounds: int, names: Sequence[str]) -> Samples:
+    """The same of two processes with four devices each."""
+    folder = Path(tempfile.mkdtemp(dir=root))
+    said = child("pair", str(folder), str(leaves), str(rounds), ",".join(names), processes=2)
+    result = folder / "result.json"
+    if not result.exists():
+        raise RuntimeError(said)
+    found = json.loads(result.read_text())
+    shutil.rmtree(folder)
+    return found
+
+
+def memory(root: Path, name: str, leaves: int) -> dict[str, float]:
+    """MB beyond the state, in a process that does nothing else."""
+    with tempfile.TemporaryDirectory(dir=root) as folder:
+        return json.loads(child("memory", name, folder, str(leaves)).splitlines()[-1])
+
+
+def death(root: Path, timeout: float) -> dict[str, Any]:
+    """How long one process waits for another that was killed."""
+    address = f"127.0.0.1:{free_port()}"
+    with tempfile.TemporaryDirectory(dir=root) as folder:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, _CHILD, "death", folder, str(timeout)], cwd=ROOT,
+                env=os.environ | child_environ(Cluster(address, 2, index), 4) | {"PYTHONPATH": str(ROOT)},
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )
+            for index in range(2)
+        ]  # fmt: skip
+        for process in processes:
+            process.wait(300)
+        return json.loads((Path(folder) / "result.json").read_text())
+
+
+@jax.jit
+def _loss(state: State) -> Any:
+    return sum(x[:64, :64].sum() for x in state.values())
+
+
+def training(state: State, root: Path, chosen: dict[str, Contender], rounds: int) -> Samples:
+    """Seconds by which a save prolongs a loop of steps that each replace the whole state.
+
+    The state is donated to the next step right after `save` has returned.
+    """
+    step = jax.jit(lambda s: {k: x * 0.99 + 0.01 for k, x in s.items()}, donate_argnums=0)
+    lost: Samples = {name: {"lost": []} for name in chosen}
+
+    def loop(save: Callable[[State], object]) -> float:
+        nonlocal state
+        os.sync()
+        began = time.perf_counter()
+        for number in range(30):
+            state = step(state)
+            if number == 2:
+                save(state)
+            jax.block_until_ready(_loss(state))
+        return time.perf_counter() - began
+
+    loop(lambda state: None)
+    for number in range(rounds + 1):
+        for name, contender in chosen.items():
+            folder = Path(tempfile.mkdtemp(dir=root))
+            without = loop(lambda state: None)
+            saver = contender.saver(folder / "run")
+            seconds = loop(saver.save)
+            saver.close()
+            if number:
+                lost[name]["lost"].append(seconds - without)
+            shutil.rmtree(folder)
+    return lost
+
+
+# --- all of it
+
+
+def run(args: argparse.Namespace) -> Figures:
+    """Everything that is measured, by title."""
+    everyone = contenders()
+    parallel = [name for name, contender in everyone.items() if not contender.alone]
+    few = {name: everyone[name] for name in ("ours", "Orbax default", "Orbax tuned")}
+    figures = Figures()
+    large = make_state(args.leaves, _LARGE)
+    for where in ("disk", "tmpfs"):
+        figures.tables["large", where] = measure(large, getattr(args, where), everyone, args.rounds)
+    figures.tables["training", "disk"] = training(large, args.disk, few, args.few)
+    del large
+    small = make_state(args.small, _SMALL)
+    quick = {name: x for name, x in everyone.items() if name == "ours" or x.alone}
+    slow = {name: x for name, x in everyone.items() if name not in quick}
+    taken = measure(small, args.disk, quick, args.rounds)
+    taken |= measure(small, args.disk, slow, 1)
+    figures.tables["small", "disk"] = taken
+    del small
+    gc.collect()
+    for where in ("disk", "tmpfs"):
+        root = getattr(args, where)
+        figures.tables["large, two processes", where] = pair(root, args.leaves, args.few, parallel)
+    figures.tables["small, two processes", "disk"] = pair(args.disk, args.small, 1, ["ours"])
+    figures.memory = {name: memory(args.tmpfs, name, args.leaves) for name in everyone}
+    figures.death = {"timeout": 5.0, **death(args.disk, 5.0)}
+    return figures
+
+
+def report(figures: Figures, args: argparse.Namespace) -> list[str]:
+    """All tables, the verdicts first."""
+    lines = ["### Targets", "", *verdicts(figures), ""]
+    counts = {"large": f"{args.leaves} leaves of 8 MiB", "small": f"{args.small:,} leaves of 2 KiB"}
+    for (what, where), taken in figures.tables.items():
+        if what == "training":
+            continue
+        kind, _, rest = what.partition(", ")
+        title = f"{counts[kind]} on {'2 x 4' if rest else 8} devices, {where}"
+        lines += table(title, taken, ratios=kind == "large")
+    lines += ["### Memory beyond the state (MB, in a process of its own)", ""]
+    lines += ["| | save | restore |", "|---|---|---|"]
+    lines += [f"| {n} | {x['save']:.0f} | {x['restore']:.0f} |" for n, x in figures.memory.items()]
+    return lines
 
 
 def main() -> None:
     """Measures, prints and writes the tables."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--few", type=int, default=3, help="rounds with two processes")
     parser.add_argument("--leaves", type=int, default=64, help="large leaves, of 8 MiB each")
     parser.add_argument("--small", type=int, default=2000, help="small leaves, of 2 KiB each")
     parser.add_argument("--disk", type=Path, default=Path(tempfile.gettempdir()))
@@ -340,35 +297,24 @@ def main() -> None:
     args = parser.parse_args()
     logging.disable(logging.ERROR)
     warnings.simplefilter("ignore")
-    before = os.getloadavg()
-    everyone = [*contenders()]
-    runs: dict[str, Samples] = {}
-    lines: list[str] = []
-    large = make_state(args.leaves, (1024, 2048), (2, 4))
-    for where in ("disk", "tmpfs"):
-        title = f"{args.leaves} leaves of 8 MiB on 8 devices, {where}"
-        runs[title] = measure(large, getattr(args, where), everyone, args.rounds)
-        lines += table(title, runs[title], ratios=True)
-    del large
-    small = make_state(args.small, (16, 32), (2, 4))
-    title = f"{args.small:,} leaves of 2 KiB on 8 devices, disk"
-    runs[title] = measure(small, args.disk, everyone[:3], max(1, args.rounds // 2))
-    lines += table(title, runs[title], ratios=False)
+    before, began = os.getloadavg(), time.monotonic()
+    figures = run(args)
     facts = {
         "python": platform.python_version(),
-        **{n: version(n) for n in ("jax", "orbax-checkpoint", "tensorstore", "flax")},
+        **{n: version(n) for n in
+           ("jax", "orbax-checkpoint", "tensorstore", "flax", "safetensors")},
         "cores": os.cpu_count(),
         "load average before": before,
         "load average after": os.getloadavg(),
-    }
-    command = f"python benchmarks/checkpoints.py {' '.join(sys.argv[1:])}"
-    text = "\n".join(
-        [f"`{command}`", "", ", ".join(f"{k} {v}" for k, v in facts.items()), "", *lines]
-    )
+        "minutes": round((time.monotonic() - began) / 60, 1),
+    }  # fmt: skip
+    command = " ".join(["python benchmarks/checkpoints.py", *sys.argv[1:]])
+    about = ", ".join(f"{name} {value}" for name, value in facts.items())
+    text = "\n".join([f"`{command}`", "", about, "", *report(figures, args)])
     print(text)
     if args.out is not None:
         args.out.write_text(text + "\n", encoding="utf-8")
-        content = {"command": command, "machine": facts, "seconds": runs}
+        content = {"command": command, "machine": facts, **figures.json()}
         args.out.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -1,0 +1,217 @@
+"""What `benchmarks/checkpoints.py` measures in processes of their own.
+
+    python benchmarks/checkpoint_child.py memory NAME FOLDER LEAVES
+    python -m launch.local --processes 2 --devices 4 -- benchmarks/checkpoint_child.py pair ...
+    python -m launch.local ... -- benchmarks/checkpoint_child.py death FOLDER
+
+The last line of what they print is JSON.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import itertools
+import json
+import logging
+import shutil
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.savers import (
+    Contender,
+    abstract,
+    contenders,
+    forget,
+    make_state,
+    read_by_four,
+    renew,
+    write_durably,
+)
+from launch.distributed import initialize_from_env
+
+__all__ = ["main"]
+
+_LARGE, _SMALL = (1024, 2048), (16, 32)
+
+
+def _status(field: str) -> int:
+    """A field of /proc/self/status, in bytes."""
+    text = Path("/proc/self/status").read_text()
+    return int(next(line for line in text.splitlines() if line.startswith(field)).split()[1]) << 10
+
+
+def memory(name: str, folder: str, leaves: str) -> None:
+    """The most memory beyond the state, in MB: in a save, and (beyond what is read) a restore."""
+    contender = contenders([name])[name]
+    state = make_state(int(leaves), _LARGE)
+    tiny = make_state(2, _SMALL)
+    size = sum(x.nbytes for x in state.values())
+    found: dict[str, float] = {}
+
+    def peak(what: str, fn: Callable[[], Any], expected: int) -> None:
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+        before = _status("VmRSS")
+        kept = fn()
+        found[what] = (_status("VmHWM") - before - expected) / 1e6
+        del kept
+
+    def save(state: Any, where: Path) -> None:
+        saver = contender.saver(where)
+        saver.save(state)
+        saver.close()
+
+    save(tiny, Path(folder) / "tiny")
+    contender.load(Path(folder) / "tiny", abstract(tiny))
+    peak("save", lambda: save(state, Path(folder) / "run"), 0)
+    target = abstract(state)
+    peak("restore", lambda: contender.load(Path(folder) / "run", target), size)
+    print(json.dumps(found))
+
+
+class _Counting:
+    """JAX's client of the coordination service; counts what the main thread waits for."""
+
+    def __init__(self, client: Any) -> None:
+        self.uncounted, self.calls = client, 0
+
+    def __getattr__(self, name: str) -> Any:
+        waits = name.startswith(("wait_at_barrier", "blocking_key_value_get"))
+        if waits and threading.current_thread() is threading.main_thread():
+            self.calls += 1
+        return getattr(self.uncounted, name)
+
+
+def _watched() -> _Counting:
+    """The client, watched from now on."""
+    from jax._src import distributed
+
+    state: Any = distributed.global_state
+    state.client = _Counting(state.client)
+    return state.client
+
+
+class _Pair:
+    """One of the processes that save and restore together."""
+
+    def __init__(self, folder: str, leaves: int) -> None:
+        self.folder, self.first = Path(folder), jax.process_index() == 0
+        self._client, self._meetings = _watched(), itertools.count()
+        self.state = make_state(leaves, _LARGE if leaves < 1000 else _SMALL)
+        self.targets = {"restore": abstract(self.state), "resharded": abstract(self.state, (4, 2))}
+
+    def meet(self) -> None:
+        """Waits for the others."""
+        name = f"bench-{next(self._meetings)}"
+        self._client.uncounted.wait_at_barrier(name, 600_000)
+
+    def timed(self, fn: Callable[[], Any]) -> float:
+        """Seconds until all processes have done it."""
+        self.meet()
+        began = time.perf_counter()
+        jax.block_until_ready(fn())
+        self.meet()
+        return time.perf_counter() - began
+
+    def turn(self, contender: Contender, where: Path) -> dict[str, float]:
+        """A plain file, a save, two restores."""
+        found: dict[str, float] = {}
+        if self.first:
+            os.sync()
+            found |= plain_file(self.folder, sum(x.nbytes for x in self.state.values()))
+            os.sync()
+        self.state = jax.block_until_ready(renew(self.state))
+        found["save"] = self.timed(lambda: found.update(self.save(contender, where)))
+        for what, target in self.targets.items():
+            forget(where)
+            found[what] = self.timed(lambda t=target: contender.load(where, t))
+        self.meet()
+        if self.first:
+            shutil.rmtree(where)
+        return found
+
+    def save(self, contender: Contender, where: Path) -> dict[str, float]:
+        """The part of a save that blocks; seconds, and how often it waits for others."""
+        saver = contender.saver(where)
+        before = self._client.calls
+        began = time.perf_counter()
+        saver.save(self.state)
+        blocked = time.perf_counter() - began
+        waits = self._client.calls - before
+        saver.close()
+        return {"blocking": blocked, "barriers": waits}
+
+
+def pair(folder: str, leaves: str, rounds: str, names: str) -> None:
+    """Seconds of two processes, until both are done; the first round warms up if there are more."""
+    initialize_from_env()
+    here = _Pair(folder, int(leaves))
+    taken: dict[str, dict[str, list[float]]] = {}
+    for number in range(int(rounds) + (int(rounds) > 1)):
+        for name, contender in contenders(names.split(",")).items():
+            found = here.turn(contender, here.folder / f"{name.replace(' ', '-')}-{number}")
+            for what, value in found.items() if number or rounds == "1" else ():
+                taken.setdefault(name, {}).setdefault(what, []).append(value)
+    if here.first:
+        (here.folder / "result.json").write_text(json.dumps(taken))
+
+
+def plain_file(folder: Path, size: int) -> dict[str, float]:
+    """Seconds to write, durably, and to read a file of some size."""
+    block = np.random.default_rng(0).bytes(8 << 20)
+    path, found = folder / "raw", {}
+    began = time.perf_counter()
+    write_durably(path, [block[: size - at] for at in range(0, size, len(block))])
+    found["raw save"] = time.perf_counter() - began
+    forget(path.parent)
+    began = time.perf_counter()
+    read_by_four(path)
+    found["raw restore"] = time.perf_counter() - began
+    path.unlink()
+    return found
+
+
+def death(folder: str, timeout: str) -> None:
+    """How many seconds after the death of a process, while saving, the other one says so."""
+    initialize_from_env()
+    from shardflax.ckpt import CheckpointManager, CheckpointSaveError, faults
+
+    manager = CheckpointManager(folder, timeout=float(timeout))
+    if jax.process_index() == 1:
+        faults.listen(
+            lambda point: os.kill(os.getpid(), signal.SIGKILL) if point == "written" else None
+        )
+    began = time.perf_counter()
+    try:
+        manager.save(1, make_state(4, _SMALL))
+        manager.wait()
+        error = ""
+    except CheckpointSaveError as caught:
+        error = str(caught)
+    seconds = time.perf_counter() - began
+    (Path(folder) / "result.json").write_text(json.dumps({"seconds": seconds, "error": error}))
+    os._exit(0)  # the coordination service would wait for the dead one
+
+
+def main() -> None:
+    """One of them."""
+    logging.disable(logging.ERROR)
+    warnings.simplefilter("ignore")
+    modes: dict[str, Callable[..., None]] = {"memory": memory, "pair": pair, "death": death}
+    modes[sys.argv[1]](*sys.argv[2:])
+
+
+if __name__ == "__main__":
+    main()
