@@ -270,6 +270,12 @@ def scan(
     """
     fixed = (Group(Names.of(variable_broadcast)), Group(Names.of(variable_carry)))
     ins, outs = (fixed + groups for groups in axis_groups(variable_axes, metadata_params))
+    if any(group.axis is None for group in (*ins[2:], *outs[2:])):
+        raise TransformAxisError(
+            f"scan: variable_axes={dict(variable_axes)!r} leave a collection without an axis. What "
+            f"all steps share belongs in variable_broadcast, what one step hands to the next in "
+            f"variable_carry."
+        )
     splits = Splits.of(split_rngs)
     loop = functools.partial(
         jax.lax.scan, reverse=reverse, unroll=unroll, _split_transpose=_split_transpose

@@ -177,6 +177,11 @@ def test_options_of_a_wrong_type(kind: str, options: Any, text: str) -> None:
         getattr(nn, kind)(nn.Lin, **options)
 
 
+def test_scanned_variables_need_an_axis() -> None:
+    with pytest.raises(errors.TransformAxisError, match="belongs in variable_broadcast"):
+        nn.scan(Pair, {"params": None})
+
+
 def test_metadata_of_another_number_of_levels() -> None:
     with pytest.raises(errors.TransformAxisError, match=r"lengths=\(2, 3\) are 2 levels"):
         nn.remat_scan(nn.Lin, (2, 3), metadata_params=[{"partition_name": "layers"}])
