@@ -165,7 +165,10 @@ def run_orbax(folder: Path) -> None:
         checkpointer.save(folder / "standard" / "7", state)
     assert_identical(v1.load_pytree(folder / "ours/7", zeros_like(want)), want)
     v1.save_pytree(folder / "v1" / "7", state)
-    for kind in ("standard", "v1"):
+    plain = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=False)
+    with ocp.Checkpointer(plain) as checkpointer:
+        checkpointer.save(folder / "zarr2" / "7", state)
+    for kind in ("standard", "v1", "zarr2"):
         with CheckpointManager(folder / kind, read_only=True, timeout=60) as manager:
             assert_identical(manager.restore(zeros_like(want)).state, want)
     logging.disable(logging.NOTSET)
@@ -258,7 +261,7 @@ def test_orbaxs_of_two_processes_are_read_by_one(ran: Any) -> None:
     from shardflax.ckpt import CheckpointManager
 
     want = global_arrays(placed((1, 8)))
-    for kind in ("ours", "standard", "v1"):
+    for kind in ("ours", "standard", "v1", "zarr2"):
         with CheckpointManager(ran[0] / "orbax" / kind, read_only=True) as manager:
             assert_identical(manager.restore(zeros_like(want)).state, want)
 
