@@ -87,7 +87,8 @@ class Program:
         """How often a loop of the computation `name` runs, or None if nothing tells.
 
         Compilers for TPUs do not write it down: there, it is the bound of a counter of JAX's own
-        loops (`fori_loop`, `scan`), which begins at 0 and counts by one.
+        loops (`fori_loop`, `scan`), which counts by one and begins at 0, or at the number of steps
+        that were taken out of the loop.
         """
         known = loop.attribute(_TRIPS.pattern)
         if known:
@@ -107,8 +108,9 @@ class Program:
         while begin is not None and begin.op in ("tuple", "copy", "bitcast"):
             at = int(place) if begin.op == "tuple" else 0
             begin = here.get(begin.operands[at]) if at < len(begin.operands) else None
-        from_zero = begin is not None and begin.op == "constant" and begin.inside == "0"
-        return int(bound.inside) if from_zero else None
+        if begin is None or begin.op != "constant" or not begin.inside.isdigit():
+            return None
+        return int(bound.inside) - int(begin.inside)
 
     def fused(self) -> dict[str, Instruction]:
         """The computations that are fusions, each with (one of) the instructions that run it."""

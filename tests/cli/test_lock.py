@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -148,6 +149,29 @@ def test_files_are_stable_and_come_back_as_they_were(tmp_path: Path) -> None:
     ]
     leaf = '"params/up": {"array": "float32[64,96]", "names": "embed, mlp", "spec": "fsdp, tensor"'
     assert leaf in first
+
+
+def test_the_memory_of_a_step_is_kept_and_compared(tmp_path: Path) -> None:
+    analysis = SimpleNamespace(
+        argument_size_in_bytes=4096,
+        output_size_in_bytes=4096,
+        alias_size_in_bytes=3072,
+        temp_size_in_bytes=512,
+    )
+    entry = pt.lock(layout(), [sent()], memory=analysis)
+    assert entry.memory == {"arguments": 4096, "outputs": 1024, "temporary": 512}
+    assert pt.read_lock(pt.write_lock(tmp_path / "a", {"a": entry}))["a"] == entry
+    pt.check_lock(entry, layout(), [sent()], analysis)
+    pt.check_lock(entry, layout(), [sent()])  # not compared if it is not given
+    analysis.temp_size_in_bytes = 1536
+    with pytest.raises(LockDriftError) as error:
+        pt.check_lock(entry, layout(), [sent()], analysis)
+    assert error.value.changes == ("memory of the step, temporary: 512 B -> 1.5 KiB (+1.0 KiB)",)
+    other = dataclasses.replace(entry, memory=None, compiler="another")
+    assert changes_between(entry, other) == [
+        "memory of the step: recorded -> not recorded",
+        f"compiled by {entry.compiler}, now by another",
+    ]
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

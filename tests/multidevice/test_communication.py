@@ -321,6 +321,13 @@ def test_what_a_tpu_cuts_into_pieces_is_one() -> None:
     ]
 
 
+def test_steps_that_were_taken_out_of_a_loop_are_not_counted_in_it() -> None:
+    """Programs for several slices begin a step while the one before still sends."""
+    peeled = parse(PIECES.replace("constant(0)", "constant(1)"))
+    found = [*_found(peeled, make_mesh("data=2", jax.devices()[:2]))]
+    assert {(c.count, c.exact) for c in found} == {(11, True)}
+
+
 KERNEL = """HloModule m
 
 ENTRY %main (a: f32[4]) -> f32[8] {
