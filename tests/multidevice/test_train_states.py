@@ -138,7 +138,7 @@ def check_placed(state: Any, layout: Layout) -> None:
 
 def check_same_layout(one: Layout, other: Layout) -> None:
     """Leaf for leaf the same, on axes of other names."""
-    assert one.mesh.devices.shape == other.mesh.devices.shape
+    assert tuple(one.mesh.shape.values()) == tuple(other.mesh.shape.values())
     assert one.mesh.axis_types == other.mesh.axis_types
     assert one.bytes_per_device == other.bytes_per_device
     for a, b in zip(one.leaves, other.leaves, strict=True):
@@ -149,7 +149,7 @@ def check_sent(case: Case, layout: Layout, compiled: Any) -> None:
     """What the contract allows, as often as it allows; gathers of weights exactly."""
     contract = dict(_promise(words) for words in SENT[str(case)].split(", "))
     found, sums = Counter[str](), 0
-    summed = {*batch_axes(layout.mesh, case.rules)}
+    summed = {*batch_axes(case.mesh(), case.rules)}
     for one in collectives(compiled):
         found[one.what] += one.count
         if one.kind != "all-gather" and set(one.axes) & summed:
@@ -183,7 +183,7 @@ def _parameters(case: Case, layout: Layout) -> Any:
     """Each parameter, its spec where it is used, and how often a step uses it."""
     for leaf, used in zip(layout.leaves, case.used(layout), strict=True):
         if leaf.path[0] == "params":
-            yield leaf, used, LAYERS if "layers" in leaf.names else 1
+            yield leaf, used, LAYERS if "layers" in (leaf.names or ()) else 1
 
 
 def gathered(case: Case, layout: Layout) -> Counter[str]:
