@@ -237,12 +237,14 @@ def _compressed(names: Sequence[bytes]) -> tuple[list[int], list[bytes]]:
 
 def _common(a: bytes, b: bytes) -> int:
     """The length of the common prefix."""
-    length = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        length += 1
-    return length
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def _varint(value: int) -> bytes:
