@@ -192,7 +192,7 @@ class StepInfo:
     """A step of a run, or what is left of one.
 
     `state` is "committed", "damaged" (it has a manifest that cannot be read), "unfinished", or
-    "saving" (by a living process).
+    "saving" (by a living process); `temporary` says that it goes with the next one.
 
     >>> from pathlib import Path
     >>> StepInfo("3", Path("run/3"), "committed", "shardflax", 100, 0.0).committed
@@ -205,6 +205,7 @@ class StepInfo:
     format: str
     nbytes: int
     time: float
+    temporary: bool = False
 
     @property
     def committed(self) -> bool:
@@ -240,15 +241,15 @@ def list_steps(folder: str | os.PathLike[str]) -> list[StepInfo]:
 
 def _step_info(path: Place) -> StepInfo:
     """A committed step, which may be damaged all the same."""
-    state, kind, time = "committed", "", changed(path)
+    state, kind, time, temporary = "committed", "", changed(path), False
     try:
         found = find_checkpoint(path) if (path / NAME).is_file() else None
         kind = "shardflax" if found else "flax msgpack" if path.is_file() else "orbax"
         if found and found.manifest:
-            time = found.manifest.time
+            time, temporary = found.manifest.time, found.manifest.temporary
     except CheckpointError:
         state = "damaged"
-    return StepInfo(path.name, path, state, kind, disk_bytes(path), time)
+    return StepInfo(path.name, path, state, kind, disk_bytes(path), time, temporary)
 
 
 def changed(path: Place) -> float:

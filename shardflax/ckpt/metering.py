@@ -70,7 +70,11 @@ def showing(
     thread = threading.Thread(
         target=show, args=(meter, ended, stream, patience, period), name="shardflax-meter"
     )
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:  # Python 3.12 starts none once a program is ending
+        yield
+        return
     try:
         yield
     finally:

@@ -65,7 +65,8 @@ class _Ls:
 
 def _step_cells(step: ckpt.StepInfo) -> tuple[str, ...]:
     kind = f" ({step.format})" if step.format not in ("", "shardflax") else ""
-    return step.name, bytes_text(step.nbytes), when(step.time), step.state + kind
+    temporary = ", temporary" if step.temporary else ""
+    return step.name, bytes_text(step.nbytes), when(step.time), step.state + kind + temporary
 
 
 def _columns(rows: list[tuple[str, ...]]) -> list[str]:

@@ -49,6 +49,14 @@ def test_lines_for_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown(monkeypatch, io.StringIO(), "lines", patience=60) == ""
 
 
+def test_a_program_that_ends_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert shown(monkeypatch, Screen(), "auto", patience=0.01) == ""
+
+
 def test_saves_and_restores_count_what_they_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ from shardflax.ckpt import faults
 from shardflax.ckpt.keeping import Note, Rules
 from shardflax.ckpt.rendezvous import Rendezvous
 from shardflax.ckpt.timer import Timer
+from shardflax.cli import main
 
 STATE = {"w": np.arange(4.0)}
 
@@ -66,11 +67,18 @@ def test_a_step_is_saved_when_the_last_save_is_long_ago_and_goes_with_the_next(
     ]  # fmt: skip
 
 
-def test_a_temporary_step_is_known_as_one_to_the_next_run(tmp_path: Path, clock: Clock) -> None:
+def test_a_temporary_step_is_known_as_one_to_the_next_run(
+    tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
     with timed(tmp_path, clock, save_every=10) as manager:
         manager.save(10, STATE)
         clock.now += 70
         assert manager.save(13, STATE)
+    assert main(["ckpt", "ls", str(tmp_path)]) == 0
+    assert [line.rpartition("  ")[2] for line in capsys.readouterr().out.splitlines()] == [
+        "committed",
+        "committed, temporary",
+    ]
     with ckpt.CheckpointManager(tmp_path, save_every=10, keep=None) as manager:
         assert manager.latest_step() == 13 and manager.restore(STATE).step == 13
         manager.save(15, STATE, force=True)  # asked for by name: stays
