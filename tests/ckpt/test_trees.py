@@ -17,12 +17,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from shardflax.ckpt import CheckpointManager
 
-HOST_ONLY = ["int64", "uint64", "float64", "complex128", ">i4", ">f8"]
-"""What JAX would narrow, or does not know: numpy arrays alone have it."""
+SIX = [name for name in dir(ml_dtypes) if name.startswith("float6_")]
+HOST_ONLY = ["int64", "uint64", "float64", "complex128", ">i4", ">f8", *SIX]
+"""What JAX would narrow, or XLA does not know: numpy arrays alone have it."""
 DTYPES = [
     *("bool", "int8", "int16", "int32", "uint8", "uint16", "uint32", "int2", "int4", "uint4"),
     *("float16", "bfloat16", "float32", "complex64"),
-    *(name for name in dir(ml_dtypes) if name.startswith(("float8", "float6", "float4"))),
+    *(name for name in dir(ml_dtypes) if name.startswith(("float8", "float4"))),
 ]
 MESHES = [((8,), "a"), ((2, 4), "ab"), ((4, 2), "ab"), ((2, 2, 2), "abc"), ((3,), "a"), ((1,), "a")]
 
@@ -56,7 +57,7 @@ def arrays(draw: st.DrawFn) -> Any:
     """A JAX or numpy array of up to three small dims, some of them 0."""
     shape = draw(st.lists(st.sampled_from([0, 1, 2, 3, 4, 6, 7, 8]), max_size=3))
     name = draw(st.sampled_from(DTYPES + HOST_ONLY))
-    dtype = np.dtype(name) if name in HOST_ONLY else jnp.dtype(name)
+    dtype = np.dtype(name) if name[0] == ">" else jnp.dtype(name)
     values = np.arange(math.prod(shape)) * 7 % 128 - 40 * (dtype.kind not in "bu")
     array = values.astype(np.float32).astype(dtype).reshape(shape)
     if name in HOST_ONLY or draw(st.booleans()):
@@ -153,7 +154,7 @@ def form(leaf: Any) -> Any:
 @settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )
-@given(tree=trees, data=st.data())
+@given(tree=trees.filter(lambda tree: tree is not None), data=st.data())
 def test_whatever_is_saved_comes_back_in_whatever_layout(tree: Any, data: st.DataObject) -> None:
     saved = jax.tree.map(lambda leaf: laid_out(data.draw, leaf), tree)
     target = jax.tree.map(lambda leaf: target_of(data.draw, leaf), tree)
