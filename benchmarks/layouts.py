@@ -151,7 +151,10 @@ sys.exit(status)
 
 
 def command(rounds: int) -> list[Row]:
-    """The same on the command line, by the clock: the whole process, and what is ours of it."""
+    """The same on the command line, by the clock: the whole process, and what is ours of it.
+
+    The quickest of the rounds counts: what else runs on the machine only ever adds.
+    """
     arguments = ["explain", "benchmarks.misspelt:model", "--mesh", "fsdp=4,tensor=2"]
     arguments.append("--problems-only")
     whole, parts = list[float](), list[list[float]]()
@@ -167,7 +170,7 @@ def command(rounds: int) -> list[Row]:
                 parts.append(json.loads(done.stderr))
             else:
                 whole.append(seconds)
-    jax_alone, ours, refusing = (statistics.median(times) for times in zip(*parts, strict=True))
+    jax_alone, ours, refusing = map(min, zip(*parts, strict=True))
     detail = {
         "import jax, s": jax_alone,
         "import of the command, s": ours,
@@ -178,7 +181,7 @@ def command(rounds: int) -> list[Row]:
     process = f"the whole process of it, of which `import jax` takes {jax_alone:.2f} s"
     return [
         Row(what, 1.0, round(refusing, 3), unit="s", detail=detail),
-        Row(process, 3.0, round(statistics.median(whole), 3), unit="s"),
+        Row(process, 3.0, round(min(whole), 3), unit="s"),
     ]
 
 

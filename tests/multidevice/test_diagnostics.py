@@ -89,9 +89,7 @@ def test_it_may_be_a_warning_or_small_enough() -> None:
 def test_without_a_mesh_what_xla_says_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its lines are taken out of stderr: they have to come back somewhere."""
     monkeypatch.setattr("shardflax.partitioning.diagnostics.mesh_of", lambda _: None)
-    with pytest.raises(
-        RematerializationError, match=r"Block.*\n.*\n    from:  {devices=.*\n"
-    ) as error:
+    with pytest.raises(RematerializationError, match=r"Block.*\n.*\n    from:  {.*\n") as error:
         compile(lowered(Block()), rules=())
     assert "one layout on both sides" in str(error.value)
 
