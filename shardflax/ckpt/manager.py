@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import itertools
 import operator
 import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -34,7 +34,7 @@ from shardflax.ckpt.rendezvous import Rendezvous, meet
 from shardflax.ckpt.saving import Save
 from shardflax.ckpt.sharing import get_ready
 from shardflax.ckpt.shelf import Shelf
-from shardflax.ckpt.staging import Staged, stage
+from shardflax.ckpt.starting import hand_over, plan_bytes, python_values
 from shardflax.ckpt.timer import Timer
 from shardflax.ckpt.worker import THREADS, Worker
 
@@ -204,8 +204,8 @@ class CheckpointManager:
     ) -> SaveHandle | None:
         """Starts saving a state; returns a handle, or None if it did not.
 
-        None means that `save_every` does not divide the step (`force` ignores that) or that this
-        run saved or restored the step already.  On return the state may be donated or changed.
+        None means that the step is not due (see `is_due`; `force` ignores that), or that this run
+        saved or restored it already.  On return the state may be donated or changed.
 
         `state` is a pytree of arrays, typed PRNG keys, numbers and strings; static fields are not
         stored.  `extras` is JSON, committed together with the state; process 0's.  `process_extras`
@@ -234,12 +234,12 @@ class CheckpointManager:
             raise CheckpointExistsError(self.directory, step)
         checked = check_json(dict(extras or {}))
         own = check_json(dict(process_extras or {}))
+        numbers = {name: float(value) for name, value in (metrics or {}).items()}
         plan, leaves = make_plan(state, self.compression)
         self._settle()
         failure, self._failure = self._failure, None
         job = self._job(step, plan, leaves, checked, own)
-        job.metrics = {name: float(value) for name, value in (metrics or {}).items()}
-        job.temporary = not lasting
+        job.metrics, job.temporary = numbers, not lasting
         handle = self._start(job, leaves)
         if failure is not None:
             raise failure
@@ -254,14 +254,14 @@ class CheckpointManager:
         process_extras: dict[str, Any],
     ) -> Save:
         """A save, not yet begun."""
-        self._meter = meter = Meter(f"saving step {step}", _nbytes(plan))
+        self._meter = meter = Meter(f"saving step {step}", plan_bytes(plan))
         return Save(
             root=self.directory,
             step=step,
             number=next(self._numbers),
             token=self._token,
             plan=plan,
-            values=_python_values(plan, leaves),
+            values=python_values(plan, leaves),
             extras=extras,
             metrics={},
             process_extras=process_extras,
@@ -273,33 +273,13 @@ class CheckpointManager:
     def _start(self, job: Save, leaves: list[Any]) -> SaveHandle:
         """Hands the staged state to the writer."""
         handle = SaveHandle(job.step)
+        run = functools.partial(self._run, job, handle)
         self._own.add(job.step)
         self._pending = handle
         IN_FLIGHT.add(self)
         if self._timer is not None:
             self._timer.saved()
-        writing: Future[None] | None = None
-        staged: list[Staged] = []
-        try:
-            for parcel in job.plan.parcels:
-                size = sum(lot.nbytes for lot in parcel)
-                if writing is None and not job.budget.fits(size):
-                    writing = self._writer.submit(lambda: self._run(job, handle))
-                job.budget.take(size)
-                group = stage(parcel, leaves)
-                job.groups.put(group)
-                staged += [x for x in group if x.moving]
-            job.groups.put(None)
-        except BaseException as error:
-            job.groups.put(error)
-            raise
-        finally:  # and not before: it would take this thread's time
-            if writing is None:
-                self._writer.submit(lambda: self._run(job, handle))
-        if staged:
-            _when_ready(self._syncer, staged, handle.staged)
-        else:
-            handle.staged.set_result(None)
+        hand_over(job, leaves, handle, self._syncer, lambda: self._writer.submit(run))
         return handle
 
     def _run(self, job: Save, handle: SaveHandle) -> None:
@@ -487,31 +467,3 @@ def _picked(steps: list[int], step: int | None, fallback: bool) -> list[int]:
     if newest not in steps:
         return []
     return [s for s in reversed(steps) if s <= newest] if fallback else [newest]
-
-
-def _nbytes(plan: Plan) -> int:
-    """What this process writes."""
-    return sum(lot.nbytes for parcel in plan.parcels for lot in parcel)
-
-
-def _python_values(plan: Plan, leaves: list[Any]) -> dict[Any, Any]:
-    """The leaves that are not arrays, by path."""
-    return {
-        path: leaf
-        for path, leaf in zip(plan.tree.paths, leaves, strict=True)
-        if isinstance(leaf, bool | int | float | complex | str) and not hasattr(leaf, "dtype")
-    }
-
-
-def _when_ready(worker: Worker, staged: list[Staged], future: Future[None]) -> None:
-    """Completes a future when the transfers are done."""
-
-    def wait() -> None:
-        try:
-            for value in staged:
-                value.ready()
-            future.set_result(None)
-        except Exception as error:
-            future.set_exception(error)
-
-    worker.submit(wait)

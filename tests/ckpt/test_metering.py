@@ -67,7 +67,7 @@ def test_saves_and_restores_count_what_they_do(
             super().__init__(*args)
             meters.append(self)
 
-    monkeypatch.setattr("shardflax.ckpt.manager.Meter", Noted)
+    monkeypatch.setitem(ckpt.CheckpointManager.save.__globals__, "Meter", Noted)
     state = {"w": np.ones(100_000), "b": np.ones(3, np.int8), "n": 3}
     nbytes = 800_003
     with ckpt.CheckpointManager(tmp_path) as manager:
@@ -88,7 +88,7 @@ def test_saves_and_restores_count_what_they_do(
 def test_who_waits_for_a_save_sees_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = Screen()
     monkeypatch.setattr(sys, "stderr", screen)
-    monkeypatch.setattr("shardflax.ckpt.manager.showing", _quickly)
+    monkeypatch.setitem(ckpt.CheckpointManager.save.__globals__, "showing", _quickly)
     end = faults.listen(lambda point: point == "written" and threading.Event().wait(0.4))
     with ckpt.CheckpointManager(tmp_path) as manager:
         manager.save(1, {"w": np.ones(1000)})

@@ -267,19 +267,18 @@ def test_a_committed_step_is_read_while_the_next_one_is_saved(
 def test_a_step_that_is_being_read_is_not_deleted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from shardflax.ckpt import manager as module
-
+    names = ckpt.CheckpointManager.restore.__globals__
     with ckpt.CheckpointManager(tmp_path, keep=1) as manager:
         manager.save(1, STATE)
         manager.wait()
-        restore_step = module.restore_step
+        restore_step = names["restore_step"]
 
         def slow(*args: Any) -> Any:
             manager.save(2, STATE).committed.result()  # type: ignore[union-attr]
             assert manager.all_steps() == [1, 2]
             return restore_step(*args)
 
-        monkeypatch.setattr(module, "restore_step", slow)
+        monkeypatch.setitem(names, "restore_step", slow)
         assert manager.restore(STATE, step=1).step == 1
         manager.save(3, STATE)
     assert manager.all_steps() == [3]
