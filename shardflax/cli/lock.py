@@ -80,7 +80,11 @@ class _Asked(SubjectOptions):
     def of(values: Any, name: str) -> _Asked:
         """As it was kept."""
         try:
-            return _Asked(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+            said: dict[str, Any] = {
+                key: tuple(value) if isinstance(value, list) else value
+                for key, value in values.items()
+            }
+            return _Asked(**said)
         except (AttributeError, TypeError):
             raise CommandError(
                 f"the entry {name!r} does not say what it was made from. Write it anew, with "
