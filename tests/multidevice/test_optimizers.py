@@ -105,6 +105,32 @@ def test_updates_and_layouts(names: tuple[str, ...]) -> None:
             np.testing.assert_allclose(plain(a), plain(b), 1e-4, 1e-5, err_msg=where)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_moments_by_rules_of_their_own() -> None:
+    """Of all of them, under ZeRO-1 upon `fsdp_tp`: over one axis more than the parameters."""
+    mesh = make_mesh("data=2,fsdp=2,tensor=2")
+    rules = preset("zero1 + fsdp_tp") | {"flat": "fsdp tensor", "rank": None}
+    wider = {"layer/kernel": P(("fsdp", "data"), "tensor"), "table": P("tensor", ("fsdp", "data"))}
+    values, boxed = parameters()
+    like_parameters = 0
+    for name in CASES:
+        wrapped = optax.LookaheadParams.init_synced(boxed) if name == "lookahead" else boxed
+        state = {"params": wrapped, "opt_state": _abstract(name, values)}
+        layout = Layout(state, mesh, rules, names=SAID.get(name))
+        assert layout.problems == () and layout.unnamed == (), name
+        for leaf in layout.leaves:
+            if leaf.shape == (8, 16):
+                specs = SPECS if leaf.path[0] == "params" else wider
+                assert leaf.spec == expected(leaf, specs), (name, leaf.where)
+                like_parameters += leaf.path[0] != "params"
+    assert like_parameters > 2 * 100
+
+
+def _abstract(name: str, values: Any) -> Any:
+    """The shapes of a first state."""
+    return jax.eval_shape(lambda: started(name, values)[2])
+
+
 def test_none_is_left_out() -> None:
     """A new transformation of optax needs a case."""
     assert shipped() <= set(CASES)
