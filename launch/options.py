@@ -30,7 +30,7 @@ class LayoutOptions:
     """Axes and sizes of the mesh, such as data=2,fsdp=2,tensor=2; one -1 takes what is left."""
 
     preset: str = "fsdp_tp"
-    """Rules from names to mesh axes: dp, fsdp, tp_sp or fsdp_tp."""
+    """Rules from names to mesh axes: a preset, or several added up, such as "fsdp + tp_sp"."""
 
 
 @dataclasses.dataclass(frozen=True)
