@@ -40,8 +40,12 @@ CASES = [
     ("die", "reading"),
     ("hang", "reading"),
     *(("lead", point) for point in (*faults.POINTS, "reading")),
+    ("stuck", "written"),
 ]
-"""What happens to the second of two processes, and when; "lead": the first one dies."""
+"""What happens to the second of two processes, and when; "lead": the first dies; "stuck": hangs."""
+
+
+FIRST = ("lead", "stuck")
 
 
 def steps_after(role: str, point: str) -> list[int]:
@@ -135,10 +139,9 @@ def pair(folder: Path, index: int, port: int, role: str, point: str) -> int:
     manager.save(1, spread(1))
     manager.wait()
     target, end = spread(2), int
-    if index == (role != "lead"):
-        does = {"die": die, "lead": die, "hang": lambda: time.sleep(60), "fail": lambda: 1 / 0}
-        does["late"] = lambda: time.sleep(LATE)
-        end = when(point, does[role])
+    if index == (role not in FIRST):
+        does = {"die": die, "lead": die, "fail": lambda: 1 / 0, "late": lambda: time.sleep(LATE)}
+        end = when(point, does.get(role, lambda: time.sleep(60)))
     began = time.monotonic()
     try:
         if point == "reading":
@@ -194,7 +197,7 @@ def run_pairs(root: Path) -> None:
             forked(lambda i=i: pair(folder, i, port, role, point))  # noqa: B023
             for i in range(2)
         ]
-        if role == "lead":
+        if role in FIRST:
             pids.reverse()
         first = wait_for(pids[:1], 60)
         if role not in ("fail", "late"):
@@ -304,7 +307,7 @@ def test_a_peer_that_dies_hangs_or_fails(ran: Path) -> None:
     assert set(reports) == {
         f"{role}-{point}"
         for role, point in CASES
-        if role != "lead" and 2 not in steps_after(role, point)
+        if role not in FIRST and 2 not in steps_after(role, point)
     }
     for case, report in reports.items():
         if case.startswith("fail"):
@@ -320,14 +323,17 @@ def test_a_peer_that_dies_hangs_or_fails(ran: Path) -> None:
         assert why in other["error"] and other["steps"] == [1]
 
 
-def test_a_first_process_that_dies(ran: Path) -> None:
-    """It runs JAX's coordination service: the others hear of it at once."""
+def test_a_first_process_that_dies_or_hangs(ran: Path) -> None:
+    """It runs JAX's coordination service: the others hear at once that it died."""
     root = ran / "pairs"
     for path in root.glob("lead-*.1.json"):
         report = json.loads(path.read_text())
         assert "Process 0 did not answer" in report["error"], report
         assert "coordination service" in report["error"], report
         assert report["seconds"] < TIMEOUT + 2, report
+    report = json.loads((root / "stuck-written.1.json").read_text())
+    assert "Process 0 did not answer for 2 s (committing step 2)" in report["error"], report
+    assert report["seconds"] < TIMEOUT + 2 and report["steps"] == [1], report
 
 
 def test_whatever_happened_to_a_process_what_was_committed_is_there(ran: Path) -> None:
