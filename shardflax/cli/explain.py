@@ -9,6 +9,7 @@ from pathlib import Path
 
 import tyro
 
+from shardflax.cli.devices import tpus
 from shardflax.cli.errors import CommandError
 from shardflax.cli.subject import SubjectOptions, rules_of
 from shardflax.partitioning import Explanation
@@ -38,6 +39,10 @@ a function that returns a state, or (model, *inputs), or of a shardflax.programs
     mesh: str
     """Axes and sizes, such as fsdp=4,tensor=2 or "dcn(data=2) ici(fsdp=16,tensor=8)"."""
 
+    topology: str | None = None
+    """TPUs that the mesh, or each of its slices, is of, such as v5e:4x4: -1 in the mesh is what \
+is left of them, and axes that do not fit the machine are refused. Takes the package libtpu, no TPU."""
+
     json: Path | None = None
     """Write JSON to this file; - is standard output, in place of the table."""
 
@@ -54,7 +59,12 @@ def explanation_of(options: ExplainOptions) -> Explanation:
     >>> len(explanation_of(ExplainOptions("tiny", "fsdp=4,tensor=2")).leaves)
     39
     """
-    (mesh, dcn), rules = options.read(options.mesh), rules_of(options.preset)
+    rules = rules_of(options.preset)
+    if options.topology is None:
+        mesh, dcn = options.read(options.mesh)
+    else:
+        devices = tpus(options.topology, options.mesh, options.other_axes)
+        mesh, dcn = options.place(options.mesh, devices), {}
     layout = layout_of(options.subject(options.model).program(mesh, rules), mesh, rules)
     return Explanation(layout, options.model, dcn)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import tyro
 
-from shardflax.cli.devices import emulated_devices
+from shardflax.cli.devices import emulated_devices, tpus
 from shardflax.cli.errors import CommandError
 from shardflax.cli.subject import SubjectOptions, rules_of
 from shardflax.core.errors import did_you_mean
@@ -21,11 +20,9 @@ from shardflax.partitioning import (
     collectives,
     lock,
     read_lock,
-    tpu_topology,
     write_lock,
 )
 from shardflax.partitioning.lock_changes import changes_between
-from shardflax.partitioning.mesh_spec import parse_mesh_spec
 from shardflax.programs import layout_of, traced_step
 
 __all__ = ["LockOptions", "main"]
@@ -113,8 +110,7 @@ class _Asked(SubjectOptions):
         """The devices to compile for."""
         if self.topology is None:
             return emulated_devices(self.emulated)
-        across = parse_mesh_spec(self.mesh, self.other_axes).dcn
-        return tpu_topology(self.topology, max(1, math.prod(across)))
+        return tpus(self.topology, self.mesh, self.other_axes)
 
     def entry(self) -> LockEntry:
         """The entry, made anew."""

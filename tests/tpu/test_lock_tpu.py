@@ -1,4 +1,4 @@
-"""`shardflax lock --topology`: written and checked by the compiler of TPUs."""
+"""`shardflax lock --topology`, and `explain`: what the compiler of TPUs knows, kept and checked."""
 
 from __future__ import annotations
 
@@ -39,3 +39,14 @@ def test_topologies_that_libtpu_refuses(capsys: pytest.CaptureFixture[str]) -> N
     asked = ["tests.cli.subjects:program", "--mesh", "fsdp=-1", "--topology", "v5e:3x3"]
     assert main(["lock", *asked]) == 2
     assert "no TPU topology 'v5e:3x3': libtpu says: " in capsys.readouterr().err
+
+
+def test_explain_knows_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["tests.cli.subjects:program", "--mesh", "dcn(data=2) ici(fsdp=-1)"]
+    assert main(["explain", *asked, "--topology", "v5e:2x4", "--json", "-"]) == 0
+    mesh = json.loads(capsys.readouterr().out)["mesh"]
+    assert "TPU v5 lite" in str(mesh) and "100000" in str(mesh)
+    # Two chips by four: an axis of three fits nowhere.
+    wrong = ["tests.cli.subjects:program", "--mesh", "fsdp=3", "--topology", "v5e:2x4"]
+    assert main(["explain", *wrong]) == 2
+    assert "needs 3 devices, and there are 8" in capsys.readouterr().err
