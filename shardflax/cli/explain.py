@@ -41,7 +41,7 @@ a function that returns a state, or (model, *inputs), or of a shardflax.programs
 
     topology: str | None = None
     """TPUs that the mesh, or each of its slices, is of, such as v5e:4x4: -1 in the mesh is what \
-is left of them, and axes that do not fit the machine are refused. Takes the package libtpu, no TPU."""
+is left of them, and axes that do not fit them are refused. Takes the package libtpu, no TPU."""
 
     json: Path | None = None
     """Write JSON to this file; - is standard output, in place of the table."""
