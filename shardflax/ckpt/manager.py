@@ -34,7 +34,7 @@ from shardflax.ckpt.rendezvous import Rendezvous, meet
 from shardflax.ckpt.saving import Save
 from shardflax.ckpt.sharing import get_ready
 from shardflax.ckpt.shelf import Shelf
-from shardflax.ckpt.starting import hand_over, plan_bytes, python_values
+from shardflax.ckpt.starting import hand_over, python_values
 from shardflax.ckpt.timer import Timer
 from shardflax.ckpt.worker import THREADS, Worker
 
@@ -254,7 +254,7 @@ class CheckpointManager:
         process_extras: dict[str, Any],
     ) -> Save:
         """A save, not yet begun."""
-        self._meter = meter = Meter(f"saving step {step}", plan_bytes(plan))
+        self._meter = meter = Meter(f"saving step {step}", sum(plan.sizes))
         return Save(
             root=self.directory,
             step=step,

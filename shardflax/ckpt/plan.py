@@ -85,6 +85,11 @@ class Plan:
     mesh: dict[str, int]
     digest: str
 
+    @functools.cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """The bytes of each parcel."""
+        return tuple(sum(lot.nbytes for lot in parcel) for parcel in self.parcels)
+
 
 def make_plan(state: Any, codec: str | None = None) -> tuple[Plan, list[Any]]:
     """The plan of a state, and its leaves; `codec` compresses large ones.

@@ -13,7 +13,7 @@ from shardflax.ckpt.saving import Save
 from shardflax.ckpt.staging import Staged, stage
 from shardflax.ckpt.worker import Worker
 
-__all__ = ["hand_over", "plan_bytes", "python_values"]
+__all__ = ["hand_over", "python_values"]
 
 
 def hand_over(
@@ -31,8 +31,7 @@ def hand_over(
     begun = False
     staged: list[Staged] = []
     try:
-        for parcel in job.plan.parcels:
-            size = sum(lot.nbytes for lot in parcel)
+        for parcel, size in zip(job.plan.parcels, job.plan.sizes, strict=True):
             if not begun and not job.budget.fits(size):
                 begun = True
                 begin()
@@ -51,17 +50,6 @@ def hand_over(
         _when_ready(syncer, staged, handle.staged)
     else:
         handle.staged.set_result(None)
-
-
-def plan_bytes(plan: Plan) -> int:
-    """What this process writes.
-
-    >>> import jax
-    >>> from shardflax.ckpt.plan import make_plan
-    >>> plan_bytes(make_plan({"a": 3, "b": jax.numpy.ones(2)})[0])
-    8
-    """
-    return sum(lot.nbytes for parcel in plan.parcels for lot in parcel)
 
 
 def python_values(plan: Plan, leaves: Sequence[Any]) -> dict[LeafPath, Any]:
