@@ -235,7 +235,7 @@ def test_what_computes_it_follows_backend_and_shapes(
     device = SimpleNamespace(platform=platform, compute_capability="9.0")
     monkeypatch.setattr("shardflax.nn.flash.target_device", lambda: device)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    q = jax.ShapeDtypeStruct((2, length, 4, 64), dtype)
+    q: Any = jax.ShapeDtypeStruct((2, length, 4, 64), dtype)
     fields = {k: v for k, v in options.items() if k not in ("mask", "dropout")}
     given = (jnp.ones((1, 1)) if options.get(k) else None for k in ("mask", "dropout"))
     assert Attention("here", **fields).choose(q, q, q, *given) == expected

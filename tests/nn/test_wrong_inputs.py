@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 import shardflax.nn as nn
 from shardflax.core.errors import FlaxError
-from tests.nn.matrix import facts, rows
+from tests.nn.matrix import rows
 from tests.nn.row import Row, arguments_of
 
 WRONG: dict[str, Callable[[Any], Any]] = {
@@ -45,30 +45,30 @@ def wrong_inputs(inputs: Any) -> Iterator[tuple[str, Any]]:
 
 @rows()
 def test_what_does_not_fit_is_said_with_the_module(row: Row) -> None:
-    """With fresh parameters, and with those of the right inputs."""
-    model, known = Model(row.build(), row), facts(row)
-    variables = {col: {"inner": tree} for col, tree in known.variables.items()}
+    """With the parameters of the right inputs; of one row of each layer, with fresh ones too."""
+    model = Model(row.build(), row)
+    variables = jax.eval_shape(lambda: model.init(row.rngs(), *row.inputs()))
 
-    def anew(*inputs: Any) -> Any:
+    def anew(variables: Any, *inputs: Any) -> Any:
         return model.init_with_output(row.rngs(), *inputs)[0]
 
-    def known_parameters(*inputs: Any) -> Any:
+    def known(variables: Any, *inputs: Any) -> Any:
         return model.apply(variables, *inputs, mutable=list(row.writes), rngs=row.drawn())[0]
 
     wrong = list(wrong_inputs(row.inputs()))
     raw = [
         f"{how}: {said}"
-        for call in (anew, known_parameters)
+        for call in ([known] if row.further else [known, anew])
         for how, inputs in wrong
-        if (said := unclear(call, inputs)) is not None
+        if (said := unclear(call, (variables, *inputs))) is not None
     ]
     assert not raw, "\n".join(raw)
 
 
-def unclear(call: Callable[..., Any], inputs: Any) -> str | None:
+def unclear(call: Callable[..., Any], args: tuple[Any, ...]) -> str | None:
     """What went wrong, where it is no error of ours that names the module."""
     try:
-        jax.eval_shape(call, *inputs)
+        jax.eval_shape(call, *args)
     except FlaxError as error:
         return None if "inner" in str(error) else f"without the path: {error}"
     except Exception as error:
