@@ -82,14 +82,14 @@ def memory(name: str, folder: str, leaves: str) -> None:
 
 
 class _Counting:
-    """JAX's client of the coordination service; counts what the main thread waits for."""
+    """JAX's client of the coordination service; counts barriers and waits."""
 
     def __init__(self, client: Any) -> None:
         self.uncounted, self.calls = client, 0
 
     def __getattr__(self, name: str) -> Any:
-        waits = name.startswith(("wait_at_barrier", "blocking_key_value_get"))
-        if waits and threading.current_thread() is threading.main_thread():
+        main = threading.current_thread() is threading.main_thread()
+        if name == "wait_at_barrier" or (main and name.startswith("blocking_key_value_get")):
             self.calls += 1
         return getattr(self.uncounted, name)
 

@@ -187,7 +187,9 @@ def death(root: Path, timeout: float) -> dict[str, Any]:
         processes = [
             subprocess.Popen(
                 [sys.executable, _CHILD, "death", folder, str(timeout)], cwd=ROOT,
-                env=os.environ | child_environ(Cluster(address, 2, index), 4) | {"PYTHONPATH": str(ROOT)},
+                env=os.environ
+                | child_environ(Cluster(address, 2, index), 4)
+                | {"PYTHONPATH": str(ROOT)},
                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             )
             for index in range(2)
@@ -214,7 +216,7 @@ def training(state: State, root: Path, chosen: dict[str, Contender], rounds: int
         nonlocal state
         os.sync()
         began = time.perf_counter()
-        for number in range(30):
+        for number in range(12):
             state = step(state)
             if number == 2:
                 save(state)
@@ -285,8 +287,8 @@ def report(figures: Figures, args: argparse.Namespace) -> list[str]:
 def main() -> None:
     """Measures, prints and writes the tables."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--few", type=int, default=3, help="rounds with two processes")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--few", type=int, default=2, help="rounds of what takes long")
     parser.add_argument("--leaves", type=int, default=64, help="large leaves, of 8 MiB each")
     parser.add_argument("--small", type=int, default=2000, help="small leaves, of 2 KiB each")
     parser.add_argument("--disk", type=Path, default=Path(tempfile.gettempdir()))

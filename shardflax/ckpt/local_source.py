@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import os
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ _ALIGNMENT = 64
 """Bytes; where buffers begin that JAX takes as they are, on the host."""
 _JOB_BYTES, _JOB_CHUNKS = 4 << 20, 64
 """How much of a file one thread reads before it looks for more to do."""
+_SHARED_BYTES = 1 << 18
 _CHECKSUM = 4
 
 
@@ -237,17 +239,29 @@ class _Chunk:
 
 
 def _aligned(boxes: Sequence[Box], dtype: np.dtype[Any]) -> list[_Array]:
-    """Arrays that hold nothing yet, in one piece of memory, which costs fewer page faults."""
-    shapes = [box.shape for box in boxes]
-    sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
-    steps = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
-    memory = np.empty(sum(steps) + _ALIGNMENT, np.uint8)
+    """Arrays that hold nothing yet: small ones share a piece of memory, which takes less time.
+
+    Large ones do not: the allocator then has pages that were in use before.  New ones, and above
+    all huge ones, can take longer than all of the reading, on virtual machines.
+    """
+    steps = [-(-box.size * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT for box in boxes]
+    if sum(steps) > _SHARED_BYTES:
+        pieces = [(_memory(step), 0) for step in steps]
+    else:
+        ends = list(itertools.accumulate(steps))
+        memory = _memory(ends[-1])
+        pieces = [(memory, end - step) for end, step in zip(ends, steps, strict=True)]
+    return [
+        np.ndarray(box.shape, dtype, memory, at)
+        for box, (memory, at) in zip(boxes, pieces, strict=True)
+    ]
+
+
+def _memory(size: int) -> _Array:
+    """Bytes that begin where JAX likes it."""
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
     at = -memory.ctypes.data % _ALIGNMENT
-    arrays: list[_Array] = []
-    for shape, step in zip(shapes, steps, strict=True):
-        arrays.append(np.ndarray(shape, dtype, memory, at))
-        at += step
-    return arrays
+    return memory[at : at + size]
 
 
 def _fill(descriptor: int, offset: int, *buffers: Any) -> None:
