@@ -135,6 +135,32 @@ def run_save(folder: Path) -> None:
         assert_identical(restored.state, want)
 
 
+def run_damaged(folder: Path) -> None:
+    """What one process cannot read is an error in both; both fall back to the same step."""
+    import jax
+    from jax.experimental import multihost_utils
+
+    from shardflax.ckpt import CheckpointManager, CheckpointReadError
+
+    with CheckpointManager(folder, timeout=60) as manager:
+        for step in (1, 2):
+            manager.save(step, placed((2, 4)))
+        manager.wait()
+        multihost_utils.sync_global_devices("saved")
+        if jax.process_index() == 0:
+            path = next((folder / "2/state/ocdbt.process_1/d").iterdir())
+            data = bytearray(path.read_bytes())
+            data[len(data) // 3] ^= 1
+            path.write_bytes(data)
+        multihost_utils.sync_global_devices("damaged")
+        want = placed((2, 4))
+        with pytest.raises(CheckpointReadError, match="Step 2"):
+            manager.restore(zeros_like(want))
+        restored = manager.restore(zeros_like(want), fallback=True)
+        assert restored.step == 1
+        assert_identical(restored.state, want)
+
+
 def run_elastic(folder: Path) -> None:
     from tests.multiprocess import elastic
 
@@ -182,7 +208,7 @@ def run_leave(folder: Path) -> None:
     manager.save(9, placed((2, 4)))
 
 
-PARTS = ("blind", "restore", "save", "elastic", "orbax", "leave")
+PARTS = ("blind", "restore", "save", "damaged", "elastic", "orbax", "leave")
 
 
 def run_parts(folder: Path) -> None:
@@ -219,7 +245,7 @@ def is_done(done: subprocess.CompletedProcess[str], part: str) -> bool:
 
 
 def test_each_process_checked_what_it_read(ran: Any) -> None:
-    """What one process wrote, what two wrote, in other layouts; a folder that is not shared."""
+    """What one process wrote, what two wrote, in other layouts; damage; folders not shared."""
     _, done = ran
     assert all(is_done(done, part) for part in PARTS), done.stdout
     assert "WARNING" not in done.stderr and "ERROR" not in done.stderr
