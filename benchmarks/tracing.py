@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from benchmarks.models import SIZES, count_body_traces, linen_models
 from benchmarks.report import Row
 from benchmarks.timing import cpu_time, in_turn
 
-__all__ = ["rows"]
+__all__ = ["calls_of", "rows", "traced"]
 
 
 def rows(ours: Any, flax: Any, rounds: int) -> list[Row]:
@@ -28,14 +29,16 @@ def rows(ours: Any, flax: Any, rounds: int) -> list[Row]:
     ):
         made = {name: getattr(space, kind)(SIZES) for name, space in models.items()}
         params = made["ours"].init(key, x)["params"]
-        apply = {name: _tracer(_applied(model), params, x) for name, model in made.items()}
-        apply["raw"] = _tracer(apply_raw, params, x)
-        init = {name: _tracer(model.init_with_output, key, x) for name, model in made.items()}
-        init["raw"] = _tracer(lambda k, x, f=init_raw: f(k, x, SIZES), key, x)
+        apply = {name: traced(_applied(model), params, x) for name, model in made.items()}
+        apply["raw"] = traced(apply_raw, params, x)
+        init = {name: traced(model.init_with_output, key, x) for name, model in made.items()}
+        init["raw"] = traced(lambda k, x, f=init_raw: f(k, x, SIZES), key, x)
         text = f"24 {'unrolled' if kind == 'Unrolled' else 'scanned'} transformer blocks"
         over = "raw JAX" if kind == "Unrolled" else "a raw `lax.scan`"
         out.append(_row(f"trace `apply` of {text}, over {over}", apply_budget, apply, rounds))
         out.append(_row(f"trace `init` of {text}, over {over}", init_budget, init, rounds))
+        if kind == "Unrolled":
+            out.append(_calls(f"Python calls in these traces of {text}, over {over}", apply, init))
     return [*out, _body_traces(ours, flax)]
 
 
@@ -47,9 +50,37 @@ def _applied(model: Any) -> Callable[..., Any]:
     return lambda params, x: model.apply({"params": params}, x)
 
 
-def _tracer(fn: Callable[..., Any], *args: Any) -> Callable[[], object]:
-    """Traces `fn` anew at each call: JAX caches by function."""
+def traced(fn: Callable[..., Any], *args: Any) -> Callable[[], object]:
+    """A function that traces `fn` anew at each call: JAX caches by function."""
     return lambda: jax.jit(lambda *a: fn(*a)).trace(*args)
+
+
+def calls_of(fn: Callable[[], object]) -> int:
+    """How many Python functions `fn` calls."""
+    count = 0
+
+    def tick(frame: Any, event: str, arg: Any) -> None:
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(tick)
+    try:
+        fn()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def _calls(what: str, apply: dict[str, Any], init: dict[str, Any]) -> Row:
+    """The same as a figure that no noise touches; the contenders ran before, so caches are full."""
+    counts = {
+        name: [calls_of(side[name]) / calls_of(side["raw"]) for side in (apply, init)]
+        for name in ("ours", "flax")
+    }
+    texts = {name: "; ".join(f"{x:.2f}" for x in pair) for name, pair in counts.items()}
+    return Row(
+        f"{what}: `apply`; `init`", 1.1, max(counts["ours"]), max(counts["flax"]), texts=texts
+    )
 
 
 def _row(what: str, budget: float, contenders: dict[str, Any], rounds: int) -> Row:

@@ -456,8 +456,10 @@ class Scope:
             value = params[name]
             # The common case, and the cheap one: init_fn(key, shape, ...) and an array of that
             # shape.  Only a tuple is a shape here: comparing with an array would be an array.
-            plain = boxes.unbox(value) if unboxed and boxes.is_box(value) else value
-            told = getattr(plain, "aval", plain)  # of a tracer, much cheaper to ask
+            aval = getattr(value, "aval", None)  # of a tracer, much cheaper to ask
+            boxed = aval is None and unboxed and boxes.is_box(value)
+            plain = boxes.unbox(value) if boxed else value
+            told = getattr(plain, "aval", plain) if aval is None else aval
             if args and type(args[0]) is tuple and getattr(told, "shape", None) == args[0]:
                 return plain
             expected, found = shapes_of(init_fn, args, kwargs), stored_shapes(value)

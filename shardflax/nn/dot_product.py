@@ -144,9 +144,9 @@ def check_operands(place: Any, query: Array, key: Array, value: Array, mask: Any
     """
     _check_query_key(place, query, key)
     _check_key_value(place, key, value)
-    _check_broadcasts(
-        place, "mask", mask, (*query.shape[:-3], query.shape[-2], query.shape[-3], key.shape[-3])
-    )
+    if mask is not None:
+        (*batch, length, heads, _), (*_, keys, _, _) = query.shape, key.shape
+        _check_broadcasts(place, "mask", mask, (*batch, heads, length, keys))
 
 
 def _einsum(place: str, einsum: Any, dot_general: Any, precision: Precision) -> Any:
@@ -162,28 +162,28 @@ def _einsum(place: str, einsum: Any, dot_general: Any, precision: Precision) -> 
 
 
 def _check_query_key(place: str, query: Array, key: Array) -> None:
-    for what, x in (("query", query), ("key", key)):
-        if x.ndim < 3:
-            raise InputRankError(place, what, "(*batch, length, heads, depth)", x.shape)
-    shapes = {"query": query.shape, "key": key.shape}
-    if query.ndim != key.ndim:
-        raise AttentionShapeError(place, "ranks", **shapes)
-    if query.shape[:-3] != key.shape[:-3]:
-        raise AttentionShapeError(place, "batch dims", **shapes)
-    if query.shape[-2] != key.shape[-2]:
-        raise AttentionShapeError(place, "heads (dim -2)", **shapes)
-    if query.shape[-1] != key.shape[-1]:
-        raise AttentionShapeError(place, "depths (dim -1)", **shapes)
+    q, k = query.shape, key.shape
+    for what, shape in (("query", q), ("key", k)):
+        if len(shape) < 3:
+            raise InputRankError(place, what, "(*batch, length, heads, depth)", shape)
+    if len(q) != len(k):
+        raise AttentionShapeError(place, "ranks", query=q, key=k)
+    if q[:-3] != k[:-3]:
+        raise AttentionShapeError(place, "batch dims", query=q, key=k)
+    if q[-2] != k[-2]:
+        raise AttentionShapeError(place, "heads (dim -2)", query=q, key=k)
+    if q[-1] != k[-1]:
+        raise AttentionShapeError(place, "depths (dim -1)", query=q, key=k)
 
 
 def _check_key_value(place: str, key: Array, value: Array) -> None:
-    shapes = {"key": key.shape, "value": value.shape}
-    if value.ndim != key.ndim or value.ndim < 3:
-        raise AttentionShapeError(place, "ranks", **shapes)
-    if key.shape[-3] != value.shape[-3]:
-        raise AttentionShapeError(place, "lengths (dim -3)", **shapes)
-    if key.shape[:-1] != value.shape[:-1]:
-        raise AttentionShapeError(place, "batch dims and heads", **shapes)
+    k, v = key.shape, value.shape
+    if len(v) != len(k) or len(v) < 3:
+        raise AttentionShapeError(place, "ranks", key=k, value=v)
+    if k[-3] != v[-3]:
+        raise AttentionShapeError(place, "lengths (dim -3)", key=k, value=v)
+    if k[:-1] != v[:-1]:
+        raise AttentionShapeError(place, "batch dims and heads", key=k, value=v)
 
 
 def _check_broadcasts(place: str, what: str, x: Any, target: tuple[int, ...]) -> None:

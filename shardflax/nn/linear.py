@@ -89,13 +89,14 @@ class Dense(LayerBase):
 
     @compact
     def __call__(self, inputs: Array) -> Array:
-        if jnp.ndim(inputs) == 0:
+        shape = jnp.shape(inputs)
+        if not shape:
             raise InputRankError(where(self), "inputs", "at least 1 dim", ())
-        plan = _plan(jnp.ndim(inputs), self.kernel_axes, self.bias_axes, self.out_axes)
+        plan = _plan(len(shape), self.kernel_axes, self.bias_axes, self.out_axes)
         kernel = self.param(
             "kernel",
             weights.named(self.kernel_init, self.kernel_axes),
-            (jnp.shape(inputs)[-1], self.features),
+            (shape[-1], self.features),
             self.param_dtype,
         )
         bias = self._bias(plan.bias_axes) if self.use_bias else None
