@@ -20,7 +20,7 @@ POINTS = (
     "committed",
     "expired",
 )
-"""The moments in their order; "group" comes once for each transaction of each process."""
+"""The moments in their order; "group" comes for each group of lots, from several threads."""
 
 _listeners: list[Callable[[str], object]] = []
 

@@ -24,9 +24,9 @@ from shardflax.ckpt.zarr import storable
 __all__ = ["GROUP_BYTES", "Lot", "Piece", "Plan", "Stored", "make_plan", "with_codec"]
 
 GROUP_BYTES = 128 << 20
-"""Arrays of about this size go into one transaction, and one file."""
+"""Arrays of about this size are written at once, and are a file."""
 _BATCH_BYTES = 32 << 20
-"""Small leaves up to this size in all go into one transaction."""
+"""Small leaves up to this size in all are written at once."""
 
 
 @dataclasses.dataclass(frozen=True)
