@@ -16,6 +16,8 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import ctypes
+import gc
 import itertools
 import json
 import logging
@@ -62,6 +64,8 @@ def memory(name: str, folder: str, leaves: str) -> None:
     found: dict[str, float] = {}
 
     def peak(what: str, fn: Callable[[], Any], expected: int) -> None:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what is free but kept would hide what is taken
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
         before = _status("VmRSS")
         kept = fn()
