@@ -69,23 +69,24 @@ class StateNames:
 
     def of(self, leaf: StateLeaf) -> NamedLeaf:
         """The names of one leaf."""
-        if self._said and (found := self._by_path(self._said, leaf.path, "the state")):
+        parameter = self._of_parameters.get(leaf.path)
+        owner = None if parameter else find_parameter(leaf.path, self._parameters)
+        kind = "stored" if parameter else "compute" if owner is None else "optimizer"
+        if self._said and (found := self._by_path(self._said, leaf.path, "the state", kind)):
             return found
-        if found := self._of_parameters.get(leaf.path):
-            return found
-        shape = tuple(leaf.value.shape)
-        owner, box = find_parameter(leaf.path, self._parameters), leaf.box
+        if parameter:
+            return parameter
+        shape, box = tuple(leaf.value.shape), leaf.box
         if isinstance(box, Partitioned) and (owner is None or len(box.names) == len(shape)):
-            kind = "compute" if owner is None else "optimizer"
             return self._named(tuple(box.names), "its box", self._rules_of(box), kind)
         if owner is not None:
             found = derive(leaf.path, shape, owner)
             if found.names is not None:
                 return self._named(found.names, found.origin, owner.rules, "optimizer")
-            other = self._by_path(self._overrides, leaf.path, "params")
+            other = self._by_path(self._overrides, leaf.path, "params", kind)
             return NamedLeaf(None, found.origin) if other is None else other
         return (
-            self._by_path(self._overrides, leaf.path, "params")
+            self._by_path(self._overrides, leaf.path, "params", kind)
             or _number(shape, FEW)
             or NamedLeaf(None, "nothing names it")
         )
@@ -93,20 +94,22 @@ class StateNames:
     def _of_parameter(self, leaf: StateLeaf) -> NamedLeaf:
         """The names of a parameter."""
         below = leaf.path[len(self._root) :]
-        if self._overrides and (found := self._by_path(self._overrides, below, "params")):
+        if self._overrides and (found := self._by_path(self._overrides, below, "params", "stored")):
             return found
         if isinstance(leaf.box, Partitioned):
             rules = self._rules_of(leaf.box)
             return self._named(tuple(leaf.box.names), "its box", rules, "stored")
         return _number(leaf.value.shape, 1) or NamedLeaf(None, "nothing names it")
 
-    def _by_path(self, overrides: Overrides, path: Path, what: str) -> NamedLeaf | None:
-        """The names that one of `overrides` gives to a path."""
+    def _by_path(self, overrides: Overrides, path: Path, what: str, kind: str) -> NamedLeaf | None:
+        """The names that one of `overrides` gives to a path, for the rules of the set `kind`."""
         try:
             names = find_names(overrides, (path_text(path),), what) if overrides else None
         except OverrideError as error:
             return NamedLeaf(None, _BY_PATH, problems=(Problem(OverrideError, str(error)),))
-        return None if names is None else self._named(names, _BY_PATH, self._rules, "stored")
+        if names is None:
+            return None
+        return self._named(names, _BY_PATH, self._rules, kind)
 
     def _named(
         self, names: tuple[Any, ...], origin: str, rules: LogicalRules | None, kind: str
