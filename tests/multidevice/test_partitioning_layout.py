@@ -266,9 +266,14 @@ def test_each_kind_of_leaf_has_its_rules() -> None:
     )
     state = state_of(optax.adamw(1e-3), boxed_init=False)
     cache = {"keys": LogicallyPartitioned(jnp.ones((4, 8)), ("embed", "mlp"))}
-    layout = Layout(state | {"ema": unbox(params()), "cache": cache}, MESH, rules)
+    rank = {"low_rank": {"square": jnp.ones((8, 3, 16))}}  # nothing of its shape follows
+    said = {"low_rank/square": ("embed", None, "mlp")}
+    layout = Layout(
+        state | rank | {"ema": unbox(params()), "cache": cache}, MESH, rules, names=said
+    )
     assert layout.problems == () and layout.unnamed == ()
     assert layout.specs["params"]["square"] == P(None, "tensor")
+    assert layout.specs["low_rank"]["square"] == P("fsdp", None, "tensor")
     assert layout.specs["opt_state"][0].mu["square"] == P("fsdp", "tensor")
     assert layout.specs["ema"]["square"] == P("fsdp", "tensor")
     assert layout.specs["cache"]["keys"] == P(None, "fsdp")
@@ -276,6 +281,7 @@ def test_each_kind_of_leaf_has_its_rules() -> None:
     assert kinds == {
         "params": "stored",
         "opt_state": "optimizer",
+        "low_rank": "optimizer",
         "ema": "optimizer",
         "cache": "compute",
     }
