@@ -125,9 +125,7 @@ def flax_steps(folder: Place) -> dict[int, Any]:
 def _is_step(folder: Place) -> bool:
     """True for the folder of one step: ours, or one with arrays of Orbax."""
     return (folder / NAME).is_file() or (
-        find_item(folder) is not None
-        and not step_folder(folder).steps()
-        and not flax_steps(folder)
+        find_item(folder) is not None and not step_folder(folder).steps() and not flax_steps(folder)
     )
 
 
