@@ -23,7 +23,7 @@ from shardflax.partitioning import (
     NoRulesWarning,
     UnknownAxisError,
     UnknownNameError,
-    constraints,
+    call_site,
     make_mesh,
     use,
     with_logical_constraint,
@@ -138,7 +138,7 @@ def refuses(x: Any, mesh: Any, knows_mesh: bool) -> None:
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("region", REGIONS)
 def test_every_cell(region: str, transform: str, way: str, monkeypatch: Any) -> None:
-    monkeypatch.setattr(constraints, "_warned", set())
+    monkeypatch.setattr(call_site, "_warned", set())
     where = REGIONS[region]
     mesh = make_mesh(AXES, axis_types=where.types)
     known = way != "none" or bool(where.manual)
@@ -151,7 +151,7 @@ def test_every_cell(region: str, transform: str, way: str, monkeypatch: Any) -> 
                 for _ in range(1 + len(warned)):
                     with_logical_constraint(x, NAMES, mesh=given)
             warned.append(len(got))
-            monkeypatch.setattr(constraints, "_warned", set())
+            monkeypatch.setattr(call_site, "_warned", set())
         return with_logical_constraint(x, NAMES, None if way == "use" else RULES, given)
 
     with giving(way, mesh) as given:

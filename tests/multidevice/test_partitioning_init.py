@@ -209,8 +209,8 @@ def test_a_plan_is_printed_first_and_progress_last(capsys: Any) -> None:
 
 def test_names_that_only_constraints_use_count_as_used() -> None:
     layout = abstract_layout(init, KEY, mesh=make_mesh("data=2,fsdp=4"), rules=preset("fsdp_tp"))
-    assert "batch" not in layout.unused_rules and "act_mlp" not in layout.unused_rules
-    assert "vocab" in layout.unused_rules
+    assert "batch" not in layout.unused_defaults and "act_mlp" not in layout.unused_defaults
+    assert "vocab" in layout.unused_defaults
     assert layout.unused_axes == ()
 
 
