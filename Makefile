@@ -28,8 +28,8 @@ train: $(VENV)/.run.stamp ## train the small model on 2 processes x 4 emulated d
 # The fast group runs in two workers; tests that start processes of their own run one by one.  What
 # compiles for TPUs runs where libtpu can be fetched: the line before says whether it was, or why not.
 test: $(VENV)/.test.stamp ## run all tests and every example in the docs
-	$(PY) -m pytest -q -n 2 --dist worksteal -m "not (multiprocess or slow or gpu or tpu)" $(ARGS)
-	$(PY) -m pytest -q -m "(multiprocess or slow) and not (gpu or tpu)" $(ARGS) tests
+	$(PY) -m pytest -q -n 2 --dist worksteal -m "not (multiprocess or gpu or tpu)" $(ARGS)
+	$(PY) -m pytest -q -m "multiprocess and not (gpu or tpu)" $(ARGS) tests
 	@$(PY) -m tests.tpu.fetch $(LIBTPU)
 	test ! -d $(LIBTPU) || PYTHONPATH="$(WITH_LIBTPU)" $(PY) -m pytest -q -m tpu $(ARGS) tests/tpu
 
