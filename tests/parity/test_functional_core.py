@@ -228,7 +228,9 @@ def layers(c: Any) -> Any:
 
     keys = {"params": KEY, "dropout": quick_key(1)}
     y, variables = jax.jit(c.init(fn))(keys)
-    run = jax.jit(c.apply(fn, mutable=["batch_stats"]))
+    # One operation at a time: of a program compiled as a whole the last bit of a sum is up to XLA,
+    # and changes with what the process compiled before.
+    run = c.apply(fn, mutable=["batch_stats"])
     return jax.tree.map(jnp.shape, variables), run(variables, rngs=keys)[1], y.shape
 
 
