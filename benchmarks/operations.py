@@ -8,33 +8,20 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from shardflax.partitioning.hlo import Instruction, parse
+
 __all__ = ["operations"]
 
-_HEAD = re.compile(r"^(?P<entry>ENTRY )?(?P<name>%[\w.-]+) .*\{$")
-_LINE = re.compile(
-    r"^\s*(?P<root>ROOT )?(?P<name>%[\w.-]+) = "
-    r"(?P<shape>\(.*?\)|\S+) (?P<op>[\w-]+)\((?P<operands>.*?)\)(?P<rest>(?:, .*)?)$"
+_NAME = re.compile(r"%([\w.-]+)")
+_METADATA = re.compile(
+    r", (?:metadata|backend_config|stack_frame_id|frontend_attributes)=\{.*$", re.DOTALL
 )
-_NAME = re.compile(r"%[\w.-]+")
-_METADATA = re.compile(r", (?:metadata|backend_config|stack_frame_id|frontend_attributes)=\{.*$")
 _COMMENT = re.compile(r"/\*.*?\*/")
 _FREE = ("parameter", "tuple", "get-tuple-element", "bitcast", "fusion", "call")
 _COMMUTE = ("add", "multiply", "maximum", "minimum", "and", "or")
 
 # What an operation gives: told by a digest, or, of a tuple, by those of its parts.
 Value = str | tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class _Operation:
-    """One line of a computation."""
-
-    name: str
-    shape: str
-    op: str
-    operands: str
-    rest: str
-    root: bool
 
 
 def operations(compiled: Any) -> Counter[str]:
@@ -53,33 +40,18 @@ def operations(compiled: Any) -> Counter[str]:
     >>> one == operations(made(lambda a, b, c: jnp.sin(a + c) @ b))
     False
     """
-    computations, entry = _parsed(compiled.as_text())
-    program = _Program(computations)
-    given = program.run(entry, None)
+    parsed = parse(_COMMENT.sub("", compiled.as_text()))
+    program = _Program(parsed.computations)
+    given = program.run(parsed.entry, None)
     program.found[f"returned: {given}"] += 1
     return program.found
-
-
-def _parsed(hlo: str) -> tuple[dict[str, list[_Operation]], str]:
-    """The computations of an HLO text by name, and the name of that which is run."""
-    computations: dict[str, list[_Operation]] = {}
-    current: list[_Operation] = []
-    entry = ""
-    for line in hlo.splitlines():
-        if head := _HEAD.match(line):
-            current = computations.setdefault(head["name"], [])
-            entry = head["name"] if head["entry"] else entry
-        elif found := _LINE.match(_METADATA.sub("", _COMMENT.sub("", line))):
-            values = found.groupdict()
-            current.append(_Operation(**{**values, "root": bool(values["root"])}))
-    return computations, entry
 
 
 @dataclass
 class _Program:
     """Runs computations on digests instead of numbers, and counts what they do."""
 
-    computations: dict[str, list[_Operation]]
+    computations: dict[str, list[Instruction]]
     found: Counter[str] = field(default_factory=Counter)
 
     def run(self, name: str, arguments: list[Value] | None) -> Value:
@@ -87,27 +59,27 @@ class _Program:
         values: dict[str, Value] = {}
         result: Value = ""
         for one in self.computations[name]:
-            operands = [values[n] for n in _NAME.findall(one.operands)]
-            value = self._value(one, operands, arguments)
-            values[one.name] = value
+            operands = [values[operand] for operand in one.operands]
+            values[one.name] = value = self._value(one, operands, arguments)
             result = value if one.root else result
         return result
 
-    def _value(self, one: _Operation, operands: list[Value], arguments: Any) -> Value:
+    def _value(self, one: Instruction, operands: list[Value], arguments: Any) -> Value:
+        rest = _METADATA.sub("", one.attributes)
         match one.op:
             case "parameter" if arguments is not None:
-                return arguments[int(one.operands)]
+                return arguments[int(one.inside)]
             case "tuple":
                 return tuple(operands)
             case "get-tuple-element" if isinstance(operands[0], tuple):
-                return operands[0][int(one.rest.rpartition("=")[2])]
+                return operands[0][int(rest.rpartition("=")[2])]
             case "fusion" | "call":
-                (called,) = _NAME.findall(one.rest)
+                (called,) = _NAME.findall(rest)
                 return self.run(called, operands)
-        rest = _NAME.sub(lambda m: self._called(m[0]), one.rest)
+        rest = _NAME.sub(lambda m: self._called(m[1]), rest)
         parts = sorted(map(str, operands)) if one.op in _COMMUTE else list(map(str, operands))
-        literal = "" if operands else one.operands
-        text = f"{one.shape} {one.op}({literal}{', '.join(parts)}){rest}"
+        literal = "" if operands else one.inside
+        text = f"{one.type} {one.op}({literal}{', '.join(parts)}){rest}"
         if one.op not in _FREE:
             self.found[text] += 1
         return hashlib.sha256(text.encode()).hexdigest()[:12]

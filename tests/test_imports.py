@@ -6,6 +6,7 @@ The tree is read as text (`ast`), so an import inside a function counts too.
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
 import tomllib
@@ -32,6 +33,7 @@ SMALL: dict[str, set[str]] = {
     "shardflax.__main__": {"shardflax.cli"},
     "shardflax.programs": PACKAGES["shardflax.training"]
     | {"shardflax.training", "shardflax.models"},
+    "shardflax.mesh_options": {"shardflax.core", "shardflax.partitioning"},
     "shardflax.struct": {"shardflax.core"},
     "shardflax.traverse_util": {"shardflax.core"},
     "shardflax.traceback_util": {"shardflax.core"},
@@ -99,19 +101,50 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(path: Path) -> Iterator[Import]:
-    """Every import of a file; `from a import b` as `a.b`, which covers both modules and names."""
+class Read(NamedTuple):
+    """What the rules look at in one file."""
+
+    imports: tuple[Import, ...]
+    dotted: frozenset[str]  # every `a.b.c` that is written out
+    called: frozenset[str]  # every `f` or `a.b.c` that is called
+
+
+@functools.cache
+def read(path: Path) -> Read:
+    """A file, parsed once for all tests; `from a import b` is `a.b`, be it a module or a name."""
     package = module_name(path).split(".")
     if path.name != "__init__.py":
         package = package[:-1]
+    found: list[Import] = []
+    dotted: set[str] = set()
+    called: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        where = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
-        if isinstance(node, ast.Import):
-            yield from (Import(where, alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            prefix = ".".join([*base, *([node.module] if node.module else [])])
-            yield from (Import(where, f"{prefix}.{alias.name}") for alias in node.names)
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            where = f"{path.relative_to(ROOT)}:{node.lineno}"
+            found += [Import(where, target) for target in _targets(node, package)]
+        elif isinstance(node, ast.Attribute):
+            dotted.add(_dotted(node))
+        elif isinstance(node, ast.Call):
+            called.add(_dotted(node.func))
+    return Read(tuple(found), frozenset(dotted), frozenset(called))
+
+
+def _targets(node: ast.Import | ast.ImportFrom, package: list[str]) -> Iterator[str]:
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+        return
+    base = package[: len(package) - node.level + 1] if node.level else []
+    prefix = ".".join([*base, *([node.module] if node.module else [])])
+    yield from (f"{prefix}.{alias.name}" for alias in node.names)
+
+
+def _dotted(node: ast.expr) -> str:
+    """`a.b.c`, or nothing if it does not begin with a name."""
+    parts: list[str] = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    return ".".join([node.id, *reversed(parts)]) if isinstance(node, ast.Name) else ""
 
 
 def below(name: str, package: str) -> bool:
@@ -143,40 +176,57 @@ def test_every_module_has_a_home() -> None:
     assert top - set(PACKAGES) - set(SMALL) == set(), "say in this file how low it sits"
 
 
-@pytest.mark.parametrize("path", sources("shardflax", "launch"), ids=module_name)
-def test_packages_import_downwards(path: Path) -> None:
-    owner = package_of(module_name(path))
-    assert owner is not None
-    wrong = [f"{i.where} imports {i.target}" for i in imports(path) if complaint(owner, i.target)]
-    assert not wrong, (
-        f"{owner} may import only {sorted(PACKAGES.get(owner, SMALL.get(owner, set())))}"
-    )
+def test_packages_import_downwards() -> None:
+    wrong: list[str] = []
+    for path in sources("shardflax", "launch"):
+        owner = package_of(module_name(path))
+        assert owner is not None, path
+        allowed = sorted(PACKAGES.get(owner, SMALL.get(owner, set())))
+        wrong += [
+            f"{one.where} imports {one.target}: {owner} may import only {allowed}"
+            for one in read(path).imports
+            if complaint(owner, one.target)
+        ]
+    assert wrong == []
 
 
-@pytest.mark.parametrize("path", sources("shardflax/core"), ids=module_name)
-def test_core_modules_import_downwards(path: Path) -> None:
-    if path.name == "__init__.py":
-        assert path.parent == ROOT / "shardflax/core", "the core is flat"
-        return
+def test_core_modules_import_downwards() -> None:
     level = {name: n for n, names in enumerate(CORE) for name in names}
-    assert path.stem in level, f"say in this file in which layer of the core {path.stem} is"
-    targets = [(i, i.target.split(".")) for i in imports(path) if below(i.target, "shardflax.core")]
-    wrong = [i for i, t in targets if len(t) < 3 or level.get(t[2], len(CORE)) > level[path.stem]]
-    assert not wrong, f"{path.stem} is of layer {level[path.stem]}: {CORE}"
+    modules = [path for path in sources("shardflax/core") if path.name != "__init__.py"]
+    assert {path.parent for path in modules} == {ROOT / "shardflax/core"}, "the core is flat"
+    assert {path.stem for path in modules} - set(level) == set(), "say in this file in which layer"
+    wrong: list[str] = []
+    for path in modules:
+        for one in read(path).imports:
+            if below(one.target, "shardflax.core"):
+                target = one.target.split(".")
+                at = level.get(target[2], len(CORE)) if len(target) > 2 else len(CORE)
+                if at > level[path.stem]:
+                    wrong.append(f"{one.where} (layer {level[path.stem]}) imports {one.target}")
+    assert wrong == []
 
 
-@pytest.mark.parametrize("path", sources("shardflax", "launch", "examples"), ids=module_name)
-def test_nobody_imports_flax(path: Path) -> None:
-    assert [i for i in imports(path) if below(i.target, "flax")] == []
+def test_nobody_imports_flax() -> None:
+    every = (one for p in sources("shardflax", "launch", "examples") for one in read(p).imports)
+    assert [one for one in every if below(one.target, "flax")] == []
 
 
-@pytest.mark.parametrize("path", sources("shardflax", "launch", "examples"), ids=module_name)
-def test_semi_private_jax_only_in_staging(path: Path) -> None:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    spelled = {ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
-    spelled |= {i.target for i in imports(path)}
-    found = {s for s in spelled for private in PRIVATE_JAX if below(s, private)}
-    assert not found or module_name(path) == "shardflax.core.staging", found
+def test_semi_private_jax_only_in_staging() -> None:
+    wrong: dict[str, set[str]] = {}
+    for path in sources("shardflax", "launch", "examples"):
+        spelled = read(path).dotted | {one.target for one in read(path).imports}
+        found = {s for s in spelled for private in PRIVATE_JAX if below(s, private)}
+        if found:
+            wrong[module_name(path)] = found
+    assert set(wrong) == {"shardflax.core.staging"}, wrong
+
+
+def test_meshes_are_built_in_one_place() -> None:
+    """`jax.make_mesh` of the installed JAX has explicit axes where nothing is said."""
+    makers = {"Mesh", "jax.make_mesh", "jax.sharding.Mesh", "sharding.Mesh"}
+    found = {module_name(p) for p in sources("shardflax", "launch") if read(p).called & makers}
+    # The second is Linen's `replicate`, over all devices of a process in a row.
+    assert found == {"shardflax.partitioning.mesh", "shardflax.jax_utils"}
 
 
 def test_what_is_imported_is_declared_and_the_other_way_round() -> None:
@@ -184,7 +234,7 @@ def test_what_is_imported_is_declared_and_the_other_way_round() -> None:
     optional = {"pyarrow"}  # an extra
     declared = {re.split(r"[<>=\[]", d)[0] for d in project["dependencies"]} | optional
     renamed = {"orbax-checkpoint": "orbax", "google-crc32c": "google_crc32c"}
-    used = {i.target.split(".")[0] for p in sources("shardflax", "launch") for i in imports(p)}
+    used = {i.target.split(".")[0] for p in sources("shardflax", "launch") for i in read(p).imports}
     used -= {"shardflax", "launch", *sys.stdlib_module_names}
     # jaxlib is what jax runs on.
     assert used == {renamed.get(d, d) for d in declared} - {"jaxlib"}
@@ -195,8 +245,13 @@ def test_the_reader_sees_what_it_should(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(f"{__name__}.ROOT", tmp_path)
     path = tmp_path / "shardflax/core/scope.py"
     path.parent.mkdir(parents=True)
-    path.write_text("from ..nn import Dense\ndef f():\n    import launch.local, numpy\n")
-    found = list(imports(path))
+    path.write_text(
+        "from ..nn import Dense\n"
+        "def f():\n    import launch.local, numpy\n    jax._src.core.x(f().y)\n"
+    )
+    found, dotted, called = read(path)
+    assert dotted == {"jax._src", "jax._src.core", "jax._src.core.x", ""}
+    assert called == {"jax._src.core.x", "f"}
     assert found[0] == ("shardflax/core/scope.py:1", "shardflax.nn.Dense")
     assert [i.target for i in found if complaint("shardflax.core", i.target)] == [
         "shardflax.nn.Dense",

@@ -77,46 +77,39 @@ LEVANTER = {
 }
 
 
+# Ours, and what others call it.
 NAMES = {
-    "activation_mlp": "act_mlp",
-    "activation_heads": "act_heads",
-    "activation_batch": "batch",
-    "activation_batch_attn": "batch",
-    "activation_batch_no_exp_moe": "moe_batch",
-    "activation_length": "length",
-    "kv": "head_dim",
-    "head_size": "head_dim",
-    "kv_head_dim": "head_dim",
-    "q_heads": "heads",
-    "exp": "expert",
-    "experts": "expert",
-    "embed_moe": "expert_embed",
-    "mlp_moe": "expert_mlp",
-    "embed_vocab": "vocab_embed",
-    "position": "length",
-    "key_position": "kv_length",
+    "act_mlp": "activation_mlp",
+    "act_heads": "activation_heads",
+    "batch": "activation_batch activation_batch_attn",
+    "moe_batch": "activation_batch_no_exp_moe",
+    "length": "activation_length position",
+    "kv_length": "key_position",
+    "head_dim": "kv head_size kv_head_dim",
+    "heads": "q_heads",
+    "expert": "exp experts",
+    "expert_embed": "embed_moe",
+    "expert_mlp": "mlp_moe",
+    "vocab_embed": "embed_vocab",
     "embed": "embed",
 }
 AXES = {
-    "fsdp_transpose": "fsdp2",
-    "model": "tensor",
-    "mdl": "tensor",
-    "tp": "tensor",
-    "seq": "context",
-    "sequence": "context",
-    "cp": "context",
-    "pipeline": "stage",
-    "pp": "stage",
-    "replica": "data",
-    "ep": "expert",
+    "fsdp2": "fsdp_transpose",
+    "tensor": "model mdl tp",
+    "context": "seq sequence cp",
+    "stage": "pipeline pp",
+    "data": "replica",
+    "expert": "ep",
 }
 
 
 def test_every_word_of_other_codebases() -> None:
-    assert {name: known_name(name) for name in NAMES} == NAMES
-    assert set(NAMES.values()) <= set(DEFAULT_RULES.names)
-    rules = from_maxtext([[f"dim_{axis}", [axis]] for axis in AXES]).rules
-    assert {axis: rules[f"dim_{axis}"] for axis in AXES} == {a: (ours,) for a, ours in AXES.items()}
+    for ours, theirs in NAMES.items():
+        assert {known_name(name) for name in theirs.split()} == {ours}
+    assert set(NAMES) <= set(DEFAULT_RULES.names)
+    for ours, theirs in AXES.items():
+        rules = from_maxtext([[f"dim_{axis}", [axis]] for axis in theirs.split()]).rules
+        assert {axes for _, axes in rules} == {(ours,)}
 
 
 def test_maxtext() -> None:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import ast
 import itertools
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
 from jax.sharding import AxisType
 
-import shardflax
 from shardflax.partitioning import (
     MeshSpecError,
     UnknownAxisError,
@@ -53,19 +50,6 @@ def test_known_axes_come_slowest_network_first_and_others_after_them() -> None:
     for written in itertools.islice(itertools.permutations((*order, "rows")), 0, None, 997):
         spec = ",".join(f"{axis}=1" for axis in written)
         assert make_abstract_mesh(spec).axis_names == (*order, "rows")
-
-
-def test_meshes_are_built_in_one_place() -> None:
-    """`jax.make_mesh` of the installed JAX has explicit axes where nothing is said."""
-    root = Path(shardflax.__file__).parent
-    found: set[str] = set()
-    for path in (*root.rglob("*.py"), *(root.parent / "launch").rglob("*.py")):
-        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            text = ast.unparse(call.func) if isinstance(call, ast.Call) else ""
-            if text in ("Mesh", "jax.make_mesh", "jax.sharding.Mesh", "sharding.Mesh"):
-                found.add(path.relative_to(root.parent).as_posix())
-    # The second is Linen's `replicate`, over all devices of a process in a row.
-    assert found == {"shardflax/partitioning/mesh.py", "shardflax/jax_utils.py"}
 
 
 def test_slices_are_runs_of_devices() -> None:
