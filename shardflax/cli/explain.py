@@ -6,17 +6,20 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import jax
 import tyro
 
 from shardflax.cli.devices import tpus
 from shardflax.cli.errors import CommandError
 from shardflax.cli.subject import SubjectOptions, rules_of
-from shardflax.partitioning import Explanation
+from shardflax.partitioning import DEFAULT_RULES, PRESETS, Comparison, Explanation
+from shardflax.partitioning.compare import costs_on
 from shardflax.partitioning.explain_text import problem_lines
 from shardflax.programs import layout_of
 
-__all__ = ["ExplainOptions", "explanation_of", "main"]
+__all__ = ["ExplainOptions", "comparison_of", "explanation_of", "main"]
 
 _MOST_RICH = 500  # rows; above, rich takes seconds
 _HELP = """Explains how every leaf of a train state lies on a mesh: names, the rule that hit, axes \
@@ -52,6 +55,13 @@ is left of them, and axes that do not fit them are refused. Takes the package li
     problems_only: bool = False
     """Print what is wrong, and nothing else."""
 
+    compare: bool = False
+    """Compare all presets, and --preset, on the mesh: bytes per device, and what weights and \
+gradients send."""
+
+    also: tuple[str, ...] = ()
+    """With --compare: more meshes, such as data=8 fsdp=8."""
+
 
 def explanation_of(options: ExplainOptions) -> Explanation:
     """The explanation that options ask for.
@@ -60,13 +70,33 @@ def explanation_of(options: ExplainOptions) -> Explanation:
     39
     """
     rules = rules_of(options.preset)
-    if options.topology is None:
-        mesh, dcn = options.read(options.mesh)
-    else:
-        devices = tpus(options.topology, options.mesh, options.other_axes)
-        mesh, dcn = options.place(options.mesh, devices), {}
+    mesh, dcn = _placed(options, options.mesh)
     layout = layout_of(options.subject(options.model).program(mesh, rules), mesh, rules)
     return Explanation(layout, options.model, dcn)
+
+
+def comparison_of(options: ExplainOptions) -> Comparison:
+    """The comparison that options ask for: a batch has as many rows under every preset.
+
+    >>> (row,) = comparison_of(ExplainOptions("tiny", "fsdp=1")).rows  # all mean the same
+    >>> len(row.presets), row.batch
+    (15, 1024)
+    """
+    meshes = [_placed(options, spec) for spec in (options.mesh, *options.also)]
+    rows = options.batch or max(mesh.size for mesh, _ in meshes)
+    subject = dataclasses.replace(options, batch=rows).subject(options.model)
+    program = subject.program(meshes[0][0], DEFAULT_RULES)
+    about = (jax.eval_shape(lambda: jax.random.key(0)),), {}, program.batch, program.batch_names
+    presets = [*PRESETS, rules_of(options.preset)]
+    found = (costs_on(mesh, dcn, presets, program.init, *about) for mesh, dcn in meshes)
+    return Comparison(tuple(row for costs in found for row in costs), options.model)
+
+
+def _placed(options: ExplainOptions, spec: str) -> tuple[Any, dict[str, int]]:
+    """A mesh, and the sizes across slices of one without devices."""
+    if options.topology is None:
+        return options.read(spec)
+    return options.place(spec, tpus(options.topology, spec, options.other_axes)), {}
 
 
 def main(args: Sequence[str]) -> int:
@@ -77,6 +107,10 @@ def main(args: Sequence[str]) -> int:
     0
     """
     options = tyro.cli(ExplainOptions, args=args, prog="shardflax explain", description=_HELP)
+    if options.compare:
+        return _compare(options)
+    if options.also:
+        raise CommandError("--also has more meshes to compare on: it goes with --compare.")
     explanation = explanation_of(options)
     for path in filter(None, (options.json, options.html)):
         if str(path) != "-":
@@ -90,8 +124,25 @@ def main(args: Sequence[str]) -> int:
     return 1 if explanation.problems else 0
 
 
+def _compare(options: ExplainOptions) -> int:
+    """Prints or writes a comparison; the status is 1 if no preset fits."""
+    if options.html or options.problems_only:
+        raise CommandError("--compare gives a table, or JSON: not --html or --problems-only.")
+    comparison = comparison_of(options)
+    if options.json and str(options.json) != "-":
+        _write_text(comparison.to_json() + "\n", options.json)
+    if str(options.json) == "-":
+        print(comparison.to_json())
+    else:
+        _print(comparison)
+    return 0 if any(not row.problems for row in comparison.rows) else 1
+
+
 def _write(explanation: Explanation, path: Path, page: bool) -> None:
-    text = explanation.to_html() if page else explanation.to_json() + "\n"
+    _write_text(explanation.to_html() if page else explanation.to_json() + "\n", path)
+
+
+def _write_text(text: str, path: Path) -> None:
     try:
         path.write_text(text, "utf-8")
     except OSError as error:
@@ -107,10 +158,17 @@ def _print_problems(explanation: Explanation) -> None:
 
 
 def _print_table(explanation: Explanation) -> None:
-    """In colours on a terminal, plain elsewhere."""
-    if sys.stdout.isatty() and len(explanation.leaves) <= _MOST_RICH:
-        from rich.console import Console
-
-        Console(highlight=False).print(explanation)
+    if len(explanation.leaves) <= _MOST_RICH:
+        _print(explanation)
     else:
         print(explanation)
+
+
+def _print(what: Explanation | Comparison) -> None:
+    """In colours on a terminal, plain elsewhere."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+
+        Console(highlight=False).print(what)
+    else:
+        print(what)

@@ -12,6 +12,7 @@ from shardflax.partitioning.communication_table import (
     communication_table,
     communication_text,
 )
+from shardflax.partitioning.compare import Comparison, PresetCost, compare_presets
 from shardflax.partitioning.constraints import constrain, with_logical_constraint
 from shardflax.partitioning.defaults import DefaultNames, default_names
 from shardflax.partitioning.diagnostics import Diagnostics, compile, compile_diagnostics
@@ -108,6 +109,7 @@ __all__ = [
     "AxisRules",
     "Collective",
     "CollectivesError",
+    "Comparison",
     "DefaultNames",
     "Diagnostics",
     "DimExplained",
@@ -142,6 +144,7 @@ __all__ = [
     "PartitionNameMismatchError",
     "Partitioned",
     "PartitioningUnspecifiedError",
+    "PresetCost",
     "Problem",
     "Rematerialization",
     "RematerializationError",
@@ -172,6 +175,7 @@ __all__ = [
     "communication_json",
     "communication_table",
     "communication_text",
+    "compare_presets",
     "compile",
     "compile_diagnostics",
     "constrain",

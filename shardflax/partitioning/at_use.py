@@ -33,7 +33,7 @@ from shardflax.partitioning.scope import (
 from shardflax.partitioning.spec_check import make_spec, spec_axes
 from shardflax.partitioning.untyped import jx
 
-__all__ = ["at_use", "used_spec", "with_weight"]
+__all__ = ["at_use", "spec_at_use", "used_spec", "with_weight"]
 
 Names = tuple[Any, ...]
 
@@ -107,6 +107,23 @@ def used_spec(
     """
     change = _change(weight, names, beside)
     return None if change is None else change.used
+
+
+def spec_at_use(
+    names: Names,
+    rules: AxisRules,
+    shape: tuple[int, ...],
+    axes: MeshAxes,
+    beside: tuple[str, ...] = _BESIDE,
+) -> PartitionSpec | None:
+    """The same for a weight of which these are known, whatever is in scope.
+
+    >>> from shardflax.partitioning import preset
+    >>> spec_at_use(("embed", "mlp"), preset("fsdp_tp"), (8, 6), (("fsdp", 4), ("tensor", 2)))
+    P(None, 'tensor')
+    """
+    specs, _ = _specs(names, rules, shape, axes, beside, True)
+    return None if specs is None else specs[1]
 
 
 @dataclass(frozen=True)

@@ -78,8 +78,8 @@ class Layout:
         self.rules = rules
         self._trace = trace or InitTrace()
         found, self._treedef = state_leaves(state)
-        root = find_root(state, found, parameters)
-        named = StateNames(found, root, rules, freeze(names or {}, "the state"))
+        self._root = find_root(state, found, parameters)
+        named = StateNames(found, self._root, rules, freeze(names or {}, "the state"))
         self._by_path = named.problems
         axes = free_axes(mesh)
         self.leaves: tuple[Leaf, ...] = tuple(
@@ -188,6 +188,14 @@ class Layout:
         if path not in found:
             raise LayoutError(f"no leaf at {path!r}: {did_you_mean(path, found)}")
         return found[path]
+
+    def is_parameter(self, leaf: Leaf) -> bool:
+        """Whether one of `leaves` is a parameter, and not of the optimizer or of anything else."""
+        return leaf.path[: len(self._root)] == self._root
+
+    def below(self, leaf: Leaf) -> Path:
+        """The path of a parameter below the root of the parameters."""
+        return leaf.path[len(self._root) :]
 
     def place(self, state: Any) -> Any:
         """`state` (unboxed, inside a trace) laid out; where axes are auto, `jit` does that."""

@@ -33,6 +33,8 @@ those about saving, restoring and speed alone are in tests/ckpt and benchmarks.
   ckpt/test_manager.py::test_the_tree_on_disk_does_not_depend_on_boxes
 - 19, one device needs no mesh:
   multidevice/test_partitioning_constraints.py::test_one_device_needs_no_lowering
+- 21, which preset:
+  explain/test_compare.py::test_what_is_sent_is_what_the_compiled_step_sends
 - 21, presets:
   partitioning/test_presets.py::test_presets_shard_what_they_say
 - 22, seeing a layout:
