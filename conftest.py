@@ -14,5 +14,6 @@ os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
 # Tests compile thousands of programs and run each of them once or twice: compiling takes the time.
 # Processes that tests start inherit it.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-# Tracing makes many objects and few cycles: looking for those at every 700th takes a tenth of the time.
+# Tracing makes many objects and few cycles: looking for them as often as Python does takes a tenth
+# of the time.
 gc.set_threshold(20_000, 20, 100)
