@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
+from shardflax.mesh_options import MeshOptions
 from shardflax.training import OptimizerConfig
 
 __all__ = [
@@ -31,6 +32,23 @@ class LayoutOptions:
 
     preset: str = "fsdp_tp"
     """Rules from names to mesh axes: a preset, or several added up, such as "fsdp + tp_sp"."""
+
+    across_dcn: tuple[str, ...] = ()
+    """Of tensor and context, those that may be across slices: every layer sends along them."""
+
+    other_axes: tuple[str, ...] = ()
+    """Axes that look like a slip for one that the presets know, and are none."""
+
+    def placed(self) -> Any:
+        """The mesh, on all devices.
+
+        Raises `MeshSpecError` or `UnknownAxisError`, with options for a cure.
+
+        >>> dict(LayoutOptions(mesh="data=-1,tensor=2").placed().shape)
+        {'data': 4, 'tensor': 2}
+        """
+        said = MeshOptions(across_dcn=self.across_dcn, other_axes=self.other_axes)
+        return said.place(self.mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +197,8 @@ class TrainOptions:
         """Everything that the numbers depend on, as JSON."""
         said = dataclasses.asdict(self)
         for group, name in (
+            ("layout", "across_dcn"),
+            ("layout", "other_axes"),
             ("run", "run"),
             ("run", "save_every"),
             ("run", "save_minutes"),

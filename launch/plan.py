@@ -57,7 +57,7 @@ def plan_run(options: TrainOptions) -> Plan:
     >>> plan.layout.specs.params["head"]["kernel"]
     P('fsdp', 'tensor')
     """
-    mesh = partitioning.make_mesh(options.layout.mesh)
+    mesh = options.layout.placed()
     rules = partitioning.preset(options.layout.preset)
     config = _model_config(options.model)
     shape = (options.data.batch, options.data.seq_len)

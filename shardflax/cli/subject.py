@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from shardflax.cli.errors import ImportPathError
-from shardflax.cli.mesh import MeshOptions
+from shardflax.cli.mesh import AbstractMeshOptions
 from shardflax.core.errors import did_you_mean
 from shardflax.core.module import Module
 from shardflax.models import decoder_config
@@ -66,7 +66,7 @@ class Subject:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SubjectOptions(MeshOptions):
+class SubjectOptions(AbstractMeshOptions):
     """Options of all commands that look at a model on a mesh.
 
     >>> SubjectOptions(layers=2).subject("tiny").layers

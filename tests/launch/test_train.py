@@ -26,13 +26,16 @@ def refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
     said = capsys.readouterr().err
     assert stop.value.code == 2
     assert said.startswith("error: ") and "Traceback" not in said
+    assert "make_" not in said and "jax." not in said  # what to write are options
     return said
 
 
 WRONG = {
     "preset": (["--preset", "fsdp_pt"], ["fsdp_pt", "did you mean 'fsdp_tp'"]),
-    "axis": (["--mesh", "data=4,tensr=2"], ["tensr", "tensor"]),
+    "axis": (["--mesh", "data=4,tensr=2"], ["did you mean 'tensor'?", "--other-axes tensr."]),
+    "dcn": (["--mesh", "dcn(tensor=2) ici(data=4)"], ["say --across-dcn tensor."]),
     "mesh": (["--mesh", "data=4,tensor=4"], ["16", "8"]),
+    "fewer": (["--mesh", "data=4"], ["Write data=8, or -1 for one of the axes (what is left)."]),
     "mesh-syntax": (["--mesh", "data:8"], ["data:8"]),
     "batch": (["--mesh", "data=8", "--batch", "12"], ["batch", "12", "8"]),
     "heads": (["--mesh", "tensor=8"], ["heads", "4", "8", "tensor"]),

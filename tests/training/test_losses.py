@@ -1,5 +1,6 @@
 """Cross-entropy against a plain float64 computation, and sharded over the vocabulary."""
 
+import functools
 import re
 from typing import Any
 
@@ -31,7 +32,18 @@ def example(scale: float = 3.0) -> tuple[Any, Any, Any]:
     """Logits (4, 6, 32), targets, and weights of which some are zero."""
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(4, 6, 32), scale=scale).astype(np.float32)
-    return logits, rng.integers(32, size=(4, 6)), rng.integers(3, size=(4, 6)).astype(np.float32)
+    return (
+        logits,
+        rng.integers(32, size=(4, 6)).astype(np.int32),
+        rng.integers(3, size=(4, 6)).astype(np.float32),
+    )
+
+
+@functools.partial(jax.jit, static_argnames="z_loss")
+def value_and_gradient(logits: Any, targets: Any, weights: Any = None, z_loss: float = 0.0) -> Any:
+    return jax.value_and_grad(
+        lambda x: cross_entropy(x, targets, weights=weights, z_loss=z_loss)[0]
+    )(logits)
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
@@ -39,10 +51,7 @@ def example(scale: float = 3.0) -> tuple[Any, Any, Any]:
 @pytest.mark.parametrize("scale", [1.0, 200.0])
 def test_value_and_gradient_against_float64(scale: float, weighted: bool, z_loss: float) -> None:
     logits, targets, weights = example(scale)
-    given = weights if weighted else None
-    loss, grad = jax.value_and_grad(
-        lambda x: cross_entropy(x, jnp.asarray(targets), weights=given, z_loss=z_loss)[0]
-    )(jnp.asarray(logits))
+    loss, grad = value_and_gradient(logits, targets, weights if weighted else None, z_loss)
     want = reference(logits, targets, weights if weighted else np.ones((4, 6)), z_loss)
     np.testing.assert_allclose(loss, want[0], rtol=2e-6)
     np.testing.assert_allclose(grad, want[1], rtol=1e-4, atol=2e-7)
@@ -50,8 +59,8 @@ def test_value_and_gradient_against_float64(scale: float, weighted: bool, z_loss
 
 def test_metrics() -> None:
     logits, targets, weights = example()
-    loss, metrics = cross_entropy(
-        jnp.asarray(logits), jnp.asarray(targets), weights=jnp.asarray(weights), z_loss=1e-2
+    loss, metrics = jax.jit(functools.partial(cross_entropy, z_loss=1e-2))(
+        logits, targets, weights=weights
     )
     hits = (logits.argmax(-1) == targets) * weights
     assert set(metrics) == {"cross_entropy", "z_loss", "accuracy", "weight"}
@@ -63,38 +72,37 @@ def test_metrics() -> None:
 
 def test_bf16_logits_are_summed_in_f32() -> None:
     logits, targets, _ = example()
-    half = jnp.asarray(logits, jnp.bfloat16)
-    loss, _ = cross_entropy(half, jnp.asarray(targets))
+    half = logits.astype(jnp.bfloat16)
+    loss, grad = value_and_gradient(half, targets)
     want, _ = reference(np.asarray(half, np.float32), targets, np.ones((4, 6)), 0.0)
     np.testing.assert_allclose(loss, want, rtol=2e-6)
-    grad = jax.grad(lambda x: cross_entropy(x, jnp.asarray(targets))[0])(half)
     assert grad.dtype == jnp.bfloat16
 
 
 def test_masked_vocabulary_and_ignored_targets() -> None:
     logits, targets, _ = example()
-    padded = jnp.concatenate([jnp.asarray(logits), jnp.full((4, 6, 8), -jnp.inf)], -1)
-    plain, _ = cross_entropy(jnp.asarray(logits), jnp.asarray(targets))
-    loss, grad = jax.value_and_grad(lambda x: cross_entropy(x, jnp.asarray(targets))[0])(padded)
+    padded = np.concatenate([logits, np.full((4, 6, 8), -np.inf, np.float32)], -1)
+    plain, _ = value_and_gradient(logits, targets)
+    loss, grad = value_and_gradient(padded, targets)
     np.testing.assert_allclose(loss, plain, rtol=1e-6)
     assert np.isfinite(grad).all() and not np.asarray(grad)[..., 32:].any()
 
-    marked = jnp.asarray(targets).at[0].set(-100)
-    weights = jnp.ones((4, 6)).at[0].set(0.0)
-    got, metrics = cross_entropy(jnp.asarray(logits), marked, weights=weights)
-    want, _ = cross_entropy(jnp.asarray(logits[1:]), jnp.asarray(targets[1:]))
+    marked, weights = targets.copy(), np.ones((4, 6), np.float32)
+    marked[0], weights[0] = -100, 0.0
+    weighed = jax.jit(cross_entropy)
+    got, metrics = weighed(logits, marked, weights=weights)
+    want, _ = reference(logits[1:], targets[1:], np.ones((3, 6)), 0.0)
     np.testing.assert_allclose(got, want, rtol=1e-6)
     assert np.isfinite(metrics["accuracy"])
     for outside in (-1, 32):
-        wrong = jnp.asarray(targets).at[0, 0].set(outside)
-        assert np.isnan(cross_entropy(jnp.asarray(logits), wrong)[0])
+        wrong = targets.copy()
+        wrong[0, 0] = outside
+        assert np.isnan(weighed(logits, wrong, weights=np.ones((4, 6), np.float32))[0])
 
 
 def test_no_weight_at_all_is_no_loss() -> None:
     logits, targets, _ = example()
-    loss, grad = jax.value_and_grad(
-        lambda x: cross_entropy(x, jnp.asarray(targets), weights=jnp.zeros((4, 6)))[0]
-    )(jnp.asarray(logits))
+    loss, grad = value_and_gradient(logits, targets, np.zeros((4, 6), np.float32))
     assert loss == 0 and not np.asarray(grad).any()
 
 

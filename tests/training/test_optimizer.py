@@ -27,12 +27,18 @@ DECAYED = {
 
 def run(tx: Any, steps: int = 3) -> Any:
     """Parameters after a few updates."""
-    params, state = PARAMS, tx.init(PARAMS)
-    for i in range(steps):
-        grads = jax.tree.map(lambda p, i=i: jnp.sin(p + i) * 5, params)
-        updates, state = tx.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
-    return params
+
+    @jax.jit
+    def updated() -> Any:
+        def update(i: Any, carry: Any) -> Any:
+            params, state = carry
+            grads = jax.tree.map(lambda p: jnp.sin(p + i) * 5, params)
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        return jax.lax.fori_loop(0, steps, update, (PARAMS, tx.init(PARAMS)))[0]
+
+    return jax.device_get(updated())
 
 
 def test_adamw_with_clipping_and_a_mask_is_optax() -> None:
