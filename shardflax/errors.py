@@ -48,6 +48,7 @@ from shardflax.core.module_errors import (
 from shardflax.core.transform_errors import (
     BranchVariablesError,
     LoopVariantBroadcastError,
+    NondiffArgnumsError,
     RematNameError,
     RematPolicyError,
     TransformAxisError,
@@ -131,6 +132,7 @@ __all__ = [
     "NameInUseError",
     "NamesRankError",
     "NoRulesWarning",
+    "NondiffArgnumsError",
     "OverrideError",
     "PartitionNameMismatchError",
     "PartitioningUnspecifiedError",

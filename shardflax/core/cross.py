@@ -101,9 +101,12 @@ def _same(x: Any, y: Any) -> bool:
         return True
     if type(x) is not type(y) or hasattr(x, "__array__"):
         return False
+    if isinstance(x, tuple | list):
+        items, others = cast("list[Any]", x), cast("list[Any]", y)
+        return len(items) == len(others) and all(map(_same, items, others))
     try:
         return bool(x == y)
-    except ValueError:  # a container of arrays
+    except (TypeError, ValueError):  # a container of arrays, or of tracers
         return False
 
 

@@ -16,6 +16,7 @@ from shardflax.core.boundary import Group, Groups, Lift, Pure, State
 from shardflax.core.cross import cross
 from shardflax.core.names import CollectionFilter, Names
 from shardflax.core.staging import jx
+from shardflax.core.transform_errors import NondiffArgnumsError
 
 __all__ = ["custom_vjp", "grad", "jvp", "value_and_grad", "vjp"]
 
@@ -222,7 +223,8 @@ def custom_vjp(
     `vjp` returned.  `backward_fn(*nondiff_args, residuals, cotangent)` returns the gradients to
     the collections in `grad_vars`, as `{collection: tree}`, and to each of the other arguments;
     it cannot use the module.  `nondiff_argnums` are positions in `fn(mdl, *args)`, so the module
-    has 0: such arguments are Python values, and get no gradient.
+    has 0: such arguments are Python values, and get no gradient.  Raises `NondiffArgnumsError` for
+    a position of the module, or of no argument.
 
     >>> import jax.numpy as jnp, shardflax.nn as nn
     >>> class Signed(nn.Module):
@@ -244,6 +246,8 @@ def custom_vjp(
     static = (nondiff_argnums,) if isinstance(nondiff_argnums, int) else tuple(nondiff_argnums)
 
     def run(pure: Pure, state: State, *args: Any) -> tuple[Any, Groups]:
+        if bad := [i for i in static if not 1 <= i <= len(args)]:
+            raise NondiffArgnumsError(pure.entries[pure.home].path, bad[0], len(args))
         rule = _Rule(pure, backward_fn, static, args)
         wrapped = jx.custom_vjp(rule.call)
         wrapped.defvjp(rule.forward, rule.backward)

@@ -10,10 +10,6 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
-import jax
-
-_jax: Any = jax  # half typed
-
 __all__ = [
     "ApplyScopeInvalidVariablesStructureError",
     "ApplyScopeInvalidVariablesTypeError",

@@ -70,8 +70,8 @@ def replace(
 
 def _key(entry: Any) -> str:
     """A step of a path, as it appears in the names of modules."""
-    keys = (getattr(entry, kind, None) for kind in ("key", "idx", "name"))
-    return str(next(key for key in keys if key is not None))
+    kind = next(kind for kind in ("key", "idx", "name") if hasattr(entry, kind))
+    return str(getattr(entry, kind))
 
 
 def frozen(value: Any) -> Any:

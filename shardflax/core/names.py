@@ -87,7 +87,9 @@ class Names:
 
 def _checked(spec: Any) -> frozenset[str]:
     if isinstance(spec, Collection):
-        return frozenset(cast("Collection[str]", spec))
+        names = cast("Collection[Any]", spec)
+        if all(isinstance(name, str) for name in names):
+            return frozenset(names)
     raise InvalidFilterError(spec)
 
 

@@ -15,7 +15,7 @@ import jax
 from shardflax.core.boundary import Group, Groups, Lift, Pure, State
 from shardflax.core.cross import cross
 from shardflax.core.names import NONE, CollectionFilter, Names
-from shardflax.core.scope import Scope
+from shardflax.core.scope import Scope, Store
 from shardflax.core.staging import jx
 
 __all__ = ["pack", "tree_map_rngs"]
@@ -76,6 +76,10 @@ def _itself(scopes: Any) -> Any:
     return scopes
 
 
+def _is_scope(x: Any) -> bool:
+    return isinstance(x, Scope)
+
+
 def _by_stream(keys: tuple[dict[str, Any], ...], groups: Sequence[Names]) -> list[Any]:
     """The keys in groups, the first match counts."""
     found: list[Any] = []
@@ -92,18 +96,20 @@ class _Inside:
 
     def __init__(self, pure: Pure) -> None:
         self.pure = pure
-        self.roots: list[Scope] = []
+        self.opened: dict[Store, list[Scope]] = {}
 
     def scopes(self, variable_groups: Any, rng_groups: Any) -> Any:
         keys = tuple(
             {s: k for group in rng_groups for s, k in group[i].items()}
             for i in range(len(self.pure.entries))
         )
-        self.roots = self.pure.open(State(tuple(variable_groups), keys))
-        return self.pure.fns[0](self.roots)
+        roots = self.pure.open(State(tuple(variable_groups), keys))
+        self.opened |= {root.store: roots for root in roots}
+        return self.pure.fns[0](roots)
 
     def repack(self, scopes: Any) -> Groups:
-        return self.pure.close(self.roots)
+        one = jx.tree.leaves(scopes, is_leaf=_is_scope)[0]
+        return self.pure.close(self.opened[one.store])
 
 
 def tree_map_rngs(fn: Callable[[jax.Array], Any], tree: Any) -> Any:

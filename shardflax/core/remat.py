@@ -59,13 +59,18 @@ def remat(
     `remat_policy`.  Raises `RematNameError` if a policy of JAX names values
     (`jax.ad_checkpoint.checkpoint_name`) that nothing inside carries: it would save nothing, and
     say nothing.  `variables` and `rngs` are the collections and streams that the module sees;
-    `static_argnums` counts the module as 0.
+    `static_argnums` counts the module as 0.  `concrete` is there for programs that pass it, and
+    must be false: today's JAX has no such option.
 
     >>> import jax.numpy as jnp, shardflax.nn as nn
     >>> model = nn.remat(nn.Dense, policy="dots_saveable")(2)
     >>> model.init_with_output(jax.random.key(0), jnp.ones((1, 3)))[0].shape
     (1, 2)
     """
+    if concrete:
+        raise ValueError(
+            "remat: concrete must be False; say in static_argnums which arguments are not traced."
+        )
     nums = argnums(static_argnums, before=0)
     policy = remat_policy(policy)
     named = staging.policy_names(policy)

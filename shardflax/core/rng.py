@@ -108,6 +108,8 @@ def open_streams(rngs: Any) -> dict[str, Stream]:
         rngs = {"params": rngs}
     keys = cast("Mapping[str, Any]", rngs)
     for name, key in keys.items():
+        if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidRngError(f"a stream is named {name!r}; expected a text such as 'dropout'.")
         if not is_key(key):
             raise InvalidRngError(
                 f"the stream {name!r} is seeded with {key!r}; expected a key: "

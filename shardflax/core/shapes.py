@@ -61,7 +61,8 @@ def _may_stay(x: Any, depth: int = 4) -> bool:
     elif isinstance(x, tuple | frozenset):
         parts = cast("Iterable[Any]", x)
     elif dataclasses.is_dataclass(x) and not hasattr(x, "scope"):
-        parts = vars(x).values()
+        fields = {f.name: getattr(x, f.name, None) for f in dataclasses.fields(x)}
+        parts = {**fields, **getattr(x, "__dict__", {})}.values()  # there is none with slots
     else:
         return False
     return depth > 0 and all(_may_stay(part, depth - 1) for part in parts)

@@ -119,7 +119,7 @@ def escapes(tree: Any, since: Any) -> bool:
 
 def hoist(
     body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any
-) -> tuple[Any, Callable[[Any, Any], Any], list[str]]:
+) -> tuple[Any, Callable[[Any, Any], Any], list[Any]]:
     """Splits a loop body into what needs to be done once and a step.
 
     `body(carry, xs)` gives `(changing, invariant)`; `carry` and `xs` hold shapes
@@ -138,7 +138,7 @@ def hoist(
     closed, (changing, invariant) = jx.make_jaxpr(body, return_shape=True)(carry, xs)
     jaxpr, tree = closed.jaxpr, jx.tree.structure(changing)
     stays = jaxpr.outvars[tree.num_leaves :]
-    paths = [jx.tree_util.keystr(path) for path, _ in jx.tree.flatten_with_path(invariant)[0]]
+    paths = [path for path, _ in jx.tree.flatten_with_path(invariant)[0]]
     if _needs_inputs(jaxpr, stays):
         bad = [p for p, v in zip(paths, stays, strict=True) if _needs_inputs(jaxpr, [v])]
         return invariant, lambda carry, xs: changing, bad
@@ -194,10 +194,30 @@ def known(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def _sliced(jaxpr: Any, outvars: list[Any]) -> tuple[Any, list[bool]]:
-    """What of `jaxpr` makes `outvars`, also within calls, and which inputs that needs."""
+    """What of `jaxpr` makes `outvars`, also within calls, and which inputs that needs.
+
+    Effects do not count: a `jax.debug.print` beside them is not needed, nor what it prints.
+    """
     info = _debug(jaxpr, len(jaxpr.invars), len(outvars))
-    jaxpr = jaxpr.replace(outvars=outvars, debug_info=info)
+    jaxpr = _without_effects(jaxpr.replace(outvars=outvars, debug_info=info))
     return _partial_eval.dce_jaxpr(jaxpr, [True] * len(outvars))
+
+
+def _without_effects(x: Any) -> Any:
+    """A jaxpr whose equations, also within calls, claim to have no effects."""
+    if not _has_eqns(x):
+        return x
+    inside = getattr(x, "jaxpr", x)
+    if inside is not x:
+        return x.replace(jaxpr=_without_effects(inside))
+    if not x.effects:
+        return x
+
+    def pure(eqn: Any) -> Any:
+        params = jx.tree.map(_without_effects, eqn.params, is_leaf=_has_eqns)
+        return eqn.replace(params=params, effects=_core.no_effects) if eqn.effects else eqn
+
+    return x.replace(eqns=[pure(eqn) for eqn in x.eqns], effects=_core.no_effects)
 
 
 def needed(jaxpr: Any) -> Any:

@@ -14,6 +14,7 @@ _jax: Any = jax  # half typed
 __all__ = [
     "BranchVariablesError",
     "LoopVariantBroadcastError",
+    "NondiffArgnumsError",
     "RematNameError",
     "RematPolicyError",
     "TransformAxisError",
@@ -70,7 +71,7 @@ def _described(tree: Any) -> str:
 class LoopVariantBroadcastError(FlaxError):
     """A broadcast variable or output of `scan` depends on what the loop changes.
 
-    >>> print(LoopVariantBroadcastError(["['mean']"]))
+    >>> print(LoopVariantBroadcastError(["batch_stats/norm/mean"]))
     scan: these broadcast values depend on the carry or on a scanned input, ...
     """
 
@@ -79,6 +80,22 @@ class LoopVariantBroadcastError(FlaxError):
             f"scan: these broadcast values depend on the carry or on a scanned input, so they "
             f"differ from step to step: {', '.join(paths)}. Scan them (variable_axes, out_axes) "
             f"or carry them (variable_carry)."
+        )
+
+
+class NondiffArgnumsError(FlaxError, ValueError):
+    """`nondiff_argnums` of a lifted `custom_vjp` is the position of no argument after the module.
+
+    >>> print(NondiffArgnumsError(("block",), 0, 2))
+    at /block: custom_vjp: nondiff_argnums has 0; expected positions from 1 to 2. The module, ...
+    """
+
+    def __init__(self, path: tuple[str, ...], found: int, count: int) -> None:
+        expected = f"positions from 1 to {count}" if count else "none: there are no arguments"
+        super().__init__(
+            f"at /{'/'.join(path)}: custom_vjp: nondiff_argnums has {found}; expected {expected}. "
+            f"The module, which has 0, is not counted among the arguments without gradients: leave "
+            f"its collections out of grad_vars."
         )
 
 

@@ -398,8 +398,17 @@ def _hoist(body: _Body, pure: Pure, out_axes: Any, carry: Any, xs: Any) -> tuple
     abstract = staging.jx.tree.map(_abstract, (carry, staging.jx.tree.map(_first, xs)))
     invariant, step, varying = staging.hoist(body, *abstract)
     if varying:
-        raise LoopVariantBroadcastError(varying)
+        raise LoopVariantBroadcastError([_invariant_at(pure, path) for path in varying])
     return invariant, step
+
+
+def _invariant_at(pure: Pure, path: Any) -> str:
+    """What lies at `path` in the invariants of a body: a variable, or an output."""
+    kind, place, *inside = staging.jx.tree_util.keystr(path, simple=True, separator="/").split("/")
+    if kind == "1":
+        return f"output {place}"
+    col, *names = inside
+    return "/".join((col, *pure.entries[int(place)].path, *names))
 
 
 def _is_none(x: Any) -> bool:

@@ -195,7 +195,7 @@ def test_broadcast_that_varies() -> None:
             return c + 1, x
 
     model = nn.scan(Body, variable_broadcast="consts", length=2)()
-    with pytest.raises(errors.LoopVariantBroadcastError, match=r"'c'.*variable_carry"):
+    with pytest.raises(errors.LoopVariantBroadcastError, match=r": consts/c\. .*variable_carry"):
         model.apply({}, X, X, mutable=["consts"])
 
 
