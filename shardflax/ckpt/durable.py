@@ -6,14 +6,13 @@ import functools
 import os
 import secrets
 import zlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
-import numpy as np
 
 from shardflax import _files
+from shardflax.ckpt.direct import Buffer, sink
 
 __all__ = [
     "DataFile", "FileRecord", "checksum", "checksum_file", "sync_file", "sync_folder", "write_file",
@@ -26,12 +25,6 @@ _READ = 4 << 20
 _BLOCK = 1_000_003
 """Bytes of a block of `_Blocks`; no chunk is as long."""
 _BLOCKS = "blocks:"
-_WRITE = 16 << 20
-"""Bytes that are written in one call."""
-_PARTS = 1024
-"""Buffers that the kernel takes in one call."""
-
-_Buffer = bytes | np.ndarray[Any, np.dtype[np.uint8]]
 
 
 def checksum(data: bytes, like: str = "") -> str:
@@ -86,7 +79,7 @@ class _Blocks:
     def __init__(self) -> None:
         self._crc = self._block = self._filled = 0
 
-    def add(self, data: _Buffer) -> None:
+    def add(self, data: Buffer) -> None:
         """Goes on with some bytes."""
         at = 0
         while at < len(data):
@@ -109,7 +102,7 @@ class _Blocks:
 
 
 class DataFile:
-    """A new file in a folder that grows by buffers, which are not copied.
+    """A new file in a folder that grows by buffers, with its checksum.
 
     >>> import tempfile
     >>> file = DataFile(Path(tempfile.mkdtemp()))
@@ -123,57 +116,32 @@ class DataFile:
         self.name = secrets.token_hex(16)
         self.size = 0
         self._check = _Blocks()
-        self._waiting: list[_Buffer] = []
-        self._bytes = 0
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        self._descriptor = os.open(folder / self.name, flags, 0o666)
+        self._sink = sink(folder / self.name)
 
-    def append(self, *buffers: _Buffer) -> int:
+    def append(self, *buffers: Buffer) -> int:
         """Goes on with some buffers, soon; at which offset they begin."""
         start = self.size
         for buffer in buffers:
             self._check.add(buffer)
-            self._waiting.append(buffer)
-            self._bytes += len(buffer)
+            self._sink.put(buffer)
             self.size += len(buffer)
-        if self._bytes >= _WRITE or len(self._waiting) >= _PARTS - 8:
-            self.flush()
         return start
 
     def flush(self) -> None:
         """Lets go of all buffers."""
-        waiting, self._waiting, self._bytes = self._waiting, [], 0
-        _write_all(self._descriptor, waiting)
+        self._sink.release()
 
     def close(self) -> FileRecord:
         """Forces all to the disk; size and checksum."""
         try:
-            self.flush()
-            os.fsync(self._descriptor)
+            self._sink.sync()
         finally:
             self.abandon()
         return self.size, self._check.text()
 
     def abandon(self) -> None:
         """Closes the file as it is."""
-        descriptor, self._descriptor = self._descriptor, -1
-        self._waiting = []
-        if descriptor >= 0:
-            os.close(descriptor)
-
-
-def _write_all(descriptor: int, buffers: Sequence[_Buffer]) -> None:
-    """Writes buffers one after the other, however often the kernel stops in between."""
-    left: list[Any] = [memoryview(buffer) for buffer in buffers]  # type: ignore[arg-type]
-    while left:
-        done = os.writev(descriptor, left[:_PARTS])
-        whole = 0
-        while whole < len(left) and done >= len(left[whole]):
-            done -= len(left[whole])
-            whole += 1
-        left = left[whole:]
-        if done:
-            left[0] = left[0][done:]
+        self._sink.close()
 
 
 def sync_file(path: Path) -> FileRecord:
