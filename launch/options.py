@@ -158,7 +158,7 @@ class RunOptions:
     """How many checkpoints are kept."""
 
     eval_batches: int = 8
-    """Batches of held-out text for the loss at the end."""
+    """Batches of held-out text for the loss at the end; 0 for none."""
 
     sample: int = 240
     """Bytes of text to write at the end; 0 for none."""

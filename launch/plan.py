@@ -8,7 +8,8 @@ from typing import Any
 
 import jax
 
-from launch.options import ModelOptions, TrainOptions
+from launch.errors import TrainOptionError
+from launch.options import ModelOptions, RunOptions, TrainOptions
 from shardflax import partitioning
 from shardflax.models import Decoder, DecoderConfig, decoder_config
 from shardflax.partitioning import AxisRules, Layout
@@ -57,9 +58,11 @@ def plan_run(options: TrainOptions) -> Plan:
     >>> plan.layout.specs.params["head"]["kernel"]
     P('fsdp', 'tensor')
     """
+    _check_numbers(options.run)
     mesh = options.layout.placed()
     rules = partitioning.preset(options.layout.preset)
     config = _model_config(options.model)
+    _check_sample(options.run, config)
     shape = (options.data.batch, options.data.seq_len)
     batches = text.BatchLayout(*shape, partitioning.batch_sharding(mesh, rules))
     corpus = text.open_corpus(options.data.data, field=options.data.text_field)
@@ -76,7 +79,30 @@ def plan_run(options: TrainOptions) -> Plan:
     layout.check()
     plan = Plan(options, mesh, rules, program, windows, batches, layout)
     plan.train_step  # noqa: B018  tracing it finds the names and sizes that do not fit
+    text.held_out_batches(windows, batches, options.run.eval_batches)  # raises if there is none
     return plan
+
+
+def _check_numbers(options: RunOptions) -> None:
+    """Raises for numbers that no run can have."""
+    for least, *names in ((1, "accumulate", "save_every", "keep"), (0, "eval_batches", "sample")):
+        for name in names:
+            value = getattr(options, name)
+            if value < least:
+                raise TrainOptionError(name, value, f"a number from {least}")
+    if options.save_minutes is not None and options.save_minutes <= 0:
+        raise TrainOptionError("save_minutes", options.save_minutes, "a number above 0, or None")
+
+
+def _check_sample(options: RunOptions, config: DecoderConfig) -> None:
+    """Raises unless the model can write a text as long as that, after a prompt."""
+    prompt = len(text.encode(options.prompt))
+    if options.sample and not prompt:
+        raise TrainOptionError("prompt", "''", "a text that the sample begins with, or --sample 0")
+    if options.sample and prompt + options.sample > config.max_length:
+        longest = max(0, config.max_length - prompt)
+        expected = f"at most {longest} bytes, after a prompt of {prompt}"
+        raise TrainOptionError("sample", options.sample, expected)
 
 
 def _model_config(options: ModelOptions) -> DecoderConfig:

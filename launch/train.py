@@ -168,10 +168,11 @@ def _speed(plan: Plan, tokens_per_second: float | None) -> str:
 def _conclude(run: _Run) -> None:
     """Prints the loss on held-out text beside a unigram model's, a sample, and where it is kept."""
     plan = run.plan
-    loss = _evaluate(run)
-    tokens = plan.windows.corpus.tokens
-    unigram = text.unigram_loss(tokens)
-    _say(f"held-out loss {loss:.3f} nats a byte; a unigram model of the same text: {unigram:.3f}")
+    if plan.options.run.eval_batches > 0:
+        loss, unigram = _evaluate(run), text.unigram_loss(plan.windows.corpus.tokens)
+        _say(
+            f"held-out loss {loss:.3f} nats a byte; a unigram model of the same text: {unigram:.3f}"
+        )
     if plan.options.run.sample > 0:
         prompt = plan.options.run.prompt
         _say(f"a sample, after {prompt!r}:")
@@ -192,7 +193,7 @@ def _evaluate(run: _Run) -> float:
             losses.append(float(step(run.state, batch)["cross_entropy"]))
             if run.manager.reached_preemption():
                 _stop(run)
-    return sum(losses) / max(len(losses), 1)
+    return sum(losses) / len(losses)
 
 
 def _sample(run: _Run) -> str:

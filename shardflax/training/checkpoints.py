@@ -125,6 +125,7 @@ class _Save:
         if self.path.exists():
             if not self.overwrite:
                 raise AlreadyExistsError(str(self.path))
+            StepFile(before, "").delete()  # left by a save that was killed
             os.replace(self.path, before)
         os.replace(self.temporary, self.path)
         sync_folder(self.folder)

@@ -40,6 +40,8 @@ def cross_entropy(
     (2.0794, 6.0)
     """
     _check(logits, targets, weights)
+    if targets.dtype.itemsize < 4:  # the ids of a vocabulary may not fit
+        targets = targets.astype(jnp.int32)
     targets = laid_out_like(targets, logits)
     logits = logits.astype(jnp.float32)
     top = jnp.max(jax.lax.stop_gradient(logits), axis=-1)

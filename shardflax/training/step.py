@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from shardflax.training.errors import BatchSplitError, MetricsError
-from shardflax.training.train_state import TrainState
+from shardflax.training.train_state import TrainState, join, separate
 
 __all__ = ["EvalStep", "LossFn", "TrainStep", "global_norm", "make_eval_step", "make_train_step"]
 
@@ -44,7 +44,7 @@ class TrainStep:
             (loss, aux), grads = grad(state.params, batch, self._rngs(key, 0))
         else:
             (loss, aux), grads = self._accumulated(grad, state.params, batch, key)
-        metrics = {**aux, "loss": loss, "grad_norm": global_norm(grads)}
+        metrics = {**aux, "loss": loss, "grad_norm": global_norm(separate(grads)[0])}
         if self.schedule is not None:
             metrics["learning_rate"] = jnp.asarray(self.schedule(state.step), jnp.float32)
         return state.apply_gradients(grads=grads), metrics
@@ -65,21 +65,26 @@ class TrainStep:
             index, part = item
             (loss, aux), grads = grad(params, part, self._rngs(key, index))
             weight = jnp.asarray(aux.get(WEIGHT, 1.0), jnp.float32)
-            total = jax.tree.map(lambda t, g: t + weight * g.astype(t.dtype), total, grads)
-            return total, (weight, loss, aux)
+            grads, overwritten = separate(grads)
+            sums = jax.tree.map(lambda t, g: t + weight * g.astype(t.dtype), total[0], grads)
+            # The next scales have to fit every microbatch: the largest values count.
+            return (sums, jax.tree.map(jnp.maximum, total[1], overwritten)), (weight, loss, aux)
 
-        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, _accumulator(p)), params)
+        trained, overwritten = separate(params)
+        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, _accumulator(p)), trained)
         parts = _split(batch, self.accumulate)
-        total, (weights, losses, aux) = jax.lax.scan(
-            body, zeros, (jnp.arange(self.accumulate), parts)
+        (total, largest), (weights, losses, aux) = jax.lax.scan(
+            body,
+            (zeros, jax.tree.map(jnp.zeros_like, overwritten)),
+            (jnp.arange(self.accumulate), parts),
         )
         scale = 1.0 / jnp.where(jnp.sum(weights) == 0, 1.0, jnp.sum(weights))
         shares = weights * scale
-        grads = jax.tree.map(lambda t, p: (t * scale).astype(p.dtype), total, params)
+        grads = jax.tree.map(lambda t, p: (t * scale).astype(p.dtype), total, trained)
         means = {name: jnp.sum(values * shares) for name, values in aux.items()}
         if WEIGHT in aux:
             means[WEIGHT] = jnp.sum(weights)
-        return (jnp.sum(losses * shares), means), grads
+        return (jnp.sum(losses * shares), means), join(params, grads, largest)
 
 
 def make_train_step(
@@ -102,8 +107,8 @@ def make_train_step(
     mean over, as `cross_entropy` has), loss, metrics and gradient are the means by that weight,
     which are those of the whole batch; otherwise microbatches count alike.
 
-    `metrics` are the loss function's, averaged, with `loss`, `grad_norm` (before any clipping) and,
-    with a `schedule`, `learning_rate`: float32 scalars.
+    `metrics` are the loss function's, averaged, with `loss`, `grad_norm` (before any clipping, of
+    what is optimized) and, with a `schedule`, `learning_rate`: float32 scalars.
 
     Raises ValueError for `accumulate` < 1; when called, BatchSplitError for a batch that
     `accumulate` does not divide and MetricsError for metrics that are not scalars.

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Self
+from collections.abc import Callable, Mapping
+from typing import Any, Self, cast
 
 import jax
 import optax
 
 from shardflax import struct
 from shardflax.core.boxes import rebox, unbox
+from shardflax.core.frozen_dict import FrozenDict, freeze
 
-__all__ = ["OVERWRITE_WITH_GRADIENT", "TrainState"]
+__all__ = ["OVERWRITE_WITH_GRADIENT", "TrainState", "join", "separate"]
 
 OVERWRITE_WITH_GRADIENT = "_overwrite_with_gradient"
 
@@ -49,15 +50,10 @@ class TrainState(struct.PyTreeNode):
         >>> float(state.apply_gradients(grads=jnp.ones(())).params)
         0.5
         """
-        values, updates = unbox(self.params), unbox(grads)
-        split = _is_split(values)
-        trained = values["params"] if split else values
-        updates, opt_state = self.tx.update(
-            updates["params"] if split else updates, self.opt_state, trained
-        )
-        new = optax.apply_updates(trained, updates)
-        if split:
-            new = {"params": new, OVERWRITE_WITH_GRADIENT: unbox(grads)[OVERWRITE_WITH_GRADIENT]}
+        values = unbox(self.params)
+        (trained, _), (updates, overwritten) = separate(values), separate(unbox(grads))
+        updates, opt_state = self.tx.update(updates, self.opt_state, trained)
+        new = join(values, optax.apply_updates(trained, updates), overwritten)
         return self.replace(
             step=self.step + 1, params=rebox(self.params, new), opt_state=opt_state, **kwargs
         )
@@ -79,13 +75,31 @@ class TrainState(struct.PyTreeNode):
         >>> TrainState.create(apply_fn=None, params=jnp.ones(2), tx=optax.sgd(0.1)).step
         0
         """
-        values = unbox(params)
-        trained = values["params"] if _is_split(values) else values
+        trained, _ = separate(unbox(params))
         return cls(
             step=0, apply_fn=apply_fn, params=params, tx=tx, opt_state=tx.init(trained), **kwargs
         )
 
 
-def _is_split(params: Any) -> bool:
-    """True if a part of the parameters is overwritten rather than optimized."""
-    return isinstance(params, dict) and OVERWRITE_WITH_GRADIENT in params
+def separate(params: Any) -> tuple[Any, Any]:
+    """Parameters, or gradients, as what is optimized and what is overwritten (None if nothing is).
+
+    >>> separate({"params": 1, "_overwrite_with_gradient": 2}), separate({"w": 1})
+    ((1, 2), ({'w': 1}, None))
+    """
+    if isinstance(params, Mapping) and OVERWRITE_WITH_GRADIENT in params:
+        collections = cast("Mapping[str, Any]", params)
+        return collections["params"], collections[OVERWRITE_WITH_GRADIENT]
+    return params, None
+
+
+def join(like: Any, trained: Any, overwritten: Any) -> Any:
+    """What `separate` gave, as parameters like `like`: in a dict, or a FrozenDict.
+
+    >>> join({}, 1, 2)
+    {'params': 1, '_overwrite_with_gradient': 2}
+    """
+    if overwritten is None:
+        return trained
+    whole = {"params": trained, OVERWRITE_WITH_GRADIENT: overwritten}
+    return freeze(whole) if isinstance(like, FrozenDict) else whole

@@ -42,6 +42,12 @@ WRONG = {
     "model": (["--model", "smal"], ["smal", "did you mean 'small'"]),
     "remat": (["--remat", "dots_savable"], ["dots_savable", "did you mean"]),
     "accumulate": (["--accumulate", "3"], ["accumulate=3", "8"]),
+    "accumulate-none": (["--accumulate", "0"], ["--accumulate 0: expected a number from 1"]),
+    "save-minutes": (["--save-minutes", "0"], ["--save-minutes 0.0: expected a number above 0"]),
+    "seq-len": (["--seq-len", "0"], ["seq_len=0: expected a number from 1"]),
+    "prompt": (["--prompt", ""], ["--prompt ''", "or --sample 0"]),
+    "sample": (["--sample", "2000"], ["at most 1020 bytes, after a prompt of 4"]),
+    "held-out": (["--eval-batches", "1"], ["one batch of 8 held-out windows", "found 5 of them"]),
     "data": (["--data", "no/such/file"], ["no/such/file"]),
 }
 

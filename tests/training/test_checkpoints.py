@@ -218,6 +218,14 @@ def test_a_save_that_fails_leaves_all_as_it_was(
     assert ours.restore_checkpoint(tmp_path, None, 1)["w"].tolist() == [1]
 
 
+def test_what_a_save_left_that_was_killed_is_not_in_the_way(backend: str, tmp_path: Path) -> None:
+    ours.save_checkpoint(tmp_path, {"w": np.ones(1)}, 1)
+    (tmp_path / ".checkpoint_1.replaced" / "w").mkdir(parents=True)
+    ours.save_checkpoint(tmp_path, {"w": np.zeros(1)}, 1, overwrite=True)
+    assert names(tmp_path) == ["checkpoint_1"]
+    assert ours.restore_checkpoint(tmp_path, None)["w"].tolist() == [0]
+
+
 def test_a_checkpointer_of_the_users(tmp_path: Path) -> None:
     """An asynchronous one deletes old steps when the new one is there."""
     with ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:

@@ -86,6 +86,7 @@ def test_windows_refuse_senseless_sizes() -> None:
         (4, 8, P(("data", "fsdp")), r"multiple of 8 \(data=4 x fsdp=2\); write 8"),
         (8, 7, P("data", "fsdp"), r"seq_len=7: expected a multiple of 2 \(fsdp=2\)"),
         (0, 8, P("data"), r"global_batch=0: expected a multiple of 4"),
+        (0, 8, P(), r"global_batch=0: expected a number from 1; write 1"),
     ],
 )
 def test_batches_that_the_mesh_does_not_divide(

@@ -100,6 +100,13 @@ def test_masked_vocabulary_and_ignored_targets() -> None:
         assert np.isnan(weighed(logits, wrong, weights=np.ones((4, 6), np.float32))[0])
 
 
+def test_targets_in_eight_bits_of_a_larger_vocabulary() -> None:
+    """Numbers up to 255 do not hold the ids that they are compared with."""
+    logits = jnp.arange(300.0)[None]
+    found = [cross_entropy(logits, jnp.array([3], dtype))[0] for dtype in ("uint8", "int32")]
+    assert found[0] == found[1] > 290
+
+
 def test_no_weight_at_all_is_no_loss() -> None:
     logits, targets, _ = example()
     loss, grad = value_and_gradient(logits, targets, np.zeros((4, 6), np.float32))

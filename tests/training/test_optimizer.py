@@ -89,6 +89,8 @@ def test_no_warmup_starts_at_the_peak() -> None:
         ("schedule", "cosin", "did you mean 'cosine'"),
         ("b2", 1.0, r"\[0, 1\)"),
         ("learning_rate", -1.0, "not negative"),
+        ("eps", -1e-8, "not negative"),
+        ("no_decay", "bias", "a tuple of names"),
         ("clip_norm", 0.0, "None"),
         ("warmup_steps", -1, "not negative"),
         ("total_steps", 100, "warmup_steps=100"),

@@ -78,6 +78,21 @@ def test_microbatches_without_a_weight_count_alike_and_one_of_weight_zero_not_at
         np.testing.assert_allclose(got[name], want[name], rtol=2e-6, err_msg=name)
 
 
+def test_what_is_overwritten_is_the_largest_of_all_microbatches_and_no_gradient() -> None:
+    def loss(params: Any, batch: Any, rngs: Any) -> Any:
+        peak = params["_overwrite_with_gradient"]["peak"]  # whose gradient is the largest value
+        return jnp.mean(batch) * params["params"]["w"] + peak * jnp.max(batch), {}
+
+    params = {"params": {"w": jnp.ones(())}, "_overwrite_with_gradient": {"peak": jnp.ones(())}}
+    state = TrainState.create(apply_fn=None, params=params, tx=optax.sgd(1.0))
+    state, metrics = jitted(loss, accumulate=2)(state, jnp.array([1.0, 3.0, 2.0, 2.0]))
+    assert jax.tree.map(float, state.params) == {
+        "params": {"w": -1.0},
+        "_overwrite_with_gradient": {"peak": 3.0},
+    }
+    assert float(metrics["grad_norm"]) == 2.0
+
+
 def test_bf16_gradients_are_summed_in_f32() -> None:
     batch = new_batch(256)
     exact = jitted()(new_state(), batch)[0].opt_state[0].mu["kernel"]

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from shardflax.core.boxes import AxisMetadata, is_box, unbox
+from shardflax.core.frozen_dict import freeze
 from shardflax.training import train_state as ours
 
 
@@ -77,6 +78,8 @@ def test_values_to_overwrite_like_linen() -> None:
     ]
     assert_same(*states)
     assert states[1].params[key]["scale"].tolist() == [9.0, 9.0]
+    frozen = ours.TrainState.create(apply_fn=None, params=freeze(params), tx=optax.sgd(0.1))
+    assert frozen.apply_gradients(grads=freeze(grads)).params[key] == freeze(grads)[key]
 
 
 @pytest.mark.parametrize("module", [oracle, ours], ids=["flax", "shardflax"])

@@ -145,9 +145,8 @@ class BatchLayoutError(DataError):
         product = " x ".join(f"{a}={n}" for a, n in axes.items())
         below = size // parts * parts
         advice = f"{below} or {below + parts}" if below > 0 else f"{parts}"
-        super().__init__(
-            f"{dim}={size}: expected a multiple of {parts} ({product}); write {advice}"
-        )
+        expected = f"a multiple of {parts} ({product})" if axes else "a number from 1"
+        super().__init__(f"{dim}={size}: expected {expected}; write {advice}")
         self.dim, self.size, self.axes = dim, size, dict(axes)
 
 

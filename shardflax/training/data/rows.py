@@ -34,8 +34,8 @@ class Batch(TypedDict):
 class BatchLayout:
     """How batches of `(global_batch, seq_len)` lie on a mesh, and what of them this process reads.
 
-    `sharding` is that of the two dims (batch, length).  Raises `BatchLayoutError` if the mesh axes
-    of a dim do not divide it.
+    `sharding` is that of the two dims (batch, length).  Raises `BatchLayoutError` if a dim is empty,
+    or the mesh axes of a dim do not divide it.
 
     >>> mesh = jax.make_mesh((4, 2), ("data", "tensor"))
     >>> rows = NamedSharding(mesh, jax.P("data"))
@@ -56,7 +56,7 @@ class BatchLayout:
         dims = (("global_batch", self.global_batch), ("seq_len", self.seq_len))
         if len(spec) > len(dims):
             raise ValueError(f"expected a spec for the dims (batch, length), found {spec}")
-        for (dim, size), entry in zip(dims, spec, strict=False):
+        for (dim, size), entry in zip(dims, (*spec, None, None), strict=False):
             names = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
             axes = {name: mesh.shape[name] for name in names}
             if size < 1 or size % math.prod(axes.values()):
