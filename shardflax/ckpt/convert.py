@@ -92,6 +92,8 @@ def convert_checkpoint(
         extras = dict(found.extras())
         if form == "shardflax":
             number = as_step if as_step is not None else found.step or 0
+            if not 0 <= number < 2**63:
+                raise CheckpointError(f"as_step={number}: a step is at least 0 and below 2**63.")
             path = write_step(path, number, leaves, check_json(extras), found.manifest)
         else:
             _write_file(path, form, leaves, extras)
@@ -125,6 +127,9 @@ class _Heard(Source):
             return array
 
         return finish
+
+    def check_size(self, nbytes: int) -> None:
+        self._inner.check_size(nbytes)
 
 
 def _write_file(path: Path, form: str, source: Source, extras: Mapping[str, Any]) -> None:
@@ -236,12 +241,13 @@ def _lots(index: int, source: Source, path: LeafPath, chunk: tuple[int, ...]) ->
 
 def _batches(lots: list[Lot]) -> Iterator[tuple[Lot, ...]]:
     """Small leaves together, first; then the parts of large ones, each by itself."""
-    batch: list[Lot] = []
+    batch, size = list[Lot](), 0
     for lot in (lot for lot in lots if lot.small):
-        if batch and sum(x.nbytes for x in batch) + lot.nbytes > _BATCH:
+        if batch and size + lot.nbytes > _BATCH:
             yield tuple(batch)
-            batch = []
+            batch, size = [], 0
         batch.append(lot)
+        size += lot.nbytes
     if batch:
         yield tuple(batch)
     yield from ((lot,) for lot in lots if not lot.small)

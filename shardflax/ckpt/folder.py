@@ -48,7 +48,7 @@ class StepFolder:
             names = os.listdir(self.root)
         except OSError as error:
             raise CheckpointFolderError(self.root, str(error), "Was it moved?") from error
-        numbers = [int(name) for name in names if name.isascii() and name.isdigit()]
+        numbers = {int(name) for name in names if name.isascii() and name.isdigit()}
         return sorted(n for n in numbers if self.is_committed(n))
 
     def is_committed(self, step: int) -> bool:

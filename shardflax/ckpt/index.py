@@ -36,9 +36,9 @@ def write_index(folder: Folder, values: Mapping[str, Value]) -> dict[str, FileRe
         tree = write_tree(values, name)
         records[name] = write_file(folder / name, tree.nodes)
         records[MANIFEST] = write_file(folder / MANIFEST, tree.manifest)
-    with contextlib.suppress(FileNotFoundError):  # without values, there may be no files
-        sync_folder(folder / DATA)
-    sync_folder(folder)
+    for path in (folder / DATA, folder):
+        with contextlib.suppress(FileNotFoundError):  # without values, there may be no files
+            sync_folder(path)
     return records
 
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from shardflax.ckpt.errors import CheckpointError
+from shardflax.ckpt.errors import CheckpointError, CheckpointReadError
 from shardflax.ckpt.folder import step_folder
 from shardflax.ckpt.leaves import LeafSpec
 from shardflax.ckpt.locate import Found, find_checkpoint, flax_steps
@@ -176,7 +176,7 @@ def about(found: Found) -> CheckpointInfo:
         step=found.step,
         leaves=leaves,
         nones=tuple(source.nones),
-        extras=found.extras(),
+        extras=_extras(found),
         process_extras=manifest.process_extras if manifest else (),
         metrics=manifest.metrics if manifest else {},
         mesh=manifest.mesh if manifest else {},
@@ -185,6 +185,13 @@ def about(found: Found) -> CheckpointInfo:
         bytes_on_disk=disk_bytes(found.path),
         temporary=manifest is not None and manifest.temporary,
     )
+
+
+def _extras(found: Found) -> Mapping[str, Any]:
+    try:
+        return found.extras()
+    except (ValueError, OSError) as error:
+        raise CheckpointReadError(found.path, None, error) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,11 +291,12 @@ def disk_bytes(path: Any) -> int:
 
 
 def when(time: float) -> str:
-    """Seconds since 1970 as local date and time; "-" for 0, which stands for a time not known.
+    """Seconds since 1970 as local date and time; "-" for 0 (not known), and for no real time.
 
     >>> len(when(1e9))
     19
     """
-    if not time:
+    try:
+        return datetime.datetime.fromtimestamp(time).isoformat(" ", "seconds") if time else "-"
+    except (ValueError, OverflowError, OSError):
         return "-"
-    return datetime.datetime.fromtimestamp(time).isoformat(" ", "seconds")

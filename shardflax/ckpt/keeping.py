@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping
 
 __all__ = ["Note", "Rules", "expired"]
@@ -39,7 +40,8 @@ class Rules:
     def __post_init__(self) -> None:
         for name in ("keep", "save_every", "keep_every"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            wrong = name == "save_every" if value is None else value < 1
+            if wrong:
                 raise ValueError(f"CheckpointManager: {name} must be at least 1, not {value}.")
 
     def regular(self, step: int) -> bool:
@@ -47,12 +49,19 @@ class Rules:
         return step % self.save_every == 0
 
     def best_of(self, steps: Iterable[int], note: Callable[[int], Note]) -> int | None:
-        """The step with the best metric, of those that have it; the latest of several."""
+        """The step with the best metric, of those that have it; the latest of several.
+
+        NaN is no metric: nothing would be better or worse.
+        """
         if self.best is None:
             return None
         sign = -1 if self.best_is_max else 1
         values = {step: note(step).metrics.get(self.best) for step in steps}
-        known = [(sign * value, -step) for step, value in values.items() if value is not None]
+        known = [
+            (sign * value, -step)
+            for step, value in values.items()
+            if value is not None and not math.isnan(value)
+        ]
         return -min(known)[1] if known else None
 
     def expired(self, steps: Iterable[int], note: Callable[[int], Note]) -> list[int]:

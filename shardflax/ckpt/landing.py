@@ -13,9 +13,9 @@ from typing import Any
 
 from shardflax.ckpt import faults
 from shardflax.ckpt.durable import sync_folder, write_file
-from shardflax.ckpt.errors import CheckpointExistsError
+from shardflax.ckpt.errors import CheckpointExistsError, CheckpointFolderError
 from shardflax.ckpt.manifest import NAME
-from shardflax.ckpt.orbax_files import STATE
+from shardflax.ckpt.orbax_files import MARKER, STATE, TREE
 
 __all__ = ["SAVING", "Landing", "in_use", "landing", "lock"]
 
@@ -43,7 +43,11 @@ class Landing:
         self._lock: int | None = None
 
     def begin(self) -> None:
-        """Makes the folder, and says that a living process writes to it."""
+        """Makes the folder, and says that a living process writes to it.
+
+        Raises as `commit` does where something is in the place of the step already.
+        """
+        self._check_free()
         self.folder.mkdir()
         (self.folder / STATE).mkdir()
         self._lock = lock(self.folder)
@@ -52,22 +56,31 @@ class Landing:
     def commit(self, manifest: bytes) -> None:
         """Writes the manifest, and gives the folder its name: all or nothing, even at a crash.
 
-        Raises CheckpointExistsError if another program was quicker.
+        Raises CheckpointExistsError if another program was quicker, and CheckpointFolderError if
+        something else is in the place of the step.
         """
         write_file(self.folder / NAME, manifest)
         sync_folder(self.folder)
         faults.at("manifest")
         faults.at("rename")
-        target = self.root / str(self.step)
         try:
-            os.rename(self.folder, target)
-        except OSError as error:
-            if target.is_dir() and self.folder.is_dir() and any(target.iterdir()):
-                raise CheckpointExistsError(self.root, self.step) from error
+            os.rename(self.folder, self.root / str(self.step))
+        except OSError:
+            self._check_free()
             raise
         faults.at("renamed")
         sync_folder(self.root)
         self.release()
+
+    def _check_free(self) -> None:
+        """Raises if there is more than an empty folder in the place of the step."""
+        target = self.root / str(self.step)
+        if any((target / name).is_file() for name in (NAME, MARKER, TREE)):
+            raise CheckpointExistsError(self.root, self.step)
+        if target.is_file() or (target.is_dir() and any(target.iterdir())):
+            raise CheckpointFolderError(
+                target, "it is there, and is no checkpoint", "Move it away, or remove it."
+            )
 
     def abandon(self) -> None:
         """Removes the folder, so that it does not fill the disk."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import sys
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ import numpy as np
 from shardflax.ckpt.errors import CheckpointLeafError
 from shardflax.ckpt.paths import Path, show
 
-__all__ = ["Difference", "LeafSpec", "describe", "difference", "is_key", "key_words"]
+__all__ = ["Difference", "LeafSpec", "describe", "difference", "is_key", "is_plain", "key_words"]
 
 _FAMILIES: dict[str, Any] = {
     "bool": jnp.bool_,
@@ -110,7 +111,8 @@ def describe(path: Path, leaf: Any) -> LeafSpec:
     if isinstance(leaf, jax.core.Tracer):
         raise CheckpointLeafError(show(path), "it is being traced", "Save outside of jax.jit.")
     if isinstance(leaf, bool | int | float | complex | str) and not isinstance(leaf, np.generic):
-        return LeafSpec("python", (), type(leaf).__name__, value=leaf)
+        value = _exact(path, leaf)
+        return LeafSpec("python", (), type(value).__name__, value=value)
     if not isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
         raise CheckpointLeafError(
             show(path),
@@ -119,13 +121,45 @@ def describe(path: Path, leaf: Any) -> LeafSpec:
         )
     dtype: Any = leaf.dtype
     if isinstance(dtype, np.dtype):
-        if dtype.kind in "OSUMm" or dtype.fields is not None or dtype.name in _WIDE:
+        if not is_plain(dtype):
             raise CheckpointLeafError(
                 show(path), f"its dtype is {dtype}", "Only numbers and bools can be stored."
             )
         return LeafSpec("array", tuple(leaf.shape), dtype.name)
     impl = str(jax.random.key_impl(leaf)) if isinstance(leaf, jax.Array) else None
     return LeafSpec("key", tuple(leaf.shape), str(dtype), impl=impl)
+
+
+def _exact(path: Path, leaf: Any) -> bool | int | float | complex | str:
+    """A Python scalar as one of the five types: the manifest knows no enum and no other subclass.
+
+    Raises CheckpointLeafError for an int with more digits than Python reads.
+    """
+    if isinstance(leaf, str):
+        return str.__str__(leaf)
+    kinds: tuple[Any, ...] = (bool, int, float, complex)
+    kind = next(kind for kind in kinds if isinstance(leaf, kind))
+    most = sys.get_int_max_str_digits()
+    if kind is int and most and leaf.bit_length() > 3 * most:
+        raise CheckpointLeafError(
+            show(path), f"it is an int of {leaf.bit_length():,} bits", "Store it as a string."
+        )
+    return kind(leaf)
+
+
+@functools.cache
+def is_plain(dtype: np.dtype[Any]) -> bool:
+    """True for bools, and for numbers that are the same on every machine.
+
+    >>> is_plain(np.dtype("bfloat16")), is_plain(np.dtype("S4")), is_plain(np.dtype("V4"))
+    (True, False, False)
+    """
+    if dtype.kind in "OSUMmT" or dtype.fields is not None or dtype.name in _WIDE:
+        return False
+    try:
+        return dtype.kind != "V" or jnp.dtype(dtype.name) == dtype  # of bfloat16, say
+    except TypeError:
+        return False
 
 
 _WIDE = {"float128", "complex256", "longdouble", "clongdouble", "float96", "complex192"}

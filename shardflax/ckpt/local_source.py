@@ -138,14 +138,19 @@ class _Job:
             for chunk in chunks:
                 chunk.leaf.error = error
             return
-        for chunk in chunks:
-            try:
-                chunk.read(descriptor)
-            except (ValueError, OSError, OverflowError) as error:
-                where = self.folder / self.file if self.file else "the index"
-                chunk.leaf.error = ValueError(f"{where}: {error}")
-        if self.file:
-            os.close(descriptor)
+        try:
+            for chunk in chunks:
+                self._read(chunk, descriptor)
+        finally:
+            if self.file:
+                os.close(descriptor)
+
+    def _read(self, chunk: _Chunk, descriptor: int) -> None:
+        try:
+            chunk.read(descriptor)
+        except (ValueError, OSError, OverflowError) as error:
+            where = self.folder / self.file if self.file else "the index"
+            chunk.leaf.error = ValueError(f"{where}: {error}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -74,9 +74,10 @@ def format_of(path: Path) -> str:
 def find_checkpoint(path: str | os.PathLike[str], step: int | None = None) -> Found:
     """Opens a checkpoint: a step's folder, a run's (its latest step, or `step`), or a file.
 
-    A file is safetensors or MessagePack of Flax; a folder may also hold safetensors files, or what
-    Flax's `training.checkpoints` wrote.  Needs no devices.  Raises CheckpointFolderError,
-    CheckpointNotFoundError; CheckpointReadError for what is damaged.
+    A file is safetensors or MessagePack of Flax; a folder may also hold safetensors files (if it
+    is not that of a run), or what Flax's `training.checkpoints` wrote.  Needs no devices.  Raises
+    CheckpointFolderError, CheckpointNotFoundError (a file, and the folder of a step, have no
+    steps); CheckpointReadError for what is damaged.
 
     >>> import tempfile
     >>> from shardflax.ckpt.manager import CheckpointManager
@@ -89,17 +90,16 @@ def find_checkpoint(path: str | os.PathLike[str], step: int | None = None) -> Fo
     where = place(path)
     try:
         if where.is_file():
+            if step is not None:
+                raise CheckpointNotFoundError(where, step, [])
             return _file(where)
         if step is None and _is_step(where):
             return _step(where)
-        if where.is_dir() and _has_weights(where):
+        steps = _steps(where)
+        if step is None and not steps and where.is_dir() and _has_weights(where):
             return _file(where)
     except (ValueError, OSError) as error:
         raise CheckpointReadError(where, None, error) from error
-    if not where.exists():
-        raise CheckpointFolderError(where, "there is neither a folder nor a file", "Was it moved?")
-    steps = {number: where / str(number) for number in step_folder(where).steps()}
-    steps = steps or flax_steps(where)
     chosen = max(steps, default=None) if step is None else step
     if chosen is None or chosen not in steps:
         raise CheckpointNotFoundError(where, step, list(steps))
@@ -108,6 +108,13 @@ def find_checkpoint(path: str | os.PathLike[str], step: int | None = None) -> Fo
         return _step(found) if found.is_dir() else dataclasses.replace(_file(found), step=chosen)
     except (ValueError, OSError) as error:
         raise CheckpointReadError(where, chosen, error) from error
+
+
+def _steps(folder: Any) -> dict[int, Any]:
+    """The steps of a run, ours or Flax's; raises CheckpointFolderError if there is no folder."""
+    if not folder.exists():
+        raise CheckpointFolderError(folder, "there is neither a folder nor a file", "Was it moved?")
+    return {n: folder / str(n) for n in step_folder(folder).steps()} or flax_steps(folder)
 
 
 def flax_steps(folder: Place) -> dict[int, Any]:

@@ -120,6 +120,7 @@ class CheckpointManager:
         self._pending: SaveHandle | None = None
         self._meter = Meter("saving")
         self._failure: CheckpointError | None = None
+        self._closed = False
         if not read_only:
             self._token, self._shelf.seen = get_ready(folder, self._meeting)
             self._writer = Worker("shardflax-save")
@@ -222,10 +223,13 @@ class CheckpointManager:
         [None, SaveHandle(step=10), None]
         """
         step = operator.index(step)
-        if self.read_only:
-            raise CheckpointSaveError(self.directory, step, "the manager is read_only")
-        if step < 0:
-            raise ValueError(f"CheckpointManager.save: step must not be negative, got {step}.")
+        if self.read_only or self._closed:
+            why = "is read_only" if self.read_only else "was closed: make a new one"
+            raise CheckpointSaveError(self.directory, step, f"the manager {why}")
+        if not 0 <= step < 2**63:
+            raise ValueError(
+                f"CheckpointManager.save: step must not be negative, nor 2**63 or more: {step}."
+            )
         early, lasting = self._early(step), force or self.rules.regular(step)
         if step in self._own or not (early or lasting):
             self._raise_failure()
@@ -233,7 +237,7 @@ class CheckpointManager:
         if step in self._shelf.seen:
             raise CheckpointExistsError(self.directory, step)
         checked = check_json(dict(extras or {}))
-        own = check_json(dict(process_extras or {}))
+        own = check_json(dict(process_extras or {}), "process_extras")
         numbers = {name: float(value) for name, value in (metrics or {}).items()}
         plan, leaves = make_plan(state, self.compression)
         self._settle()
@@ -309,7 +313,7 @@ class CheckpointManager:
         try:
             self._shelf.expire()
             at("expired")
-        except (OSError, CheckpointError) as error:
+        except Exception as error:
             failure = CheckpointError(
                 f"Step {step} is committed in {str(self.directory)!r}, but an older step could not "
                 f"be deleted: {error}."
@@ -321,7 +325,10 @@ class CheckpointManager:
         """Keeps an error for the next call, and tells who wants to hear of it now."""
         self._failure = failure
         if self.on_error is not None:
-            self.on_error(failure)
+            try:
+                self.on_error(failure)
+            except BaseException as error:  # whoever waits for the save must hear its end
+                failure.add_note(f"`on_error`, which was told of it, raised {error!r}.")
 
     def _raise_failure(self) -> None:
         """Raises the stored error of a background save, once."""
@@ -418,6 +425,7 @@ class CheckpointManager:
 
     def close(self) -> None:
         """Waits for the save in flight and ends the threads; raises its error if it failed."""
+        self._closed = True
         try:
             self.wait()
         finally:

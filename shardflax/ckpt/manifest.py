@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from shardflax.ckpt.durable import FileRecord, checksum
-from shardflax.ckpt.leaves import LeafSpec
+from shardflax.ckpt.leaves import LeafSpec, is_plain
 from shardflax.ckpt.paths import Path
 from shardflax.ckpt.plan import Stored
 
@@ -105,7 +105,7 @@ class Manifest:
                     f"it has version {body['version']!r}; this library reads {VERSION}"
                 )
             return cls._of(body)
-        except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise ValueError(f"it is not what a manifest is: {error!r}") from error
 
     @classmethod
@@ -117,6 +117,8 @@ class Manifest:
             leaves[path] = spec = spec_of(entry)
             if "store" in entry:
                 stored[path] = _stored_of(path, spec, entry)
+            elif spec.kind != "python" and spec.on_disk:
+                raise ValueError(f"leaf {'/'.join(path)!r} is stored nowhere")
         files = {_file_name(n): (_count(s), _text(c)) for n, (s, c) in body["files"].items()}
         found = cls(
             step=_count(body["step"]),
@@ -200,6 +202,8 @@ def spec_of(entry: Mapping[str, Any]) -> LeafSpec:
         raise TypeError(f"kind {kind!r}")
     if kind == "python" and type(value) is not _PYTHON[dtype]:
         raise TypeError(f"{value!r} is not a {dtype}")
+    if kind == "array" and not is_plain(np.dtype(dtype)):
+        raise TypeError(f"dtype {dtype!r}")
     impl = entry.get("impl")
     return LeafSpec(
         kind=kind,
@@ -256,15 +260,15 @@ def _dims(x: Any) -> tuple[Any, ...] | None:
     return None if x is None else tuple(tuple(p) if isinstance(p, list) else p for p in x)
 
 
-def check_json(extras: Mapping[str, Any]) -> dict[str, Any]:
+def check_json(extras: Mapping[str, Any], what: str = "extras") -> dict[str, Any]:
     """A copy of `extras` as JSON gives it back (tuples become lists).
 
-    Raises TypeError, naming the item, for what JSON cannot hold exactly.
+    Raises TypeError, naming the item of `what`, for what JSON cannot hold exactly.
 
     >>> check_json({"epoch": 3, "shape": (2, 2)})
     {'epoch': 3, 'shape': [2, 2]}
     """
-    _check_item("extras", extras)
+    _check_item(what, extras)
     return json.loads(json.dumps(extras))
 
 

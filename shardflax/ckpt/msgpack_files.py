@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def save_msgpack(path: str | os.PathLike[str], tree: Any) -> None:
 def write_msgpack(path: Path, source: Source) -> None:
     """Writes what a source offers; see `save_msgpack`."""
     data = msgpack_serialize(load_on_host(source), in_place=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         write_file(part, data)
         os.replace(part, path)

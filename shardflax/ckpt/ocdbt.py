@@ -365,14 +365,12 @@ def _read_file_table(data: _Bytes, base: str) -> _Files:
     shared = [0, *data.varints(max(count - 1, 0))][:count]
     lengths, bases = data.varints(count), data.varints(count)
     names = _expanded(data, shared, lengths)
-    for name in names:
-        parts = name.split(b"/")
-        if name and (b"" in parts or b".." in parts or b"\0" in name):
-            raise ValueError(f"it names a file outside of its folder: {name!r}")
-    return [
-        (base + name.decode(), base + name[:k].decode())
-        for name, k in zip(names, bases, strict=True)
-    ]
+    files = [(base + n.decode(), base + n[:k].decode()) for n, k in zip(names, bases, strict=True)]
+    for (file, _), name in zip(files, names, strict=True):
+        # What is handed down can end in the middle of a part, and "." is another name of a file.
+        if name and ({"", ".", ".."} & set(file.split("/")) or "\0" in file):
+            raise ValueError(f"it names a file outside of its folder: {file!r}")
+    return files
 
 
 def _pick(files: _Files, number: int) -> tuple[str, str]:

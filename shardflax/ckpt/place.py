@@ -19,6 +19,8 @@ from typing import Any
 
 import tensorstore as ts
 
+from shardflax.ckpt.errors import CheckpointFolderError
+
 __all__ = ["SCHEMES", "Place", "StorePath", "kvstore", "place"]
 
 SCHEMES = {"gs": "gcs", "s3": "s3"}
@@ -207,7 +209,7 @@ def kvstore(folder: Path | StorePath) -> dict[str, Any]:
     """
     if isinstance(folder, StorePath):
         return folder.spec
-    return {"driver": "file", "path": f"{folder}/"}
+    return {"driver": "file", "path": f"{os.path.realpath(folder)}/"}  # it takes no ".."
 
 
 Place = Path | StorePath
@@ -217,7 +219,7 @@ Place = Path | StorePath
 def place(path: str | os.PathLike[str]) -> Any:
     """A path as what it is: one of a file system, or of an object store (`gs://`, `s3://`).
 
-    Raises ValueError for other schemes.
+    Raises CheckpointFolderError for other schemes.
 
     >>> place("/data/run"), place("s3://bucket/run").bucket
     (PosixPath('/data/run'), 'bucket')
@@ -231,9 +233,10 @@ def place(path: str | os.PathLike[str]) -> Any:
     bucket, _, key = rest.partition("/")
     if scheme not in SCHEMES or not bucket:
         known = " and ".join(f"{name}://BUCKET/..." for name in SCHEMES)
-        raise ValueError(
-            f"{text!r}: checkpoints are in folders of file systems, or at {known}. Mount other "
-            f"stores, and give the folder they are mounted at."
+        raise CheckpointFolderError(
+            text,
+            f"checkpoints are in folders of file systems, or at {known}",
+            "Mount other stores, and give the folder they are mounted at.",
         )
     return StorePath(scheme, bucket, "/".join(part for part in key.split("/") if part))
 

@@ -223,14 +223,15 @@ def _lots(leaf: int, owned: dict[Box, list[Part]], itemsize: int, size: int) -> 
 def _pack(lots: Iterable[Lot]) -> Iterable[tuple[Lot, ...]]:
     """Groups of lots, the small ones first; one that is larger than a group is a group."""
     for small, limit in ((True, _BATCH_BYTES), (False, GROUP_BYTES)):
-        group: list[Lot] = []
+        group, size = list[Lot](), 0
         for lot in lots:
             if lot.small is not small:
                 continue
-            if group and sum(x.nbytes for x in group) + lot.nbytes > limit:
+            if group and size + lot.nbytes > limit:
                 yield tuple(group)
-                group = []
+                group, size = [], 0
             group.append(lot)
+            size += lot.nbytes
         if group:
             yield tuple(group)
 

@@ -55,8 +55,9 @@ def load_checkpoint(
 ) -> Restored:
     """Reads one checkpoint that is not in the folder of a manager, whoever wrote it.
 
-    `folder` is that of a step of ours, of Orbax's, or of one of Orbax's items.  See
-    `CheckpointManager.restore` for the rest; only this process takes part.
+    `folder` is that of a step of ours, of Orbax's, or of one of Orbax's items.  The step is its
+    name, or what is written in it; 0 if neither says one.  See `CheckpointManager.restore` for the
+    rest; only this process takes part.
 
     >>> import tempfile, numpy as np
     >>> from shardflax.ckpt.manager import CheckpointManager
@@ -67,10 +68,11 @@ def load_checkpoint(
     {'a': {'b': array([0, 1, 2])}}
     """
     path = place(folder)
-    step = int(path.name) if path.name.isdigit() else 0
+    step = int(path.name) if path.name.isdecimal() else None
+    root = path if step is None else path.parent
     meter = Meter(f"reading {path}")
     with showing(meter, progress):
-        return _attempt(path, path.parent, step, target, options or Options(), meter)
+        return _attempt(path, root, step, target, options or Options(), meter)
 
 
 def restore_step(
@@ -121,7 +123,7 @@ def _elsewhere(root: Place, step: int, index: int, value: dict[str, Any]) -> Che
 
 
 def _attempt(
-    folder: Place, root: Place, step: int, target: Any, options: Options, meter: Meter
+    folder: Place, root: Place, step: int | None, target: Any, options: Options, meter: Meter
 ) -> Restored:
     """Reads one step in this process."""
     try:
@@ -135,7 +137,10 @@ def _attempt(
     )
     if about is None:
         return found
-    return dataclasses.replace(found, metrics=about.metrics, process_extras=about.process_extras)
+    number = about.step if step is None else step
+    return dataclasses.replace(
+        found, step=number, metrics=about.metrics, process_extras=about.process_extras
+    )
 
 
 def restore_source(

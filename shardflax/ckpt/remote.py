@@ -72,7 +72,7 @@ class StoreFolder(StepFolder):
             for path in self.root.files():
                 first, *rest = path.relative_to(self.root).parts
                 number, dot, _ = first.partition(".")
-                if not (number.isascii() and number.isdigit()):
+                if not (number.isascii() and number.isdigit()) or number != str(int(number)):
                     continue
                 if rest and not dot:
                     found.setdefault(int(number), set()).add("/".join(rest))
@@ -153,6 +153,7 @@ class StoreLanding:
     def __init__(self, root: StorePath, step: int, name: str) -> None:
         self.root, self.step, self.folder = root, step, root / str(step)
         self._mark = root / f"{step}{SAVING}{name}"
+        self._begun = False
 
     def begin(self) -> None:
         """Removes what an interrupted save of the step left; says that it is being written.
@@ -163,6 +164,7 @@ class StoreLanding:
         if steps.is_committed(self.step):
             raise CheckpointExistsError(self.root, self.step)
         steps.discard(self.folder)
+        self._begun = True
         self._mark.write_bytes(_now())
 
     def commit(self, manifest: bytes) -> None:
@@ -175,9 +177,9 @@ class StoreLanding:
         self._mark.unlink()
 
     def abandon(self) -> None:
-        """Removes what was written, unless another program's step is there."""
+        """Removes what was written, unless another program's step is there (Orbax's, say)."""
         try:
-            if not (self.folder / NAME).is_file():
+            if self._begun and not (self.folder / NAME).is_file():
                 self.folder.remove()
         finally:
             self._mark.unlink()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -162,8 +163,11 @@ def _never(_: Any) -> bool:
 def meet(timeout: float) -> Rendezvous:
     """A new rendezvous; all processes make theirs in the same order.
 
-    Raises CheckpointError if there are several processes that cannot talk.
+    Raises ValueError for a timeout that is not positive and finite; CheckpointError if there are
+    several processes that cannot talk.
     """
+    if not 0 < timeout < math.inf:
+        raise ValueError(f"CheckpointManager: timeout is a positive, finite number, not {timeout}.")
     number, count = next(_counter), jax.process_count()
     client = coordination_client() if count > 1 else None
     if client is None and count > 1:

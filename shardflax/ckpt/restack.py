@@ -78,7 +78,7 @@ def _scanned(path: Path) -> Iterator[tuple[Path, int]]:
     for i, part in enumerate(path):
         if numbered := _NUMBERED.fullmatch(part):
             yield (*path[:i], numbered[1], *path[i + 1 :]), int(numbered[2])
-        elif part.isdigit() and i:
+        elif part.isdecimal() and i:
             yield (*path[:i], *path[i + 1 :]), int(part)
 
 

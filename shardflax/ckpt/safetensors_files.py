@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -181,6 +181,7 @@ def load_safetensors(
 
     Raises CheckpointReadError for a file that is damaged or none; CheckpointMismatchError.
 
+    >>> import tempfile
     >>> file = f"{tempfile.mkdtemp()}/model.safetensors"
     >>> save_safetensors(file, {"encoder": {"w": np.arange(3.0)}})
     >>> load_safetensors(file, rename={"encoder": "backbone"}).state
@@ -203,6 +204,7 @@ def save_safetensors(
     Raises CheckpointLeafError for a leaf that the format cannot hold (int4, complex128), for two
     leaves of one name, and for arrays of which other processes hold parts.
 
+    >>> import tempfile
     >>> file = f"{tempfile.mkdtemp()}/model.safetensors"
     >>> save_safetensors(file, {"w": np.ones(2)}, metadata={"format": "np"})
     >>> load_safetensors(file).extras
@@ -219,6 +221,7 @@ def write_safetensors(
 ) -> None:
     """Writes what a source offers, and JSON among the metadata; see `save_safetensors`.
 
+    >>> import tempfile
     >>> file = Path(tempfile.mkdtemp(), "w.safetensors")
     >>> write_safetensors(file, TreeSource({"w": 1}), {}, {"seen": 64})
     >>> open_safetensors(file).metadata
@@ -237,28 +240,18 @@ def write_safetensors(
     if source.nones:
         noted[_NONES] = json.dumps(source.nones)
     head, begins = header_bytes(tensors, {**metadata, **noted})
-    with tempfile.NamedTemporaryFile(
-        dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as file:
-        try:
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with part.open("xb") as file:
             file.write(head)
             for name in begins:
                 _write(file, source, names[name])
             file.flush()
             os.fsync(file.fileno())
-            os.chmod(file.name, 0o666 & ~_umask())
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
     sync_folder(path.parent)
-
-
-def _umask() -> int:
-    """What the process takes from the permissions of new files; it can only be read by setting."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
 
 
 def _names(source: Source) -> dict[str, LeafPath]:

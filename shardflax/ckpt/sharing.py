@@ -51,7 +51,7 @@ def _check_shared(
         mark.touch()
     meeting.agree("mark", True, _DOING)
     said = meeting.together("shared", {"seen": mark.exists(), "error": str(failure or "")}, _DOING)
-    if meeting.primary:
+    if meeting.primary and failure is None:
         mark.unlink(missing_ok=True)
     if failure is not None:
         raise failure

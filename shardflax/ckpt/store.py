@@ -120,11 +120,13 @@ class Store:
 
     def _close_full(self) -> None:
         """Forces files to the disk that are large enough."""
-        with self._lock:
-            full = [file for file in self._open if file.size >= GROUP_BYTES]
-            self._open = [file for file in self._open if file.size < GROUP_BYTES]
-        for file in full:
+        while (file := self._take_full()) is not None:
             self._close(file)
+
+    def _take_full(self) -> DataFile | None:
+        with self._lock:
+            found = next((i for i, x in enumerate(self._open) if x.size >= GROUP_BYTES), None)
+            return None if found is None else self._open.pop(found)
 
     def _close(self, file: DataFile) -> None:
         self._records[f"{DATA}/{file.name}"] = file.close()

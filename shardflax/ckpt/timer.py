@@ -75,4 +75,4 @@ class Timer:
         rest = self._every - (now - self._saved)
         if rest <= 0:
             return True, 0
-        return False, min(int(rest / 2 / pace), 1000) if pace > 0 and self._decisions > 1 else 0
+        return False, int(min(rest / 2 / pace, 1000)) if pace > 0 and self._decisions > 1 else 0

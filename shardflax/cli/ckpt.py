@@ -320,7 +320,12 @@ def main(args: Sequence[str]) -> int:
     command = tyro.extras.subcommand_cli_from_dict(
         _COMMANDS, args=args, prog="shardflax ckpt", description=_HELP
     )
-    return command.run()
+    try:
+        return command.run()
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise CommandError(str(error)) from error
 
 
 def _mode(progress: Progress) -> Mode:

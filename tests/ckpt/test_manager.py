@@ -434,7 +434,7 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
             ckpt.CheckpointManager(wrong)
         assert str(wrong) in str(caught.value)
     for other in ("az://bucket/run", "s3://"):
-        with pytest.raises(ValueError, match=f"{other}.*s3://BUCKET"):
+        with pytest.raises(ckpt.CheckpointFolderError, match=f"{other}.*s3://BUCKET"):
             ckpt.CheckpointManager(other)
 
 

@@ -1,0 +1,219 @@
+"""What nobody means to pass, and what must never be committed unreadable, lost, or waited for."""
+
+from __future__ import annotations
+
+import enum
+import json
+import math
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shardflax import ckpt
+from shardflax.ckpt import CheckpointManager
+from shardflax.ckpt.convert import _Heard, _plan
+from shardflax.ckpt.index import write_index
+from shardflax.ckpt.keeping import Note, Rules
+from shardflax.ckpt.manifest import Manifest
+from shardflax.ckpt.place import kvstore
+from shardflax.ckpt.plan import Lot, _pack
+from shardflax.ckpt.rendezvous import meet
+from shardflax.ckpt.timer import Timer
+from shardflax.ckpt.tree_source import TreeSource
+from shardflax.cli import main
+
+
+class _Number(enum.IntEnum):
+    TWO = 2
+
+
+class _Text(enum.StrEnum):
+    A = "a"
+
+
+class _Share(float):
+    pass
+
+
+def test_enums_and_other_subclasses_are_stored_as_what_they_stand_for(tmp_path: Path):
+    state = {"n": _Number.TWO, "t": _Text.A, "f": _Share(0.5)}
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, state)
+        restored = manager.restore(state).state
+        assert restored == {"n": 2, "t": "a", "f": 0.5} == manager.restore().state
+    assert [type(x) for x in restored.values()] == [float, int, str]  # by sorted key
+
+
+def test_what_could_not_be_read_back_is_refused_with_its_path(tmp_path: Path):
+    arrays = (np.zeros(2, dtype) for dtype in ("V4", "S4", np.dtypes.StringDType()))
+    with CheckpointManager(tmp_path) as manager:
+        for leaf in (*arrays, 10**5000):
+            with pytest.raises(ckpt.CheckpointLeafError, match="leaf 'a/b'"):
+                manager.save(1, {"a": {"b": leaf}})
+        assert manager.all_steps() == []
+
+
+def test_odd_numbers_of_a_manager(tmp_path: Path):
+    for options in ({"save_every": None}, {"keep": 0}, {"timeout": math.inf}, {"timeout": -1}):
+        with pytest.raises(ValueError, match="CheckpointManager: "):
+            CheckpointManager(tmp_path, **options)
+    with CheckpointManager(tmp_path) as manager:
+        for step in (-1, 2**63):
+            with pytest.raises(ValueError, match="must not be negative"):
+                manager.save(step, {"a": 1})
+        with pytest.raises(TypeError, match=r"process_extras\['x'\] is a object"):
+            manager.save(1, {"a": 1}, process_extras={"x": object()})
+    with pytest.raises(ckpt.CheckpointError, match="as_step=-1"):
+        ckpt.save_msgpack(tmp_path / "w.msgpack", {"a": 1})
+        ckpt.convert_checkpoint(tmp_path / "w.msgpack", tmp_path / "run", as_step=-1)
+
+
+def test_a_clock_that_never_asks():
+    now = iter(range(9))
+    timer = Timer(math.inf, meet(timeout=5), clock=lambda: next(now))
+    assert not any(timer.due(step) for step in range(4))
+
+
+def test_a_metric_that_is_nan_is_not_the_best():
+    notes = {1: Note({"loss": math.nan}), 2: Note({"loss": 0.5}), 3: Note({"loss": 0.7})}
+    for is_max, best in ((False, 2), (True, 3)):
+        rules = Rules(keep=1, best="loss", best_is_max=is_max)
+        assert rules.best_of(notes, notes.__getitem__) == best
+    assert Rules(keep=1, best="loss").expired(notes, notes.__getitem__) == [1]
+    assert Rules(best="loss").best_of([1], notes.__getitem__) is None
+
+
+def test_an_error_callback_that_fails_keeps_nobody_waiting(tmp_path: Path):
+    def fails(error: ckpt.CheckpointError) -> None:
+        raise RuntimeError("nobody answers")
+
+    manager = CheckpointManager(tmp_path / "run", on_error=fails)
+    (tmp_path / "run").rmdir()
+    manager.save(1, {"a": 1})
+    with pytest.raises(ckpt.CheckpointSaveError) as caught:
+        manager.close()
+    assert "nobody answers" in caught.value.__notes__[0]
+
+
+def test_nothing_is_saved_with_a_manager_that_was_closed(tmp_path: Path):
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, {"a": 1})
+    with pytest.raises(ckpt.CheckpointSaveError, match="was closed: make a new one"):
+        manager.save(2, {"a": 1})
+    assert manager.restore().state == {"a": 1}
+
+
+def test_what_is_no_checkpoint_is_not_overwritten(tmp_path: Path):
+    (tmp_path / "3" / "notes").mkdir(parents=True)
+    manager = CheckpointManager(tmp_path)
+    manager.save(3, {"a": 1})
+    with pytest.raises(ckpt.CheckpointSaveError, match=r"is no checkpoint\. Move it away"):
+        manager.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["3"]
+
+
+def test_a_step_that_was_copied_knows_its_number(tmp_path: Path):
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(300, {"a": 1})
+    (tmp_path / "300").rename(tmp_path / "best")
+    assert ckpt.load_checkpoint(tmp_path / "best").step == 300
+    os.remove(tmp_path / "best" / "MANIFEST.json")
+    with pytest.raises(ckpt.CheckpointReadError, match=r"^'.*/best' cannot be read") as caught:
+        ckpt.load_checkpoint(tmp_path / "best")
+    assert "earlier step" not in str(caught.value)
+
+
+def test_a_file_of_weights_among_the_steps_of_a_run(tmp_path: Path):
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(3, {"a": 1})
+    (tmp_path / "003").mkdir()
+    assert manager.all_steps() == [3]
+    file = tmp_path / "w.safetensors"
+    ckpt.save_safetensors(file, {"b": np.ones(2)})
+    for step in (None, 3):
+        assert ckpt.inspect_checkpoint(tmp_path, step).format == "shardflax"
+    with pytest.raises(ckpt.CheckpointNotFoundError):
+        ckpt.inspect_checkpoint(file, 3)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_paths_that_go_up_are_read_by_tensorstore_too(tmp_path: Path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to("run")
+    run = tmp_path / "run"
+    assert kvstore(tmp_path / "sub" / ".." / "link")["path"] == f"{run}/"
+
+
+def test_damaged_extras_are_an_error_of_checkpoints(tmp_path: Path):
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(3, {"a": 1})
+    (tmp_path / "3" / "extras" / "metadata").write_text("{ }")
+    with pytest.raises(ckpt.CheckpointReadError, match="extras/metadata has 3 bytes"):
+        ckpt.inspect_checkpoint(tmp_path)
+
+
+def test_a_process_that_writes_nothing(tmp_path: Path):
+    assert write_index(tmp_path / "ocdbt.process_0", {}) == {}
+
+
+def test_many_small_leaves_are_packed_in_one_pass():
+    visits = 0
+
+    class Counted(Lot):
+        @property
+        def nbytes(self) -> int:
+            nonlocal visits
+            visits += 1
+            return 8
+
+    fields = {"leaf": 0, "box": None, "pieces": (), "small": True}
+    lots = [object.__new__(Counted) for _ in range(50)]
+    for lot in lots:
+        vars(lot).update(fields)
+    assert [len(group) for group in _pack(lots)] == [50]
+    assert visits <= 3 * len(lots)
+
+
+def test_a_conversion_asks_whether_so_much_can_be_there():
+    class Hostile(TreeSource):
+        def check_size(self, nbytes: int) -> None:
+            raise ValueError(f"{nbytes} bytes")
+
+    with pytest.raises(ValueError, match="8 bytes"):
+        _Heard(Hostile({"a": np.ones(1)}), print).check_size(8)
+    assert _plan(TreeSource({"a": np.ones(1)})).sizes == (8,)
+
+
+def test_a_manifest_of_dtypes_that_are_no_numbers():
+    for kind in ("object", "S8", "datetime64[s]", "float128", "no such"):
+        with pytest.raises(ValueError, match=r"dtype|data type"):
+            _forged({"kind": "array", "shape": [0], "dtype": kind})
+    with pytest.raises(ValueError, match="'a' is stored nowhere"):
+        _forged({"kind": "array", "shape": [2], "dtype": "int8"})
+    with pytest.raises(ValueError, match="not what a manifest is"):
+        _forged({"kind": "python", "shape": [], "dtype": "complex", "value": [10**400, 0]})
+
+
+def _forged(leaf: dict[str, object]) -> Manifest:
+    """A manifest of one leaf, read."""
+    body = json.loads(Manifest(1, {}, {}, {}).text().partition(b"\n")[2][:-1])
+    rest = json.dumps(body | {"leaves": [{"path": ["a"], **leaf}]}).encode() + b"}"
+    return Manifest.read(b'{"crc32": "%08x", "body":\n%s' % (zlib.crc32(rest), rest))
+
+
+def test_what_the_command_line_cannot_open_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def refused(folder: str) -> list[ckpt.StepInfo]:
+        raise PermissionError(13, "Permission denied", folder)
+
+    assert main(["ckpt", "ls", "ftp://host/run"]) == 2
+    monkeypatch.setattr(ckpt, "list_steps", refused)
+    assert main(["ckpt", "ls", "run"]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("error: Checkpoint folder 'ftp://host/run': ")
+    assert second == "error: [Errno 13] Permission denied: 'run'"
