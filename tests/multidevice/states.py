@@ -46,7 +46,7 @@ CONFIG = DecoderConfig(
     dtype="float32",
 )
 MODEL = Decoder(CONFIG)
-TX = optax.adamw(1e-2)
+TX = optax.sgd(0.5, momentum=0.9)
 TOKENS = np.arange(8 * 16, dtype="int32").reshape(8, 16) * 7 % 32
 BATCH = {"tokens": TOKENS, "targets": np.roll(TOKENS, -1, axis=1)}
 
@@ -97,14 +97,15 @@ STEP: TrainStep = make_train_step(loss_fn)
 
 
 @functools.cache
-def losses() -> list[float]:
-    """Of two steps on one device."""
+def alone() -> tuple[TrainState, list[float]]:
+    """The state on one device, on the host, and the losses of two steps from there."""
     with logical_axis_rules(()):
-        state, step, found = jax.jit(lambda key: unbox(init(key)))(quick_key(0)), jax.jit(STEP), []
+        made = jax.device_get(jax.jit(lambda key: unbox(init(key)))(quick_key(0)))
+        state, step, found = made, jax.jit(STEP), []
         for _ in range(2):
             state, metrics = step(state, BATCH)
             found.append(float(metrics["loss"]))
-    return found
+    return made, found
 
 
 @functools.cache
@@ -184,3 +185,13 @@ def alike() -> tuple[tuple[Case, ...], ...]:
     for case in CASES:
         found.setdefault(case.meaning, []).append(case)
     return tuple(map(tuple, found.values()))
+
+
+def stored_alike() -> list[Case]:
+    """The first case of each way in which the state lies, however it is used."""
+    found: dict[Any, Case] = {}
+    for case in CASES:
+        layout, mesh = case.layout(), case.mesh()
+        specs = tuple(numbered(leaf.spec, mesh) for leaf in layout.leaves)
+        found.setdefault((case.sizes, specs), case)
+    return [*found.values()]

@@ -38,9 +38,10 @@ from tests.multidevice.states import (
     Case,
     abstract_state,
     alike,
+    alone,
     init,
-    losses,
     numbered,
+    stored_alike,
 )
 
 LAYERS = CONFIG.num_layers
@@ -107,21 +108,30 @@ GROUPS = {str(cases[0]): cases for cases in alike()}
 )
 def test_placed_as_explained_and_the_same_loss(cases: tuple[Case, ...], types: str) -> None:
     first, *others = cases
-    mesh, rules = first.mesh(types), first.rules
-    state, layout = init_sharded(init, quick_key(0), mesh=mesh, rules=rules)
-    check_placed(state, layout)
+    mesh, rules, layout = first.mesh(types), first.rules, first.layout(types)
     for other in others:
         check_same_layout(layout, other.layout(types))
+    made, losses = alone()
+    state = jax.device_put(made, layout.shardings)
     with use(mesh, rules):
         sharding = batch_sharding(mesh, rules, ("batch", "length"), TOKENS.shape)
         batch = jax.device_put(BATCH, sharding)
         step = jax.jit(STEP, out_shardings=(layout.shardings, None))
         compiled = step.lower(state, batch).compile()
-        for expected in losses():
+        for expected in losses:
             state, metrics = compiled(state, batch)
             np.testing.assert_allclose(metrics["loss"], expected, 2e-6)
     check_placed(state, layout)
     check_sent(first, layout, compiled)
+
+
+@pytest.mark.parametrize("case", stored_alike(), ids=str)
+def test_made_where_explained_with_the_same_numbers(case: Case) -> None:
+    """Each way in which a state lies; how it is used afterwards is all the same to an init."""
+    state, layout = init_sharded(init, quick_key(0), mesh=case.mesh(), rules=case.rules)
+    check_same_layout(layout, case.layout())
+    check_placed(state, layout)
+    jax.tree.map(np.testing.assert_array_equal, state, alone()[0])
 
 
 def check_placed(state: Any, layout: Layout) -> None:
