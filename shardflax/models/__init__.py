@@ -2,7 +2,7 @@
 
 from shardflax.models.config import DECODERS, DecoderConfig, decoder_config
 from shardflax.models.decoder import Decoder, DecoderBlock, FeedForward
-from shardflax.models.errors import ModelConfigError, UnknownModelError
+from shardflax.models.errors import ModelConfigError, SampleError, UnknownModelError
 from shardflax.models.generate import generate
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "DecoderConfig",
     "FeedForward",
     "ModelConfigError",
+    "SampleError",
     "UnknownModelError",
     "decoder_config",
     "generate",

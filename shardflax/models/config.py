@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from shardflax.core.errors import did_you_mean
 from shardflax.models.errors import ModelConfigError, UnknownModelError
@@ -59,8 +60,11 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type == "int" and value < 1:
-                self._refuse(f"{field.name}={value} is not positive", "Give a number from 1")
+            if field.type == "int" and not (isinstance(value, int | np.integer) and value >= 1):
+                self._refuse(f"{field.name}={value!r} is no positive number", "Give one from 1")
+        for name in ("rope_theta", "norm_epsilon"):
+            if not getattr(self, name) > 0:
+                self._refuse(f"{name}={getattr(self, name)} is not positive", "Give one above 0")
         if self.num_heads % self.num_kv_heads:
             self._refuse(
                 f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}",

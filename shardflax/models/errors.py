@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from shardflax.core.errors import FlaxError
 
-__all__ = ["ModelConfigError", "UnknownModelError"]
+__all__ = ["ModelConfigError", "SampleError", "UnknownModelError"]
 
 
 class ModelConfigError(FlaxError):
@@ -19,6 +19,17 @@ class ModelConfigError(FlaxError):
 
     def __init__(self, config: str, problem: str, cure: str) -> None:
         super().__init__(f"{config}: {problem}. {cure}")
+
+
+class SampleError(FlaxError, ValueError):
+    """An argument of `generate` that nothing can be sampled with.
+
+    >>> print(SampleError("top_k=0", "None, or a number from 1 to 256 (vocab_size)"))
+    generate: top_k=0, expected None, or a number from 1 to 256 (vocab_size).
+    """
+
+    def __init__(self, found: str, expected: str) -> None:
+        super().__init__(f"generate: {found}, expected {expected}.")
 
 
 class UnknownModelError(FlaxError):

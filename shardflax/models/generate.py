@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from shardflax.models.config import DecoderConfig
 from shardflax.models.decoder import Decoder
-from shardflax.models.errors import ModelConfigError
+from shardflax.models.errors import ModelConfigError, SampleError
 from shardflax.partitioning import AxisRules, get_logical_axis_rules, logical_axis_rules
 
 __all__ = ["generate"]
@@ -42,7 +42,8 @@ def generate(
     distribution at `temperature` (0: the most probable token), cut to the `top_k` most probable
     tokens.  The prompt is read in one step.  Under strict rules rows and lengths lie over those of
     their axes that divide them: a step has one token, and a prompt any number.  Raises
-    `ModelConfigError` if prompt and sample are longer than `config.max_length`.
+    `ModelConfigError` if prompt and sample are longer than `config.max_length`, `SampleError` for
+    a prompt without tokens, a `length` below 1, and a temperature or `top_k` that make no sense.
 
     >>> config = DecoderConfig(num_layers=1, max_length=8)
     >>> prompt = jnp.ones((2, 3), jnp.int32)
@@ -50,6 +51,7 @@ def generate(
     >>> generate(config, params, prompt, 4, jax.random.key(1)).shape
     (2, 4)
     """
+    _check(config, prompt, length, temperature, top_k)
     total = prompt.shape[1] + length
     if total > config.max_length:
         problem = f"max_length={config.max_length} tokens, for {prompt.shape[1]} + {length}"
@@ -59,6 +61,19 @@ def generate(
         return _generate(config, params, prompt, length, key, temperature, top_k)
     with logical_axis_rules(_of_any_size(rules)):
         return _generate(config, params, prompt, length, key, temperature, top_k)
+
+
+def _check(config: DecoderConfig, prompt: Any, length: int, temperature: Any, top_k: Any) -> None:
+    """Raises for arguments that nothing can be sampled with."""
+    if jnp.ndim(prompt) != 2 or not prompt.shape[1]:
+        raise SampleError(f"a prompt of shape {jnp.shape(prompt)}", "(batch, tokens), tokens > 0")
+    if length < 1:
+        raise SampleError(f"length={length}", "a number from 1")
+    if isinstance(temperature, int | float) and temperature < 0:
+        raise SampleError(f"temperature={temperature}", "0, or a number above it")
+    if top_k is not None and not 1 <= top_k <= config.vocab_size:
+        expected = f"None, or a number from 1 to {config.vocab_size} (vocab_size)"
+        raise SampleError(f"top_k={top_k}", expected)
 
 
 def _of_any_size(rules: AxisRules) -> AxisRules:

@@ -19,6 +19,7 @@ from shardflax.models import (
     DecoderBlock,
     DecoderConfig,
     ModelConfigError,
+    SampleError,
     UnknownModelError,
     decoder_config,
     generate,
@@ -185,7 +186,9 @@ def test_top_k_and_temperature() -> None:
     [
         ({"num_heads": 6, "num_kv_heads": 4}, "num_kv_heads=4 does not divide num_heads=6"),
         ({"head_dim": 5}, "head_dim=5 is odd"),
-        ({"num_layers": 0}, "num_layers=0 is not positive"),
+        ({"num_layers": 0}, "num_layers=0 is no positive number"),
+        ({"num_layers": "8"}, "num_layers='8' is no positive number"),
+        ({"rope_theta": 0.0}, "rope_theta=0.0 is not positive"),
         ({"dtype": "int32"}, "dtype='int32' is no floating dtype"),
         ({"param_dtype": "float23"}, "param_dtype='float23' is no floating dtype"),
     ],
@@ -193,6 +196,22 @@ def test_top_k_and_temperature() -> None:
 def test_options_that_do_not_fit(options: dict[str, Any], text: str) -> None:
     with pytest.raises(ModelConfigError, match=text):
         changed(**options)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"prompt": TOKENS[0]}, r"shape \(8,\), expected \(batch, tokens\)"),
+        ({"prompt": TOKENS[:, :0]}, r"shape \(2, 0\)"),
+        ({"length": 0}, "length=0, expected a number from 1"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"top_k": 0}, r"top_k=0, expected None, or a number from 1 to 32 \(vocab_size\)"),
+    ],
+)
+def test_samples_that_cannot_be(change: dict[str, Any], text: str) -> None:
+    given = {"prompt": TOKENS[:, :2], "length": 1, **change}
+    with pytest.raises(SampleError, match=text):
+        generate(CONFIG, None, key=KEY, **given)
 
 
 def test_errors_by_name() -> None:

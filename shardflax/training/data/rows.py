@@ -34,8 +34,8 @@ class Batch(TypedDict):
 class BatchLayout:
     """How batches of `(global_batch, seq_len)` lie on a mesh, and what of them this process reads.
 
-    `sharding` is that of the two dims (batch, length).  Raises `BatchLayoutError` if a dim is empty,
-    or the mesh axes of a dim do not divide it.
+    `sharding` is that of the two dims (batch, length).  Raises `BatchLayoutError` for a dim that is
+    empty, or that its mesh axes do not divide.
 
     >>> mesh = jax.make_mesh((4, 2), ("data", "tensor"))
     >>> rows = NamedSharding(mesh, jax.P("data"))
