@@ -111,6 +111,8 @@ def main(args: Sequence[str]) -> int:
         return _compare(options)
     if options.also:
         raise CommandError("--also has more meshes to compare on: it goes with --compare.")
+    if str(options.html) == "-":
+        raise CommandError("--html -: a page is written to a file, such as --html layout.html.")
     explanation = explanation_of(options)
     for path in filter(None, (options.json, options.html)):
         if str(path) != "-":

@@ -151,6 +151,8 @@ def main(args: Sequence[str]) -> int:
         raise CommandError("--mesh goes with a model: shardflax lock MODEL --mesh ...")
     known = read_lock(options.file) if options.file.exists() or not _is_new(options) else {}
     asked = _asked(options, known)
+    if not asked:
+        raise CommandError(f"{options.file} has no entry: shardflax lock MODEL --mesh ... adds it.")
     _check_devices(asked)
     changed = 0
     entries = dict(known)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from shardflax.cli.errors import ImportPathError
+from shardflax.cli.errors import CommandError, ImportPathError
 from shardflax.cli.mesh import AbstractMeshOptions
 from shardflax.core.errors import did_you_mean
 from shardflax.core.module import Module
@@ -51,7 +51,7 @@ class Subject:
     def program(self, mesh: Any, rules: AxisRules) -> Program | DecoderProgram:
         """The program; a decoder's batch has a row for each device along it, if none is said.
 
-        Raises `UnknownModelError`, or `ImportPathError`.
+        Raises `UnknownModelError`, `ImportPathError`, or `CommandError` for an empty batch.
 
         >>> from shardflax.partitioning import make_mesh
         >>> Subject("tiny").program(make_mesh("data=8"), preset("dp")).shape
@@ -59,6 +59,9 @@ class Subject:
         """
         if ":" in self.what:
             return _as_program(self.what, imported(self.what))
+        for option, number in (("--batch", self.batch), ("--seq-len", self.seq_len)):
+            if number is not None and number < 1:
+                raise CommandError(f"{option} {number}: there is at least one.")
         updates = {} if self.layers is None else {"num_layers": self.layers}
         config = decoder_config(self.what, **updates)
         rows = self.batch or math.prod(mesh.shape[axis] for axis in batch_axes(mesh, rules))

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from shardflax.core.errors import did_you_mean
 from shardflax.partitioning.default_table import DEFAULT_TABLE
-from shardflax.partitioning.errors import InvalidRuleError
+from shardflax.partitioning.errors import InvalidRuleError, kind_of
 from shardflax.partitioning.rules import AxisRules, RuleAxes
 from shardflax.partitioning.vocabulary import AXIS_ALIASES, KNOWN_AXES, known_name
 
@@ -80,7 +81,8 @@ def from_maxtext(
     rules for a name become one if each has some of the axes of the one before: axes that not all
     of them have may yield (`?`).  `choose` says the rule for a name where that does not hold.
 
-    Raises `InvalidRuleError` for a name with rules that cannot become one, and for no pairs.
+    Raises `InvalidRuleError` for a name with rules that cannot become one, for no pairs, and for a
+    name in `choose` that has no rule.
 
     >>> listed = [["mlp", ["fsdp_transpose", "tensor"]], ["embed", ["fsdp", "fsdp_transpose"]]]
     >>> from_maxtext([*listed, ["embed", ["fsdp"]]]).rules["embed"]
@@ -159,7 +161,10 @@ def from_levanter(
 
 
 def _mapping(said: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    return said.get(key) or {}
+    found: Any = said.get(key)
+    if found and not isinstance(found, Mapping):
+        raise InvalidRuleError(f"levanter rules: {key!r} is {kind_of(found)}, and no dict.")
+    return cast(Mapping[str, Any], found or {})
 
 
 def _names(names: Any) -> tuple[str, ...]:
@@ -187,9 +192,15 @@ class _Import:
 
     def run(self, pairs: Pairs) -> ImportedRules:
         """Reads all pairs, in their order."""
+        if not isinstance(cast(Any, pairs), Iterable):
+            raise InvalidRuleError(f"{self.title}: pairs of a name and axes, not {pairs!r}.")
         alternatives: dict[str, list[tuple[str, ...]]] = {}
         for name, axes in map(self.pair, pairs):
             alternatives.setdefault(name, []).append(axes)
+        for name in self.choose:
+            if name not in alternatives:
+                hint = did_you_mean(name, alternatives)
+                raise InvalidRuleError(f"{self.title}: choose={{{name!r}: ...}}: no rule: {hint}")
         chosen = {name: self.rule(name, found) for name, found in alternatives.items()}
         table: Table = {}
         for name, axes in chosen.items():
@@ -212,10 +223,12 @@ class _Import:
 
     def pair(self, pair: Any) -> tuple[str, tuple[str, ...]]:
         """A name and its axes, in the words of this library."""
-        parts = cast(Sequence[Any], pair)
+        parts = cast(Sequence[Any], pair if isinstance(pair, Sequence) else ())
         if isinstance(pair, str) or len(parts) != 2 or not isinstance(parts[0], str):
             raise InvalidRuleError(f"{self.title}: a pair of a name and axes, not {pair!r}.")
         name, axes = parts
+        if axes is not None and not isinstance(axes, Sequence):
+            raise InvalidRuleError(f"{self.title}: {name!r} takes {axes!r}, and no names of axes.")
         kept = (self.axis(axis) for axis in _names(axes))
         return name, tuple(dict.fromkeys(axis for axis in kept if axis))
 

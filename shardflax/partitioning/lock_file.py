@@ -121,7 +121,7 @@ def read_lock(path: str | Path) -> dict[str, LockEntry]:
     except FileNotFoundError:
         how = "write_lock writes one, or `shardflax lock MODEL --mesh ...`."
         raise LockFileError(path, f"there is no such file. {how}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise LockFileError(path, f"it cannot be read: {error}. {_ANEW}") from None
     if not isinstance(found, dict) or cast("Any", found).get("format") != _FORMAT:
         raise LockFileError(path, f'it is no lock file: "format": "{_FORMAT}" is not in it.')

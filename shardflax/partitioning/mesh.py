@@ -99,6 +99,8 @@ def make_abstract_mesh(
             raise MeshSpecError(
                 f"make_abstract_mesh: {what} is a number, such as 8, not {kind_of(number)}."
             )
+        if number is not None and number < 1:
+            raise MeshSpecError(f"make_abstract_mesh: {what}={number}: there is at least one.")
     if devices is not None:
         parsed = parsed.fill(devices, slices)
     elif -1 in (*parsed.ici, *parsed.dcn):

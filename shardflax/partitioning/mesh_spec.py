@@ -54,7 +54,7 @@ class MeshSpec:
         dcn, ici = self.dcn, self.ici
         if -1 in dcn:
             if slices is None:
-                slices = _left(devices, ici) if -1 not in ici else None
+                slices = max(1, devices // math.prod(ici)) if -1 not in ici else None
             if slices is None:
                 raise MeshSpecError(
                     f"mesh {self.text!r}: nothing says how many slices there are. Write the "
@@ -170,10 +170,6 @@ def _check_axis(text: str, axis: str, other_axes: Collection[str]) -> None:
             f"mesh {text!r}: {axis!r} is not an axis that the presets know: did you mean "
             f"{close[0]!r}? If {axis!r} is meant, say so: make_mesh(..., other_axes=({axis!r},))."
         )
-
-
-def _left(total: int, sizes: tuple[int, ...]) -> int:
-    return total // math.prod(sizes)
 
 
 def _fill(sizes: tuple[int, ...], total: int) -> tuple[int, ...]:

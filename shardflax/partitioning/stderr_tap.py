@@ -50,9 +50,11 @@ class _Tap:
     def leave(self, listener: _Listener) -> None:
         with self._lock:
             last = len(self._listeners) == 1
-            if self._answers is not None:
-                self._collect(last)
-            self._listeners.remove(listener)
+            try:
+                if self._answers is not None:
+                    self._collect(last)
+            finally:
+                self._listeners.remove(listener)
 
     def _open(self) -> None:
         self._filters = [pid for pid in self._filters if _runs(pid)]
@@ -75,7 +77,8 @@ class _Tap:
         assert self._answers is not None
         self._marks += 1
         mark = b"\0mark %d\n" % self._marks
-        os.write(2, mark)
+        with contextlib.suppress(BrokenPipeError):  # the filter is gone: there will be no answer
+            os.write(2, mark)
         if last:
             os.dup2(self._stderr, 2)
             os.close(self._stderr)

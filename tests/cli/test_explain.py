@@ -83,6 +83,8 @@ WRONG = {
     "dcn": (["tiny", "--mesh", "dcn(tensor=2) ici(fsdp=4)"], "say --across-dcn tensor."),
     "slip": (["tiny", "--mesh", "fspd=4"], "is meant, say so: --other-axes fspd."),
     "folder": (["tiny", "--mesh", "fsdp=4", "--html", "no/such/page.html"], "it cannot be written"),
+    "page": (["tiny", "--mesh", "fsdp=4", "--html", "-"], "such as --html layout.html"),
+    "batch": (["tiny", "--mesh", "fsdp=4", "--batch", "0"], "--batch 0: there is at least one"),
     "preset": (["tiny", "--mesh", "fsdp=4", "--preset", "fsdp_pt"], "did you mean 'fsdp_tp'?"),
     "model": (["tinny", "--mesh", "fsdp=4"], "did you mean 'tiny'?"),
     "module": (["no.such:thing", "--mesh", "fsdp=4"], "there is no module 'no'"),

@@ -129,6 +129,9 @@ def test_entries_that_are_not_there(capsys: pytest.CaptureFixture[str], tmp_path
     assert status == 2 and "did you mean 'mine'?" in out
     status, out = run(capsys, file, "--check")
     assert status == 2 and "does not say what it was made from" in out
+    pt.write_lock(file, {})  # nothing to compare is nothing that passes
+    status, out = run(capsys, file, "--check")
+    assert status == 2 and "has no entry: shardflax lock MODEL" in out
 
 
 # --- the file
@@ -178,6 +181,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     file = tmp_path / "shardflax.lock"
     for text, expected in (
         ("{", "it cannot be read: .*Take it from version control again"),
+        ("[" * 100_000, "it cannot be read: "),
         ("[]", "it is no lock file"),
         ('{"format": "shardflax.lock", "version": 2}', "version 2, and this library reads .* 1"),
         ('{"format": "shardflax.lock", "version": 1}', 'it has no "entries"'),

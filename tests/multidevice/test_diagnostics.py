@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -260,6 +261,15 @@ def test_nothing_else_is_swallowed(capfd: pytest.CaptureFixture[str]) -> None:
     assert "Involuntary" not in text and "mark" not in text
     for part in ("50 %" + long.decode(), "from python\n", "after\n", "from a child\n"):
         assert part in text
+
+
+def test_stderr_survives_the_filter(capfd: pytest.CaptureFixture[str]) -> None:
+    with listen() as lines:
+        os.kill(stderr_tap._tap._filters[-1], signal.SIGKILL)
+        os.waitpid(stderr_tap._tap._filters[-1], 0)
+    os.write(2, b"still here\n")
+    assert lines == [] == stderr_tap._tap._listeners
+    assert "still here" in capfd.readouterr().err
 
 
 def test_threads_get_the_notes_of_their_own_programs() -> None:

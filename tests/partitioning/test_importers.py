@@ -214,6 +214,12 @@ def test_levanter() -> None:
         (lambda: from_t5x([(None, "data")]), "a pair of a name and axes"),
         (lambda: from_levanter({"embed": "data"}), "levanter rules: none of axis_resources"),
         (lambda: from_maxtext([("embed", ["a-b"])]), "'a-b' is no axis"),
+        (lambda: from_maxtext([3]), "a pair of a name and axes, not 3"),  # type: ignore[list-item]
+        (lambda: from_maxtext(None), "not None"),  # type: ignore[arg-type]
+        (lambda: from_maxtext([("embed", 3)]), "'embed' takes 3, and no names of axes"),
+        (lambda: from_t5x([("embed", "data")], choose={"embd": "data"}),
+         r"choose=\{'embd': ...\}: no rule: did you mean 'embed'"),
+        (lambda: from_levanter({"fsdp_axis": "embed", "mesh": "data=8"}), "'mesh' is a str"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_said_strictly_is_refused(run: Any, text: str) -> None:
