@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent.parent
 SUBJECTS = "tests.cli.subjects"
 MISSPELT = "benchmarks.misspelt:model"
 TINY = ("explain", "tiny", "--layers", "1")
+MLP = ("explain", f"{SUBJECTS}:pair")
 
 
 def said(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
@@ -53,9 +54,9 @@ def test_problems_are_status_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert status == 1
     lines = out.splitlines()
     assert len(lines) == 2 and all("is not divisible by 8 (tensor=8" in line for line in lines)
-    status, out, _ = said(capsys, *TINY, "--mesh", "tensor=8")
-    assert status == 1 and "problem: params/layers/attention/out/kernel" in out
-    status, out, _ = said(capsys, *TINY, "--mesh", "tensor=2", "--problems-only")
+    status, out, _ = said(capsys, *MLP, "--mesh", "tensor=64")
+    assert status == 1 and "problem: params/down/kernel" in out
+    status, out, _ = said(capsys, *MLP, "--mesh", "tensor=2", "--problems-only")
     assert status == 0 and "no problems" in out
 
 
@@ -119,8 +120,8 @@ def test_what_a_spec_does_not_say_is_an_option(capsys: pytest.CaptureFixture[str
         ),
         (("--mesh", "fsdp=4,fspd=2", "--other-axes", "fspd"), "on fsdp=4, fspd=2"),
     ):
-        status, out, _ = said(capsys, *TINY, *args, "--problems-only")
-        assert (status, out.startswith(f"tiny {heading} under fsdp_tp")) == (0, True), out
+        status, out, _ = said(capsys, *MLP, *args, "--problems-only")
+        assert (status, out.startswith(f"{MLP[1]} {heading} under fsdp_tp")) == (0, True), out
 
 
 def test_faults_of_the_model_are_not_ours() -> None:

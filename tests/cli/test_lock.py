@@ -20,6 +20,7 @@ from tests.cli import subjects
 from tests.explain.states import RULES, boxed
 
 SUBJECTS = "tests.cli.subjects"
+MLP = f"{SUBJECTS}:program"
 
 
 def run(capsys: pytest.CaptureFixture[str], file: Path, *args: str) -> tuple[int, str]:
@@ -47,8 +48,8 @@ def test_entries_are_written_checked_and_renewed(
     quick = ("--no-collectives", "--layers", "1")
     status, out = run(capsys, file, "tiny", "--mesh", "fsdp=4,tensor=2", *quick)
     assert status == 0 and "tiny fsdp=4,tensor=2 fsdp_tp: new" in out and f"wrote {file}" in out
-    big = ("--mesh", "dcn(data=2) ici(fsdp=64)", "--preset", "fsdp", "--name", "big")
-    assert run(capsys, file, "tiny", *big, *quick)[0] == 0
+    big = ("--mesh", "dcn(data=2) ici(fsdp=16)", "--preset", "fsdp", "--name", "big")
+    assert run(capsys, file, MLP, *big, "--no-collectives")[0] == 0
     text = file.read_text("utf-8")
     assert list(json.loads(text)["entries"]) == ["big", "tiny fsdp=4,tensor=2 fsdp_tp"]
     assert max(map(len, text.splitlines())) < 200 and text.endswith("}\n")
@@ -63,8 +64,8 @@ def test_what_is_said_beside_the_mesh_is_kept(
 ) -> None:
     file = tmp_path / "shardflax.lock"
     mesh = ("--mesh", "dcn(tensor=-1) ici(fsdp=4)", "--devices", "8", "--across-dcn", "tensor")
-    quick = ("--no-collectives", "--layers", "1", "--name", "mine")
-    assert run(capsys, file, "tiny", *mesh, *quick)[0] == 0
+    quick = ("--no-collectives", "--name", "mine")
+    assert run(capsys, file, MLP, *mesh, *quick)[0] == 0
     entry = pt.read_lock(file)["mine"]
     assert entry.mesh == "fsdp=4, tensor=2"
     assert (entry.asked["devices"], entry.asked["across_dcn"]) == (8, ["tensor"])
@@ -75,7 +76,7 @@ def test_drift_is_status_one_and_says_what_changed(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     file = tmp_path / "shardflax.lock"
-    asked = ("tiny", "--mesh", "fsdp=4", "--name", "mine", "--no-collectives", "--layers", "1")
+    asked = (MLP, "--mesh", "fsdp=4", "--name", "mine", "--no-collectives")
     assert run(capsys, file, *asked, "--preset", "fsdp")[0] == 0
     before = file.read_text("utf-8")
     status, out = run(capsys, file, *asked, "--preset", "dp", "--check")
@@ -92,7 +93,7 @@ def test_collectives_are_locked(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     """Of a train step of one's own, compiled for the eight devices of the tests."""
     file = tmp_path / "shardflax.lock"
     asked = ("--mesh", "fsdp=8", "--preset", f"{SUBJECTS}:RULES", "--name", "mine")
-    assert run(capsys, file, f"{SUBJECTS}:program", *asked)[0] == 0
+    assert run(capsys, file, MLP, *asked)[0] == 0
     entry = pt.read_lock(file)["mine"]
     kinds = {(one.kind, one.axes, one.network) for one in entry.collectives or ()}
     assert ("all-gather", "fsdp", "ICI") in kinds
@@ -111,7 +112,7 @@ WRONG = {
     "file": (["--check"], "there is no such file"),
     "step": ([f"{SUBJECTS}:stateless", "--mesh", "fsdp=4"], "has no train step"),
     "devices": (["tiny", "--mesh", "fsdp=64"], "64 are needed"),
-    "problems": (["tiny", "--mesh", "tensor=8", "--no-collectives"], "is not divisible by 8"),
+    "problems": ([MLP, "--mesh", "tensor=64", "--no-collectives"], "is not divisible by 64"),
 }
 
 

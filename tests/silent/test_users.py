@@ -59,6 +59,7 @@ import pytest
 import shardflax.nn as nn
 from shardflax import errors
 from shardflax import partitioning as pt
+from tests.core.harness import quick_key
 from tests.silent import test_elsewhere
 from tests.silent.said import MESH, RULES, layout_of, refused
 
@@ -194,7 +195,7 @@ def test_19_a_model_with_names_runs_where_there_is_no_mesh() -> None:
             return nn.with_logical_constraint(x, ("batch", "act_mlp"))
 
     with pt.logical_axis_rules(RULES):
-        y, _ = Net().init_with_output(jax.random.key(0), jnp.ones((3, 5)))
+        y, _ = jax.jit(Net().init_with_output)(quick_key(0), jnp.ones((3, 5)))
     assert y.shape == (3, 4)  # 3 rows over no axis at all: nothing to refuse
 
 
