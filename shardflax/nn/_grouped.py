@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from shardflax.nn import flash
-from shardflax.nn.errors import AttentionOptionsError, MaskShapeError
+from shardflax.nn.errors import AttentionOptionsError, DropoutRateError, MaskShapeError
 from shardflax.nn.types import Array, Names, Precision
 from shardflax.partitioning.alike import repeated_like
 
@@ -80,6 +80,8 @@ class Attention:
                 f"implementation={self.implementation!r} does not exist; write one of "
                 f"{', '.join(map(repr, IMPLEMENTATIONS))}, or None for what fits best.",
             )
+        if not 0.0 <= self.dropout_rate <= 1.0:
+            raise DropoutRateError(self.place, self.dropout_rate)
 
     def __call__(
         self, query: Array, key: Array, value: Array, mask: Any = None, dropout_rng: Any = None
@@ -131,16 +133,20 @@ class Attention:
         no_kernel = self._why_no_kernel(mask, rng)
         if self.implementation is None:
             return self._best(query, key, value, no_kernel)
+        # Dropout, precision and the cap of the scores: JAX's function knows none of them.
+        formula = self._why_no_kernel(None, rng)
+        if self.softcap is not None:
+            formula = f"there is logit_softcap={self.softcap}"
+        why = formula if self.implementation == "cudnn" else None
         if self.implementation == "flash":
             why = no_kernel or flash.why_not_flash(query, key, value, self.query_axes)
-            if why is not None:
-                raise AttentionOptionsError(
-                    self.place,
-                    f"implementation='flash' cannot be used: {why}. Write None for what fits.",
-                )
-        # Dropout, precision and the cap of the scores are in the formula alone.
-        plain = rng is None and self.precision is None and self.softcap is None
-        return self.implementation if plain or self.implementation == "flash" else "reference"
+        if why is not None:
+            raise AttentionOptionsError(
+                self.place,
+                f"implementation={self.implementation!r} cannot be used: {why}. Write None for "
+                "what fits.",
+            )
+        return self.implementation if self.implementation == "flash" or not formula else "reference"
 
     def _why_no_kernel(self, mask: Any, rng: Any) -> str | None:
         """What a fused kernel does not know."""
@@ -187,7 +193,8 @@ class Attention:
         if dropout_rng is not None:
             keep = 1.0 - self.dropout_rate
             kept = jax.random.bernoulli(dropout_rng, keep, weights.shape)
-            weights = jnp.where(kept, weights / keep, 0.0)
+            # With a rate of 1 nothing is kept, and a division by 0 would make gradients NaN.
+            weights = jnp.where(kept, weights / (keep or 1.0), 0.0)
         weights = weights.astype(value.dtype)
         y = jnp.einsum("...kgqs,...skd->...qkgd", weights, value, precision=precision)
         return jnp.reshape(y, (*query.shape[:-1], value.shape[-1])).astype(query.dtype)

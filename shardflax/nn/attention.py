@@ -15,7 +15,7 @@ from shardflax.core import compact, nowrap
 from shardflax.nn import _names as names
 from shardflax.nn import initializers
 from shardflax.nn._cache import KVCache, open_cache
-from shardflax.nn.dot_product import check_operands, dot_product_attention
+from shardflax.nn.dot_product import DotProduct, dot_product_attention
 from shardflax.nn.errors import AttentionOptionsError, HeadsError, InputRankError, where
 from shardflax.nn.general import DenseGeneral
 from shardflax.nn.masks import combine_masks
@@ -47,8 +47,8 @@ class MultiHeadDotProductAttention(LayerBase):
     `AttentionOptionsError` for arguments that exclude one another.
 
     >>> import jax, jax.numpy as jnp, shardflax.nn as nn
-    >>> layer = nn.MultiHeadDotProductAttention(num_heads=2)
-    >>> y, variables = layer.init_with_output(jax.random.key(0), jnp.ones((1, 5, 8)))
+    >>> layer, x = nn.MultiHeadDotProductAttention(num_heads=2), jnp.ones((1, 5, 8))
+    >>> y, variables = jax.eval_shape(layer.init_with_output, jax.random.key(0), x)
     >>> y.shape, variables["params"]["query"]["kernel"].shape
     ((1, 5, 8), (8, 2, 4))
     """
@@ -216,11 +216,10 @@ class MultiHeadDotProductAttention(LayerBase):
         self, query: Array, key: Array, value: Array, mask: Array | None, options: dict[str, Any]
     ) -> Array:
         """Calls `attention_fn` with those of the arguments that it knows."""
+        if self.attention_fn is dot_product_attention:
+            return DotProduct(self, **options)(query, key, value, mask=mask)
         if mask is not None:
             options["mask"] = mask
-        if self.attention_fn is dot_product_attention:
-            check_operands(self, query, key, value, mask)
-            return dot_product_attention(query, key, value, **options)
         known = inspect.signature(self.attention_fn).parameters
         if not any(p.kind is p.VAR_KEYWORD for p in known.values()):
             if mask is not None and "mask" not in known:
@@ -260,7 +259,7 @@ class MultiHeadAttention(MultiHeadDotProductAttention):
 
     >>> import jax, jax.numpy as jnp, shardflax.nn as nn
     >>> layer = nn.MultiHeadAttention(num_heads=2, qkv_features=6, out_features=5)
-    >>> layer.init_with_output(jax.random.key(0), jnp.ones((1, 3, 8)))[0].shape
+    >>> jax.eval_shape(layer.init_with_output, jax.random.key(0), jnp.ones((1, 3, 8)))[0].shape
     (1, 3, 5)
     """
 
@@ -270,7 +269,7 @@ class SelfAttention(MultiHeadDotProductAttention):
 
     >>> import jax, jax.numpy as jnp, shardflax.nn as nn
     >>> layer = nn.SelfAttention(num_heads=2)
-    >>> layer.init_with_output(jax.random.key(0), jnp.ones((1, 3, 8)))[0].shape
+    >>> jax.eval_shape(layer.init_with_output, jax.random.key(0), jnp.ones((1, 3, 8)))[0].shape
     (1, 3, 8)
     """
 

@@ -19,7 +19,7 @@ class Sequential(Module):
 
     >>> import jax, jax.numpy as jnp, shardflax.nn as nn
     >>> model = nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(2)])
-    >>> y, variables = model.init_with_output(jax.random.key(0), jnp.ones((1, 3)))
+    >>> y, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), jnp.ones((1, 3)))
     >>> y.shape, sorted(variables["params"])
     ((1, 2), ['layers_0', 'layers_2'])
     """

@@ -230,8 +230,8 @@ class Conv(_Conv):
     `GroupsError` (groups that do not divide the features) and `KernelMaskError`.
 
     >>> import jax, jax.numpy as jnp, shardflax.nn as nn
-    >>> layer = nn.Conv(features=6, kernel_size=(3, 3), strides=2)
-    >>> y, variables = layer.init_with_output(jax.random.key(0), jnp.ones((1, 8, 8, 3)))
+    >>> layer, x = nn.Conv(features=6, kernel_size=(3, 3), strides=2), jnp.ones((1, 8, 8, 3))
+    >>> y, variables = jax.eval_shape(layer.init_with_output, jax.random.key(0), x)
     >>> y.shape, variables["params"]["kernel"].shape
     ((1, 4, 4, 6), (3, 3, 3, 6))
     """
@@ -267,8 +267,8 @@ class ConvLocal(_Conv):
     shape alone.
 
     >>> import jax, jax.numpy as jnp, shardflax.nn as nn
-    >>> layer = nn.ConvLocal(features=6, kernel_size=3, padding="VALID")
-    >>> y, variables = layer.init_with_output(jax.random.key(0), jnp.ones((1, 8, 2)))
+    >>> layer, x = nn.ConvLocal(features=6, kernel_size=3, padding="VALID"), jnp.ones((1, 8, 2))
+    >>> y, variables = jax.eval_shape(layer.init_with_output, jax.random.key(0), x)
     >>> y.shape, variables["params"]["kernel"].shape
     ((1, 6, 6), (6, 6, 6))
     """

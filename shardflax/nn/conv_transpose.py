@@ -56,8 +56,8 @@ class ConvTranspose(LayerBase):
     each spatial dim.  The rest, and the errors, are those of `Conv`.
 
     >>> import jax, jax.numpy as jnp, shardflax.nn as nn
-    >>> layer = nn.ConvTranspose(features=6, kernel_size=(3, 3), strides=(2, 2))
-    >>> y, variables = layer.init_with_output(jax.random.key(0), jnp.ones((1, 4, 4, 8)))
+    >>> layer, x = nn.ConvTranspose(6, kernel_size=(3, 3), strides=(2, 2)), jnp.ones((1, 4, 4, 8))
+    >>> y, variables = jax.eval_shape(layer.init_with_output, jax.random.key(0), x)
     >>> y.shape, variables["params"]["kernel"].shape
     ((1, 8, 8, 6), (3, 3, 8, 6))
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,10 @@ from shardflax.nn.errors import (
     AttentionShapeError,
     InputRankError,
     MaskShapeError,
-    where,
 )
 from shardflax.nn.types import Array, Dtype, Precision
 
-__all__ = ["check_operands", "dot_product_attention", "dot_product_attention_weights"]
+__all__ = ["DotProduct", "dot_product_attention", "dot_product_attention_weights"]
 
 
 def dot_product_attention_weights(
@@ -50,32 +49,16 @@ def dot_product_attention_weights(
     Raises an `AttentionShapeError` or `MaskShapeError` for shapes that do not fit, an
     `AttentionOptionsError` for `einsum` together with `einsum_dot_general` or `precision`.
 
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> q = jnp.ones((2, 5, 4, 8))
-    >>> dot_product_attention_weights(q, q).shape
+    >>> jax.eval_shape(dot_product_attention_weights, q, q).shape
     (2, 4, 5, 5)
     """
-    place = "attention" if module is None else where(module)
-    query, key = promote_dtype(query, key, dtype=dtype)
-    _check_query_key(place, query, key)
-    product = _einsum(place, einsum, einsum_dot_general, precision)
-    query = query / jnp.sqrt(query.shape[-1]).astype(query.dtype)
-    weights = product("...qhd,...khd->...hqk", query, key)
-    for what, extra in (("bias", bias), ("mask", mask)):
-        _check_broadcasts(place, what, extra, weights.shape)
-    if bias is not None:
-        weights = weights + bias
-    if mask is not None:
-        weights = jnp.where(mask, weights, jnp.finfo(query.dtype).min)
-    if force_fp32_for_softmax:
-        weights = weights.astype(jnp.float32)
-    weights = jax.nn.softmax(weights)
-    if module is not None:
-        module.sow("intermediates", "attention_weights", weights)
-    if deterministic or dropout_rate == 0.0:
-        return weights
-    keep = _dropout(place, weights, dropout_rate, dropout_rng, broadcast_dropout, query.dtype)
-    return weights * keep
+    options = broadcast_dropout, dropout_rng, dropout_rate, deterministic, dtype, precision
+    how = DotProduct(
+        _place(module), *options, module, force_fp32_for_softmax, einsum_dot_general, einsum
+    )
+    return how.weights(query, key, bias, mask)
 
 
 def dot_product_attention(
@@ -102,66 +85,119 @@ def dot_product_attention(
     `(*batch, queries, heads, depth)`.  The two einsums are given together or not at all
     (`AttentionOptionsError`).
 
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> q, v = jnp.ones((2, 5, 4, 8)), jnp.ones((2, 5, 4, 3))
-    >>> dot_product_attention(q, q, v).shape
+    >>> jax.eval_shape(dot_product_attention, q, q, v).shape
     (2, 5, 4, 3)
     """
-    place = "attention" if module is None else where(module)
-    if (qk_attn_weights_einsum is None) != (attn_weights_value_einsum is None):
-        raise AttentionOptionsError(
-            place, "give `qk_attn_weights_einsum` and `attn_weights_value_einsum` together."
-        )
-    query, key, value = promote_dtype(query, key, value, dtype=dtype)
-    _check_key_value(place, key, value)
-    weights = dot_product_attention_weights(
-        query,
-        key,
-        bias,
-        mask,
-        broadcast_dropout,
-        dropout_rng,
-        dropout_rate,
-        deterministic,
-        query.dtype,
-        precision,
+    options = broadcast_dropout, dropout_rng, dropout_rate, deterministic, dtype, precision
+    how = DotProduct(
+        _place(module),
+        *options,
         module,
         force_fp32_for_softmax,
         einsum_dot_general,
         qk_attn_weights_einsum,
+        attn_weights_value_einsum,
     )
-    product = _einsum(place, attn_weights_value_einsum, einsum_dot_general, precision)
-    return product("...hqk,...khd->...qhd", weights, value)
+    return how(query, key, value, bias, mask)
 
 
-def check_operands(place: Any, query: Array, key: Array, value: Array, mask: Any) -> None:
-    """Raises what `dot_product_attention` would raise, in the name of the layer that calls it.
+def _place(module: Any) -> Any:
+    return "attention" if module is None else module
+
+
+class DotProduct(NamedTuple):
+    """How attention is computed: the arguments of `dot_product_attention` that are no operands.
+
+    `place` is what errors name: a layer, or a text.
 
     >>> x = jnp.ones((1, 3, 2, 4))
-    >>> check_operands("here", x, x, x, jnp.ones((1, 2, 3, 5)))
+    >>> DotProduct("here")(x, x, x, mask=jnp.ones((1, 2, 3, 5)))
     Traceback (most recent call last):
     shardflax.nn.errors.MaskShapeError: here: mask of shape (1, 2, 3, 5) does not broadcast to ...
     """
-    _check_query_key(place, query, key)
-    _check_key_value(place, key, value)
-    if mask is not None:
-        (*batch, length, heads, _), (*_, keys, _, _) = query.shape, key.shape
-        _check_broadcasts(place, "mask", mask, (*batch, heads, length, keys))
 
+    place: Any
+    broadcast_dropout: bool = True
+    dropout_rng: Array | None = None
+    dropout_rate: float = 0.0
+    deterministic: bool = False
+    dtype: Dtype | None = None
+    precision: Precision = None
+    module: Any = None
+    force_fp32_for_softmax: bool = False
+    einsum_dot_general: Callable[..., Array] | None = None
+    qk_attn_weights_einsum: Callable[..., Array] | None = None
+    attn_weights_value_einsum: Callable[..., Array] | None = None
 
-def _einsum(place: str, einsum: Any, dot_general: Any, precision: Precision) -> Any:
-    """What multiplies: `einsum` if given, else JAX's with `dot_general` and `precision`."""
-    if einsum is not None:
-        if dot_general is not None or precision is not None:
+    def __call__(
+        self, query: Array, key: Array, value: Array, bias: Any = None, mask: Any = None
+    ) -> Array:
+        """Means of `value`, weighted: see `dot_product_attention`."""
+        if (self.qk_attn_weights_einsum is None) != (self.attn_weights_value_einsum is None):
             raise AttentionOptionsError(
-                place, "give `einsum`, or `einsum_dot_general` and `precision`, not both."
+                self.place,
+                "give `qk_attn_weights_einsum` and `attn_weights_value_einsum` together.",
             )
-        return einsum
-    options = {} if dot_general is None else {"_dot_general": dot_general}
-    return functools.partial(jnp.einsum, precision=precision, **options)
+        query, key, value = promote_dtype(query, key, value, dtype=self.dtype)
+        _check_key_value(self.place, key, value)
+        weights = self._weights(query, key, bias, mask)
+        product = self._product(self.attn_weights_value_einsum)
+        return product("...hqk,...khd->...qhd", weights, value)
+
+    def weights(self, query: Array, key: Array, bias: Any = None, mask: Any = None) -> Array:
+        """How much each query attends to each key: see `dot_product_attention_weights`."""
+        query, key = promote_dtype(query, key, dtype=self.dtype)
+        return self._weights(query, key, bias, mask)
+
+    def _weights(self, query: Array, key: Array, bias: Any, mask: Any) -> Array:
+        _check_query_key(self.place, query, key)
+        product = self._product(self.qk_attn_weights_einsum)
+        query = query / jnp.sqrt(query.shape[-1]).astype(query.dtype)
+        weights = product("...qhd,...khd->...hqk", query, key)
+        for what, extra in (("bias", bias), ("mask", mask)):
+            _check_broadcasts(self.place, what, extra, weights.shape)
+        if bias is not None:
+            weights = weights + bias
+        if mask is not None:
+            weights = jnp.where(mask, weights, jnp.finfo(query.dtype).min)
+        if self.force_fp32_for_softmax:
+            weights = weights.astype(jnp.float32)
+        weights = jax.nn.softmax(weights)
+        if self.module is not None:
+            self.module.sow("intermediates", "attention_weights", weights)
+        if self.deterministic or self.dropout_rate == 0.0:
+            return weights
+        return weights * self._kept(weights.shape, query.dtype)
+
+    def _product(self, einsum: Any) -> Any:
+        """What multiplies: `einsum` if given, else JAX's with `dot_general` and `precision`."""
+        if einsum is not None:
+            if self.einsum_dot_general is not None or self.precision is not None:
+                raise AttentionOptionsError(
+                    self.place, "give `einsum`, or `einsum_dot_general` and `precision`, not both."
+                )
+            return einsum
+        dot = self.einsum_dot_general
+        options = {} if dot is None else {"_dot_general": dot}
+        return functools.partial(jnp.einsum, precision=self.precision, **options)
+
+    def _kept(self, shape: tuple[int, ...], dtype: Dtype) -> Array:
+        """Factors of the weights: 0 or 1 / (1 - rate), drawn once for all batch dims and heads."""
+        if self.dropout_rng is None:
+            raise AttentionOptionsError(
+                self.place,
+                f"dropout_rate={self.dropout_rate} draws random numbers: pass `dropout_rng`.",
+            )
+        keep = 1.0 - self.dropout_rate
+        if self.broadcast_dropout:
+            shape = (1,) * (len(shape) - 2) + shape[-2:]
+        kept = jax.random.bernoulli(self.dropout_rng, keep, shape)
+        return kept.astype(dtype) / jnp.asarray(keep, dtype=dtype)
 
 
-def _check_query_key(place: str, query: Array, key: Array) -> None:
+def _check_query_key(place: Any, query: Array, key: Array) -> None:
     q, k = query.shape, key.shape
     for what, shape in (("query", q), ("key", k)):
         if len(shape) < 3:
@@ -176,7 +212,7 @@ def _check_query_key(place: str, query: Array, key: Array) -> None:
         raise AttentionShapeError(place, "depths (dim -1)", query=q, key=k)
 
 
-def _check_key_value(place: str, key: Array, value: Array) -> None:
+def _check_key_value(place: Any, key: Array, value: Array) -> None:
     k, v = key.shape, value.shape
     if len(v) != len(k) or len(v) < 3:
         raise AttentionShapeError(place, "ranks", key=k, value=v)
@@ -186,26 +222,10 @@ def _check_key_value(place: str, key: Array, value: Array) -> None:
         raise AttentionShapeError(place, "batch dims and heads", key=k, value=v)
 
 
-def _check_broadcasts(place: str, what: str, x: Any, target: tuple[int, ...]) -> None:
+def _check_broadcasts(place: Any, what: str, x: Any, target: tuple[int, ...]) -> None:
     if x is None:
         return
     shape = jnp.shape(x)
     pairs = zip(reversed(shape), reversed(target), strict=False)
     if len(shape) > len(target) or any(a not in (1, b) for a, b in pairs):
         raise MaskShapeError(place, what, shape, target)
-
-
-def _dropout(
-    place: str, weights: Array, rate: float, rng: Any, broadcast: bool, dtype: Dtype
-) -> Array:
-    """Factors of the weights: 0 or 1 / (1 - rate), drawn once for all batch dims and heads."""
-    if rng is None:
-        raise AttentionOptionsError(
-            place, f"dropout_rate={rate} draws random numbers: pass `dropout_rng`."
-        )
-    keep = 1.0 - rate
-    shape = weights.shape
-    if broadcast:
-        shape = (1,) * (weights.ndim - 2) + shape[-2:]
-    kept = jax.random.bernoulli(rng, keep, shape)
-    return kept.astype(dtype) / jnp.asarray(keep, dtype=dtype)

@@ -61,20 +61,22 @@ class _Equation:
 
 
 @lru_cache(maxsize=256)
-def _parse(place: str, equation: str, input_ndim: int, kernel_ndim: int) -> _Equation:
-    """The labels of `equation`, for operands of these ranks."""
+def _parse(place: str, equation: str, shape: tuple[int, ...], kernel_ndim: int) -> _Equation:
+    """The labels of `equation`, for inputs of this shape and a kernel of this rank."""
     text = equation.replace(" ", "")
-    if "->" not in text:
-        raise EinsumError(place, f"the equation {equation!r} must say its output, after '->'.")
+    if text.count("->") != 1:
+        raise EinsumError(
+            place, f"the equation {equation!r} must say its output, once, after '->'."
+        )
     left, output = text.split("->")
     if left.count(",") != 1:
         raise EinsumError(place, f"{equation!r} must have two operands: 'inputs,kernel->output'.")
     inputs, kernel = left.split(",")
     if "..." in kernel:
         raise EinsumError(place, f"{equation!r} has '...' in the kernel, whose dims are all named.")
-    extra = input_ndim - len(inputs.replace("...", ""))
+    extra = len(shape) - len(inputs.replace("...", ""))
     if extra < 0 or (extra and "..." not in inputs):
-        raise InputRankError(place, "inputs", f"those of {inputs!r}", (0,) * input_ndim)
+        raise InputRankError(place, "inputs", f"those of {inputs!r}", shape)
     if kernel_ndim != len(kernel):
         raise EinsumError(
             place, f"{equation!r} wants a kernel of {len(kernel)} dims, shape has {kernel_ndim}."
@@ -93,7 +95,7 @@ class Einsum(LayerBase):
 
     >>> import jax, jax.numpy as jnp, shardflax.nn as nn
     >>> layer = nn.Einsum((4, 2, 3), "...d,dhk->...hk")
-    >>> y, variables = layer.init_with_output(jax.random.key(0), jnp.ones((5, 4)))
+    >>> y, variables = jax.eval_shape(layer.init_with_output, jax.random.key(0), jnp.ones((5, 4)))
     >>> y.shape, variables["params"]["bias"].shape
     ((5, 2, 3), (2, 3))
     """
@@ -115,7 +117,7 @@ class Einsum(LayerBase):
     @compact
     def __call__(self, inputs: Array, einsum_str: str | None = None) -> Array:
         text = self._equation(einsum_str)
-        equation = _parse(where(self), text, jnp.ndim(inputs), len(self.shape))
+        equation = _parse(where(self), text, jnp.shape(inputs), len(self.shape))
         equation.check(self, jnp.shape(inputs), self.shape)
         axes = equation.kernel_names() if self.kernel_axes is None else self.kernel_axes
         init = partitioning.named(self.kernel_init, axes)

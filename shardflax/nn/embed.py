@@ -13,7 +13,13 @@ from shardflax import partitioning
 from shardflax.nn import _names as names
 from shardflax.nn import _weights as weights
 from shardflax.nn import dtypes, initializers
-from shardflax.nn.errors import InputDtypeError, InputRankError, InputShapeError, where
+from shardflax.nn.errors import (
+    EmbedLookupError,
+    InputDtypeError,
+    InputRankError,
+    InputShapeError,
+    where,
+)
 from shardflax.nn.policy import LayerBase
 from shardflax.nn.types import Array, Dtype, Initializer, Names
 from shardflax.partitioning import default_names
@@ -30,7 +36,8 @@ class Embed(LayerBase):
     """A table of `num_embeddings` rows of `features`, looked up by integer ids.
 
     Ids `(...)` give `(..., features)` in `dtype`, by default the table's.  Negative ids count
-    from the end; ids out of range give NaN.  Ids that are not integers are an `InputDtypeError`.
+    from the end; ids out of range give NaN.  Ids that are not integers are an `InputDtypeError`, a
+    `lookup` of another name an `EmbedLookupError`.
 
     `lookup="gather"` indexes the table, `lookup="one_hot"` multiplies it by one-hot rows: the
     same numbers (up to the precision of the product), which a table sharded over its vocabulary
@@ -71,6 +78,8 @@ class Embed(LayerBase):
         ids = jnp.asarray(inputs)
         if not jnp.issubdtype(ids.dtype, jnp.integer):
             raise InputDtypeError(where(self), "an integer", ids.dtype)
+        if self.lookup not in ("gather", "one_hot"):
+            raise EmbedLookupError(where(self), self.lookup)
         (table,) = self.promote_dtype(self.embedding, dtype=self.dtype, inexact=False)
         if self.num_embeddings == 1:
             # Linen's answer: a single row is every row, whatever the id.

@@ -20,6 +20,7 @@ __all__ = [
     "DropoutRateError",
     "DtypeError",
     "EinsumError",
+    "EmbedLookupError",
     "GroupsError",
     "HeadsError",
     "InputDtypeError",
@@ -117,6 +118,19 @@ class EinsumError(NNError):
     Traceback (most recent call last):
     shardflax.nn.errors.EinsumError: Einsum: no '->' in 'ab,bc'
     """
+
+
+class EmbedLookupError(NNError):
+    """`Embed` was told of a way to look rows up that there is not.
+
+    >>> raise EmbedLookupError("Embed 'tokens'", "onehot")
+    Traceback (most recent call last):
+    shardflax.nn.errors.EmbedLookupError: Embed 'tokens': lookup='onehot': did you mean 'one_hot'?
+    """
+
+    def __init__(self, place: str, lookup: Any):
+        hint = did_you_mean(str(lookup), ["gather", "one_hot"])
+        super().__init__(place, f"lookup={lookup!r}: {hint}")
 
 
 class DtypeError(FlaxError, ValueError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 from shardflax.nn import _names as names
 from shardflax.nn.errors import AttentionOptionsError
 from shardflax.nn.types import Array, Names
+from shardflax.partitioning.explicit_out import explicit_axes
 from shardflax.partitioning.resolve import resolve
 from shardflax.partitioning.rules import AxisRules
 from shardflax.partitioning.scope import axis_kinds, free_axes, mesh_in_scope, rules_in_scope
@@ -160,9 +161,9 @@ def flash_attention(
     kernel step by step, on any device.  A length or depth that is spread is an
     `AttentionOptionsError`.
 
-    >>> x = jnp.ones((1, 128, 1, 64))
-    >>> bool(jnp.allclose(flash_attention(x, x, x, interpret=True), 1.0))
-    True
+    >>> q, kv = jnp.ones((1, 256, 4, 64)), jnp.ones((1, 128, 2, 64))
+    >>> jax.eval_shape(flash_attention, q, kv, kv).shape
+    (1, 256, 4, 64)
     """
     kernel = Flash(causal, window, softcap, interpret)
     mesh, spec = mesh_in_scope(), _spec(query, query_axes)
@@ -172,9 +173,52 @@ def flash_attention(
         raise AttentionOptionsError("flash_attention", f"{why}.")
     if spec[2] is not None and key.shape[2] != query.shape[2]:
         key, value = (_for_each_head(x, query, spec[2], mesh) for x in (key, value))
-    return jax.shard_map(
-        kernel, mesh=mesh, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False
-    )(query, key, value)
+    if explicit_axes():
+        query, key, value = (jax.sharding.reshard(x, spec) for x in (query, key, value))
+    return _spread(kernel, mesh, spec, query, key, value)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _spread(
+    kernel: Flash, mesh: Any, spec: PartitionSpec, query: Array, key: Array, value: Array
+) -> Array:
+    """`kernel` on the part of each device.
+
+    With a backward pass of its own: JAX cannot look into a kernel to see that devices along an axis
+    which `spec` does not name compute the same, and would sum their gradients over that axis.
+    """
+    return _on_parts(kernel, mesh, (spec,) * 3, spec)(query, key, value)
+
+
+def _on_parts(fn: Any, mesh: Any, in_specs: Any, out_specs: Any) -> Any:
+    return jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def _spread_fwd(
+    kernel: Flash, mesh: Any, spec: PartitionSpec, query: Array, key: Array, value: Array
+) -> tuple[Array, Any]:
+    def forward(*operands: Array) -> tuple[Array, Any]:
+        y, pullback = jax.vjp(kernel, *operands)
+        return y, jax.tree.map(lambda kept: kept[None], pullback)
+
+    out_specs = spec, _each_its_own(mesh)
+    return _on_parts(forward, mesh, (spec,) * 3, out_specs)(query, key, value)
+
+
+def _spread_bwd(kernel: Flash, mesh: Any, spec: PartitionSpec, pullback: Any, g: Array) -> Any:
+    def backward(pullback: Any, g: Array) -> Any:
+        return jax.tree.map(lambda kept: kept[0], pullback)(g)
+
+    in_specs = _each_its_own(mesh), spec
+    return _on_parts(backward, mesh, in_specs, (spec,) * 3)(pullback, g)
+
+
+_spread.defvjp(_spread_fwd, _spread_bwd)
+
+
+def _each_its_own(mesh: Any) -> PartitionSpec:
+    """What a device keeps for its backward pass, along a dim of all devices."""
+    return PartitionSpec(mesh.axis_names)
 
 
 def _for_each_head(x: Array, query: Array, axes: Any, mesh: Any) -> Array:

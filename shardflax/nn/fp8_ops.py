@@ -73,8 +73,8 @@ class Fp8DotGeneralBase(Module):
 
     >>> import jax, jax.numpy as jnp, shardflax.nn as nn
     >>> layer = nn.Dense(3, dot_general_cls=nn.Fp8DirectDotGeneralOp)
-    >>> state = layer.init(jax.random.key(0), jnp.ones((2, 4)))["_overwrite_with_gradient"]
-    >>> state["Fp8DirectDotGeneralOp_0"]["kernel_scale"].shape
+    >>> shapes = jax.eval_shape(layer.init, jax.random.key(0), jnp.ones((2, 4)))
+    >>> shapes["_overwrite_with_gradient"]["Fp8DirectDotGeneralOp_0"]["kernel_scale"].shape
     (1,)
     """
 
@@ -125,10 +125,13 @@ class Fp8DotGeneralOp(Fp8DotGeneralBase):
     are not used.
 
     >>> import jax, jax.numpy as jnp, shardflax.nn as nn
-    >>> layer = nn.Dense(1, dot_general_cls=nn.Fp8DotGeneralOp)
-    >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 4)))
-    >>> state = jax.grad(lambda v: layer.apply(v, 3 * jnp.ones((1, 4))).sum())(variables)
-    >>> state["_overwrite_with_gradient"]["Fp8DotGeneralOp_0"]["input_amax_history"][:2].tolist()
+    >>> layer, x = nn.Dense(1, dot_general_cls=nn.Fp8DotGeneralOp), jnp.full((1, 4), 3.0)
+    >>> @jax.jit
+    ... def state_after_a_step(key):
+    ...     variables = layer.init(key, x)
+    ...     grads = jax.grad(lambda v: layer.apply(v, x).sum())(variables)
+    ...     return grads["_overwrite_with_gradient"]["Fp8DotGeneralOp_0"]
+    >>> state_after_a_step(jax.random.key(0))["input_amax_history"][:2].tolist()
     [3.0, 0.0]
     """
 
@@ -165,8 +168,8 @@ class Fp8DirectDotGeneralOp(Fp8DotGeneralBase):
     `precision` and `preferred_element_type` are not used.
 
     >>> import jax, jax.numpy as jnp, shardflax.nn as nn
-    >>> layer = nn.Dense(1, dot_general_cls=nn.Fp8DirectDotGeneralOp)
-    >>> y, _ = layer.init_with_output(jax.random.key(0), jnp.ones((1, 4), jnp.bfloat16))
+    >>> layer, x = nn.Dense(1, dot_general_cls=nn.Fp8DirectDotGeneralOp), jnp.ones((1, 4))
+    >>> y, _ = jax.eval_shape(layer.init_with_output, jax.random.key(0), x.astype(jnp.bfloat16))
     >>> y.dtype
     dtype('float32')
     """
@@ -227,7 +230,8 @@ class Fp8Einsum(Fp8DirectDotGeneralOp):
     >>> import jax, jax.numpy as jnp, shardflax.nn as nn
     >>> x, kernel = jnp.ones((2, 5, 4)), jnp.ones((4, 3))
     >>> op = nn.Fp8Einsum(amax_history_length=16)
-    >>> op.init_with_output(jax.random.key(0), "bld,dm->blm", x, kernel)[0].shape
+    >>> product = lambda *operands: op.init_with_output(jax.random.key(0), "bld,dm->blm", *operands)
+    >>> jax.eval_shape(product, x, kernel)[0].shape
     (2, 5, 3)
     """
 
@@ -240,7 +244,7 @@ class Fp8Einsum(Fp8DirectDotGeneralOp):
         preferred_element_type: Dtype | None = None,
         out_sharding: Any = None,
     ) -> Array:
-        plan = _plan(where(self), eqn, jnp.ndim(lhs), jnp.ndim(rhs))
+        plan = _plan(where(self), eqn, jnp.shape(lhs), jnp.shape(rhs))
         lhs = jnp.sum(jnp.asarray(lhs, rhs.dtype), plan.sums[0])
         first, second = lhs, jnp.sum(rhs, plan.sums[1])
         if plan.swapped:
@@ -264,12 +268,14 @@ class _Plan:
 
 
 @lru_cache(maxsize=256)
-def _plan(place: str, equation: str, lhs_ndim: int, rhs_ndim: int) -> _Plan:
+def _plan(
+    place: str, equation: str, lhs_shape: tuple[int, ...], rhs_shape: tuple[int, ...]
+) -> _Plan:
     """How JAX does it, in its order: the state of the first operand is `input_*`.
 
     Not by `jnp.einsum` itself: it would keep the operand's state, which its product closes over.
     """
-    lhs, rhs, out = _labels(place, equation, lhs_ndim, rhs_ndim)
+    lhs, rhs, out = _labels(place, equation, lhs_shape, rhs_shape)
     alone = [[c for c in a if c not in b and c not in out] for a, b in ((lhs, rhs), (rhs, lhs))]
     sums = tuple(lhs.index(c) for c in alone[0]), tuple(rhs.index(c) for c in alone[1])
     lhs, rhs = ("".join(c for c in t if c not in a) for t, a in zip((lhs, rhs), alone, strict=True))
@@ -286,18 +292,18 @@ def _plan(place: str, equation: str, lhs_ndim: int, rhs_ndim: int) -> _Plan:
     return _Plan(sums, swapped, (contracted, batched), tuple(found.index(c) for c in out))
 
 
-def _labels(place: str, equation: str, *ndims: int) -> tuple[str, str, str]:
+def _labels(place: str, equation: str, *shapes: tuple[int, ...]) -> tuple[str, str, str]:
     """The labels of both operands and of the output, the ellipsis spelled out."""
     left, arrow, out = equation.replace(" ", "").partition("->")
     operands = left.split(",")
     if not arrow or len(operands) != 2:
         raise EinsumError(place, f"{equation!r} must be like 'ab,bc->ac', for two operands.")
     free = [c for c in string.ascii_letters if c not in equation]
-    widths = [n - len(t.replace("...", "")) for n, t in zip(ndims, operands, strict=True)]
+    widths = [len(s) - len(t.replace("...", "")) for s, t in zip(shapes, operands, strict=True)]
     dots = "".join(free[: max(0, *widths)])
-    for width, text, ndim in zip(widths, operands, ndims, strict=True):
+    for what, width, text, shape in zip(("lhs", "rhs"), widths, operands, shapes, strict=True):
         if width < 0 or (width and "..." not in text):
-            raise InputRankError(place, "an operand", f"that of {text!r}", (0,) * ndim)
+            raise InputRankError(place, what, f"that of {text!r}", shape)
     spelled = [
         t.replace("...", dots[len(dots) - w :]) for t, w in zip(operands, widths, strict=True)
     ]
@@ -312,7 +318,7 @@ class NANOOFp8DotGeneralOp(Fp8DotGeneralOp):
 
     >>> import jax, jax.numpy as jnp, shardflax.nn as nn
     >>> layer = nn.Dense(3, dot_general_cls=nn.NANOOFp8DotGeneralOp)
-    >>> layer.init_with_output(jax.random.key(0), jnp.ones((2, 4)))[0].shape
+    >>> jax.eval_shape(layer.init_with_output, jax.random.key(0), jnp.ones((2, 4)))[0].shape
     (2, 3)
     """
 

@@ -175,7 +175,8 @@ class DenseGeneral(LayerBase):
 
     >>> import jax, jax.numpy as jnp, shardflax.nn as nn
     >>> to_heads = nn.DenseGeneral(features=(2, 3), kernel_axes=("embed", "heads", "head_dim"))
-    >>> y, variables = to_heads.init_with_output(jax.random.key(0), jnp.ones((5, 4)))
+    >>> x = jnp.ones((5, 4))
+    >>> y, variables = jax.eval_shape(to_heads.init_with_output, jax.random.key(0), x)
     >>> y.shape
     (5, 2, 3)
     """

@@ -61,8 +61,8 @@ class GroupedQueryAttention(LayerBase):
     that do not fit.
 
     >>> import jax, jax.numpy as jnp, shardflax.nn as nn
-    >>> layer = nn.GroupedQueryAttention(num_heads=4, num_kv_heads=2)
-    >>> y, variables = layer.init_with_output(jax.random.key(0), jnp.ones((1, 5, 8)))
+    >>> layer, x = nn.GroupedQueryAttention(num_heads=4, num_kv_heads=2), jnp.ones((1, 5, 8))
+    >>> y, variables = jax.eval_shape(layer.init_with_output, jax.random.key(0), x)
     >>> y.shape, variables["params"]["key"]["kernel"].shape
     ((1, 5, 8), (8, 2, 2))
     """

@@ -37,7 +37,7 @@ class Policy:
     >>> import jax, jax.numpy as jnp, shardflax.nn as nn
     >>> policy = nn.Policy("bfloat16", param="float32")
     >>> layer = nn.Dense(features=3, dtype=policy)
-    >>> y, variables = layer.init_with_output(jax.random.key(0), jnp.ones((2, 4)))
+    >>> y, variables = jax.eval_shape(layer.init_with_output, jax.random.key(0), jnp.ones((2, 4)))
     >>> y.dtype, variables["params"]["kernel"].dtype
     (dtype(bfloat16), dtype('float32'))
     """

@@ -118,7 +118,10 @@ def avg_pool(
         return y / prod(window)
     spatial = jnp.shape(inputs)[-1 - len(window) : -1]
     ones = jnp.ones((*(1,) * (y.ndim - len(spatial) - 1), *spatial, 1))
-    return y / _pool("avg_pool", ones, 0.0, lax.add, window_shape, strides, padding)
+    counts = _pool("avg_pool", ones, 0.0, lax.add, window_shape, strides, padding)
+    if y.dtype.itemsize < 4:
+        y = y.astype(jnp.float32)  # as in Linen
+    return y / counts.astype(y.dtype)
 
 
 def _limit(x: Array, smallest: bool) -> Any:

@@ -59,12 +59,11 @@ class RNN(Module):
 
     >>> import jax, jax.numpy as jnp, shardflax.nn as nn
     >>> layer, x = nn.RNN(nn.GRUCell(features=3)), jnp.ones((2, 7, 5))
-    >>> y, variables = layer.init_with_output(jax.random.key(0), x)
-    >>> y.shape
-    (2, 7, 3)
-    >>> carry, y = layer.apply(variables, x, seq_lengths=jnp.array([7, 4]), return_carry=True)
-    >>> bool((carry[1] == y[1, 3]).all())
-    True
+    >>> variables = jax.jit(layer.init)(jax.random.key(0), x)
+    >>> run = lambda v: layer.apply(v, x, seq_lengths=jnp.array([7, 4]), return_carry=True)
+    >>> carry, y = jax.jit(run)(variables)
+    >>> y.shape, bool((carry[1] == y[1, 3]).all())
+    ((2, 7, 3), True)
     """
 
     cell: Any
@@ -207,7 +206,9 @@ def _last_that_count(carries: Any, lengths: Any) -> Any:
 
     def last(x: Array, lengths: Array) -> Array:
         # Not by indices of the batch, which would be sent around where the batch is spread.
-        at = jnp.reshape(lengths - 1, (1, *lengths.shape, *(1,) * (x.ndim - lengths.ndim - 1)))
+        at = jnp.reshape(
+            _wide(lengths) - 1, (1, *lengths.shape, *(1,) * (x.ndim - lengths.ndim - 1))
+        )
         return jnp.squeeze(jnp.take_along_axis(x, at, axis=0), 0)
 
     lengths = jnp.asarray(lengths)
@@ -220,6 +221,11 @@ def _gathered(fn: Any, x: Array, lengths: Array, without_time: bool = False) -> 
         return fn(x, lengths)
     spec = jax.typeof(x).sharding.spec
     return InAuto(fn, jax.P(*spec[1:]) if without_time else spec)(x, lengths)
+
+
+def _wide(lengths: Array) -> Array:
+    """Lengths in a dtype that their sums fit into, and numbers below zero."""
+    return lengths.astype(jnp.int32) if lengths.dtype.itemsize < 4 else lengths
 
 
 def flip_sequences(
@@ -239,7 +245,7 @@ def flip_sequences(
         return jnp.flip(inputs, axis=time)
 
     def flip(inputs: Array, lengths: Array) -> Array:
-        steps = inputs.shape[time]
+        steps, lengths = inputs.shape[time], _wide(lengths)
         ends = jnp.expand_dims(lengths, time)
         backwards = jnp.arange(steps - 1, -1, -1, dtype=ends.dtype)
         order = [1] * ends.ndim
@@ -284,7 +290,7 @@ class Bidirectional(Module):
 
     >>> import jax, jax.numpy as jnp, shardflax.nn as nn
     >>> layer = nn.Bidirectional(nn.RNN(nn.GRUCell(3)), nn.RNN(nn.GRUCell(4)))
-    >>> layer.init_with_output(jax.random.key(0), jnp.ones((2, 7, 5)))[0].shape
+    >>> jax.eval_shape(layer.init_with_output, jax.random.key(0), jnp.ones((2, 7, 5)))[0].shape
     (2, 7, 7)
     """
 

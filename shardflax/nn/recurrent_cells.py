@@ -122,7 +122,7 @@ class SimpleCell(VectorCell):
     >>> import jax, jax.numpy as jnp, shardflax.nn as nn
     >>> cell, x = nn.SimpleCell(features=3), jnp.ones((2, 5))
     >>> carry = cell.initialize_carry(jax.random.key(0), x.shape)
-    >>> (carry, y), variables = cell.init_with_output(jax.random.key(1), carry, x)
+    >>> (carry, y), variables = jax.eval_shape(cell.init_with_output, jax.random.key(1), carry, x)
     >>> y.shape, sorted(variables["params"])
     ((2, 3), ['h', 'i'])
     """
@@ -187,7 +187,7 @@ class GRUCell(VectorCell):
     >>> import jax, jax.numpy as jnp, shardflax.nn as nn
     >>> cell, x = nn.GRUCell(features=3), jnp.ones((2, 5))
     >>> carry = cell.initialize_carry(jax.random.key(0), x.shape)
-    >>> (carry, y), variables = cell.init_with_output(jax.random.key(1), carry, x)
+    >>> (carry, y), variables = jax.eval_shape(cell.init_with_output, jax.random.key(1), carry, x)
     >>> y.shape, sorted(variables["params"])
     ((2, 3), ['hn', 'hr', 'hz', 'in', 'ir', 'iz'])
     """
@@ -236,7 +236,7 @@ class MGUCell(VectorCell):
     >>> import jax, jax.numpy as jnp, shardflax.nn as nn
     >>> cell, x = nn.MGUCell(features=3), jnp.ones((2, 5))
     >>> carry = cell.initialize_carry(jax.random.key(0), x.shape)
-    >>> (carry, y), variables = cell.init_with_output(jax.random.key(1), carry, x)
+    >>> (carry, y), variables = jax.eval_shape(cell.init_with_output, jax.random.key(1), carry, x)
     >>> y.shape, sorted(variables["params"])
     ((2, 3), ['hf', 'hn', 'if', 'in'])
     """

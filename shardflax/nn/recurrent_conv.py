@@ -40,7 +40,7 @@ class ConvLSTMCell(RNNCellBase):
     >>> import jax, jax.numpy as jnp, shardflax.nn as nn
     >>> cell, x = nn.ConvLSTMCell(features=3, kernel_size=(3, 3)), jnp.ones((2, 4, 4, 1))
     >>> carry = cell.initialize_carry(jax.random.key(0), x.shape)
-    >>> (carry, y), variables = cell.init_with_output(jax.random.key(1), carry, x)
+    >>> (carry, y), variables = jax.eval_shape(cell.init_with_output, jax.random.key(1), carry, x)
     >>> y.shape, variables["params"]["hh"]["kernel"].shape
     ((2, 4, 4, 3), (3, 3, 3, 12))
     """

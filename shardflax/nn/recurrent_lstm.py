@@ -42,7 +42,7 @@ class LSTMCell(VectorCell):
     >>> import jax, jax.numpy as jnp, shardflax.nn as nn
     >>> cell, x = nn.LSTMCell(features=3), jnp.ones((2, 5))
     >>> carry = cell.initialize_carry(jax.random.key(0), x.shape)
-    >>> (carry, y), variables = cell.init_with_output(jax.random.key(1), carry, x)
+    >>> (carry, y), variables = jax.eval_shape(cell.init_with_output, jax.random.key(1), carry, x)
     >>> y.shape, variables["params"]["ii"]["kernel"].shape
     ((2, 3), (5, 3))
     """
@@ -122,7 +122,7 @@ class OptimizedLSTMCell(LSTMCell):
     >>> import jax, jax.numpy as jnp, shardflax.nn as nn
     >>> cell, x = nn.OptimizedLSTMCell(features=3), jnp.ones((2, 5))
     >>> carry = cell.initialize_carry(jax.random.key(0), x.shape)
-    >>> (carry, y), variables = cell.init_with_output(jax.random.key(1), carry, x)
+    >>> (carry, y), variables = jax.eval_shape(cell.init_with_output, jax.random.key(1), carry, x)
     >>> y.shape, sorted(variables["params"])
     ((2, 3), ['hf', 'hg', 'hi', 'ho', 'if', 'ig', 'ii', 'io'])
     """

@@ -38,9 +38,9 @@ def apply_rotary(x: Array, positions: Array, theta: float = 10_000.0) -> Array:
     float32, returned in the dtype of `x`.  An odd `head_dim`, or positions that do not broadcast,
     are a `RotaryError`.
 
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> x = jnp.ones((1, 2, 1, 4))
-    >>> y = apply_rotary(x, jnp.arange(2)[None])
+    >>> y = jax.jit(apply_rotary)(x, jnp.arange(2)[None])
     >>> bool((y[:, 0] == x[:, 0]).all()), bool((y[:, 1] == x[:, 1]).any())
     (True, False)
     """

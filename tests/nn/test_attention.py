@@ -16,7 +16,7 @@ import shardflax.nn as nn
 from shardflax.nn._grouped import Attention, _cudnn_knows
 from shardflax.nn.errors import AttentionOptionsError
 from shardflax.nn.flash import Flash, why_not_flash
-from shardflax.partitioning import make_mesh, preset, use
+from shardflax.partitioning import collectives, make_mesh, preset, use
 from tests.core.harness import quick_key
 
 KEY = jax.random.key(0)
@@ -114,17 +114,20 @@ def test_the_tpu_kernel_step_by_step_equals_the_reference(options: dict[str, Any
     close(found, Attention("here", **options).reference(q, k, v), 1e-4)
 
 
+def gradients(attend: Any) -> Any:
+    return jax.grad(lambda *x: jnp.sin(attend(*x)).sum(), (0, 1, 2))
+
+
+@functools.cache
+def known_gradients() -> tuple[Any, Any]:
+    """Queries, keys and values, and what the formula gives."""
+    given = floats(1, 128, 4, 64), floats(1, 128, 2, 64, seed=1), floats(1, 128, 2, 64, seed=2)
+    return given, jax.jit(gradients(Attention("here").reference))(*given)
+
+
 def test_gradients_of_the_tpu_kernel() -> None:
-    q, k, v = floats(1, 128, 2, 64), floats(1, 128, 1, 64, seed=1), floats(1, 128, 1, 64, seed=2)
-
-    @jax.jit
-    def both(*qkv: jax.Array) -> Any:
-        def gradients(attend: Any) -> Any:
-            return jax.grad(lambda *x: jnp.sin(attend(*x)).sum(), (0, 1, 2))(*qkv)
-
-        return gradients(Flash(True, interpret=True)), gradients(Attention("here").reference)
-
-    found, expected = both(q, k, v)
+    given, expected = known_gradients()
+    found = jax.jit(gradients(Flash(True, interpret=True)))(*given)
     jax.tree.map(lambda a, b: close(a, b, 1e-4), found, expected)
 
 
@@ -180,16 +183,17 @@ def test_heads_spread_over_more_devices_than_there_are_groups(implementation: An
     close(found, expected, 1e-5)
 
 
-def test_the_kernel_on_a_mesh_gives_the_same() -> None:
-    q, k = floats(2, 128, 4, 64), floats(2, 128, 2, 64, seed=1)
+@pytest.mark.parametrize("axis_types", ["auto", "explicit"])
+def test_the_kernel_on_a_mesh_gives_the_same(axis_types: Any) -> None:
+    """And sends nothing over an axis that no dim of the operands lies on, backward neither."""
+    given, expected = known_gradients()
     names = ("batch", "length", "act_heads", "act_head_dim")
-
-    def run(*qkv: jax.Array) -> jax.Array:
-        return nn.flash_attention(*qkv, query_axes=names, interpret=True)
-
-    with use(make_mesh("data=2,tensor=4"), preset("tp_sp")):
-        found = jax.jit(run)(q, k, k)
-    close(found, Attention("here").reference(q, k, k), 1e-4)
+    run = functools.partial(nn.flash_attention, query_axes=names, interpret=True)
+    mesh = make_mesh("context=2,tensor=4", axis_types=axis_types)
+    with use(mesh, preset("tp_sp")):
+        compiled = jax.jit(gradients(run)).lower(*given).compile()
+    jax.tree.map(lambda a, b: close(a, b, 1e-4), compiled(*given), expected)
+    assert not [c for c in collectives(compiled, mesh) if "context" in c.axes]
 
 
 def test_the_kernel_refuses_a_part_of_the_length() -> None:
