@@ -12,7 +12,10 @@ from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 from shardflax.ckpt.errors import CheckpointLeafError
 from shardflax.core.boxes import is_box
 
-__all__ = ["Names", "Path", "Tree", "leaves_by_path", "nest", "show", "storage_names", "tree_of"]
+__all__ = [
+    "Names", "Path", "Tree", "leaves_by_path", "nest", "show", "storage_names", "tree_and_leaves",
+    "tree_of",
+]  # fmt: skip
 
 Path = tuple[str, ...]
 Names = tuple[Any, ...] | None
@@ -81,13 +84,24 @@ def tree_of(state: Any) -> Tree:
     return _tree(jax.tree.structure(state))
 
 
+def tree_and_leaves(state: Any) -> tuple[Tree, list[Any]]:
+    """The paths and names of a state, and its leaves.
+
+    >>> tree_and_leaves({"a": 1})[1]
+    [1]
+    """
+    leaves, treedef = jax.tree.flatten(state)
+    return _tree(treedef), leaves
+
+
 def leaves_by_path(state: Any) -> dict[Path, Any]:
     """The leaves of a state, boxes taken off, by path.
 
     >>> leaves_by_path({"opt": (1.0, {"mu": 2.0})})
     {('opt', '0'): 1.0, ('opt', '1', 'mu'): 2.0}
     """
-    return tree_of(state).zip(jax.tree.leaves(state))
+    tree, leaves = tree_and_leaves(state)
+    return tree.zip(leaves)
 
 
 def _ends(x: Any) -> bool:

@@ -17,7 +17,8 @@ import numpy as np
 
 from shardflax.ckpt.errors import CheckpointLeafError
 from shardflax.ckpt.leaves import LeafSpec, describe, is_key, key_words
-from shardflax.ckpt.paths import Names, Path, Tree, show, storage_names, tree_of
+from shardflax.ckpt.packing import Kind, kinds
+from shardflax.ckpt.paths import Names, Path, Tree, show, storage_names, tree_and_leaves
 from shardflax.ckpt.regions import SMALL_BYTES, Box, Part, boxes_of, chunk_shape
 from shardflax.ckpt.zarr import storable
 
@@ -59,13 +60,17 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Lot:
-    """A box of one leaf that this process writes, put together from pieces."""
+    """A box of one leaf that this process writes, put together from pieces.
+
+    `kind` is that of the leaf, if it is one of many that are alike.
+    """
 
     leaf: int
     box: Box
     pieces: tuple[Piece, ...]
     nbytes: int
     small: bool
+    kind: Kind | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +80,7 @@ class Plan:
     `specs` are those of all leaves (of Python numbers, the values of the state that was planned
     first); `stored` has None for what is not an array with elements.  `parcels` are this process's
     lots, in the groups in which they are written; `mesh` is the sizes of the mesh axes, if there
-    is one; `digest` is equal in all processes.
+    is one; `digest` is equal in all processes; `kinds` are those of leaves that are many.
     """
 
     tree: Tree
@@ -84,11 +89,18 @@ class Plan:
     parcels: tuple[tuple[Lot, ...], ...]
     mesh: dict[str, int]
     digest: str
+    kinds: tuple[Kind, ...] = ()
 
     @functools.cached_property
     def sizes(self) -> tuple[int, ...]:
         """The bytes of each parcel."""
         return tuple(sum(lot.nbytes for lot in parcel) for parcel in self.parcels)
+
+    def prepare(self) -> None:
+        """Makes the programs that shorten the next save, if this was not the only one so far."""
+        for kind in self.kinds:
+            if kind.often:
+                kind.compile()
 
 
 def make_plan(state: Any, codec: str | None = None) -> tuple[Plan, list[Any]]:
@@ -100,13 +112,15 @@ def make_plan(state: Any, codec: str | None = None) -> tuple[Plan, list[Any]]:
     >>> [stored and stored.name for stored in plan.stored], len(plan.parcels)
     ([None, 'w'], 1)
     """
-    tree = tree_of(state)
-    leaves = jax.tree.leaves(state)
+    tree, leaves = tree_and_leaves(state)
     forms = tuple(map(_form, tree.paths, leaves))
     key = (tree.treedef, forms, jax.process_index(), jax.process_count(), codec)
     with _LOCK:
         plan = _PLANS.get(key)
-        if plan is None:
+        if plan is not None:
+            for kind in plan.kinds:
+                kind.often = True
+        else:
             plan = _PLANS[key] = with_codec(_plan(tree, leaves), codec)
             while len(_PLANS) > 8:
                 _PLANS.popitem(last=False)
@@ -151,6 +165,7 @@ def _plan(tree: Tree, leaves: Sequence[Any]) -> Plan:
     stored: list[Stored | None] = []
     lots: list[Lot] = []
     mesh: dict[str, int] = {}
+    found = kinds(leaves)
     specs = tuple(map(describe, tree.paths, leaves))
     for index, (path, leaf) in enumerate(zip(tree.paths, leaves, strict=True)):
         spec = specs[index]
@@ -166,8 +181,9 @@ def _plan(tree: Tree, leaves: Sequence[Any]) -> Plan:
             Stored(path, spec, *names[path], shape, storable(dtype), chunk,
                    _plain(tree.names[index]), _axes(sharding))
         )  # fmt: skip
-        lots.extend(_lots(index, owned, dtype.itemsize, math.prod(shape)))
-    return Plan(tree, specs, tuple(stored), tuple(_pack(lots)), mesh, _digest(tree, stored))
+        lots.extend(_lots(index, owned, dtype.itemsize, math.prod(shape), found[index]))
+    parcels, often = tuple(_pack(lots)), tuple({kind: 0 for kind in found if kind is not None})
+    return Plan(tree, specs, tuple(stored), parcels, mesh, _digest(tree, stored), often)
 
 
 def _parts(leaf: Any, shape: tuple[int, ...], cache: dict[Any, tuple[Part, ...]]) -> Any:
@@ -214,10 +230,12 @@ def _share(
     return {part.box: [part] for part in own}, chunk_shape(shape, itemsize, boxes)
 
 
-def _lots(leaf: int, owned: dict[Box, list[Part]], itemsize: int, size: int) -> Iterable[Lot]:
+def _lots(
+    leaf: int, owned: dict[Box, list[Part]], itemsize: int, size: int, kind: Kind | None
+) -> Iterable[Lot]:
     for box, parts in owned.items():
         pieces = tuple(Piece(part.box, part.positions[0]) for part in parts)
-        yield Lot(leaf, box, pieces, box.size * itemsize, size * itemsize <= SMALL_BYTES)
+        yield Lot(leaf, box, pieces, box.size * itemsize, size * itemsize <= SMALL_BYTES, kind)
 
 
 def _pack(lots: Iterable[Lot]) -> Iterable[tuple[Lot, ...]]:

@@ -90,7 +90,9 @@ class Save:
         except BaseException as error:
             self._fail(error)
             raise
-        return self._commit(report, steps_after) if self.meeting.primary else self._follow(report)
+        steps = self._commit(report, steps_after) if self.meeting.primary else self._follow(report)
+        self.plan.prepare()
+        return steps
 
     # --- every process
 

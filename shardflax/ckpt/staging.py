@@ -2,13 +2,15 @@
 
 On the CPU backend a numpy view of a buffer is enough: JAX does not reuse a buffer that numpy looks
 at, also if it is donated.  On accelerators, transfers to pinned host memory are started, which the
-runtime finishes before it lets anybody overwrite the source.
+runtime finishes before it lets anybody overwrite the source.  Many small leaves that are alike are
+copied at once (`packing.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from shardflax.ckpt.leaves import is_key
+from shardflax.ckpt.packing import Row, pack
 from shardflax.ckpt.plan import Lot
 from shardflax.core.staging import single_device_arrays
 
@@ -27,20 +29,19 @@ _PINNED = "pinned_host"
 
 @dataclasses.dataclass(frozen=True)
 class Staged:
-    """A lot and the values of its pieces: numpy arrays, or arrays in host memory of JAX."""
+    """A lot and the values of its pieces, or of all of it: what numpy can look at.
+
+    `moving` says that they are still on their way.
+    """
 
     lot: Lot
-    values: tuple[Any, ...]
-
-    @property
-    def moving(self) -> bool:
-        """True if values are still on their way from an accelerator."""
-        return any(isinstance(value, jax.Array) for value in self.values)
+    values: Sequence[Any]
+    moving: bool = False
 
     def ready(self) -> None:
         """Waits until the values no longer need the caller's arrays."""
         for value in self.values:
-            if isinstance(value, jax.Array):
+            if not isinstance(value, np.ndarray):
                 value.block_until_ready()
 
     def arrays(self) -> list[np.ndarray[Any, np.dtype[Any]]]:
@@ -57,7 +58,16 @@ def stage(lots: Sequence[Lot], leaves: Sequence[Any]) -> list[Staged]:
     [array([0, 1, 2])]
     """
     with _no_collection():
-        return _stage(lots, leaves)
+        packs, rest = pack(lots, lambda lot: lot.kind, lambda lot: leaves[lot.leaf])
+        far = [x for x, _ in packs if not _on_host(x.array.sharding)]
+        for one, array in zip(far, _fetched([x.array for x in far]), strict=True):
+            one.array = array
+        rows = [
+            Staged(lot, (Row(one, i),), moving=True)
+            for one, members in packs
+            for i, lot in enumerate(members)
+        ]
+        return [*rows, *_stage(rest, leaves)]
 
 
 @contextlib.contextmanager
@@ -74,7 +84,7 @@ def _no_collection() -> Iterator[None]:
 
 def _stage(lots: Sequence[Lot], leaves: Sequence[Any]) -> list[Staged]:
     data: dict[int, tuple[Any, Sequence[Any], bool]] = {}
-    values: list[list[Any]] = []
+    staged: list[Staged] = []
     far: list[tuple[list[Any], int]] = []
     for lot in lots:
         if lot.leaf not in data:
@@ -88,37 +98,35 @@ def _stage(lots: Sequence[Lot], leaves: Sequence[Any]) -> list[Staged]:
             found = list(map(np.asarray, found))
         else:
             far += [(found, i) for i, piece in enumerate(lot.pieces) if piece.position >= 0]
-        values.append(found)
-    _fetch(far)
-    return [Staged(lot, tuple(found)) for lot, found in zip(lots, values, strict=True)]
+        staged.append(Staged(lot, found, moving=not near))
+    copies = _fetched([found[i] for found, i in far])
+    for (found, i), copy in zip(far, copies, strict=True):
+        found[i] = copy
+    return staged
 
 
 def _parts(leaf: Any) -> tuple[Any, Sequence[Any], bool]:
     """The leaf, or the words of its keys; what is on each device; whether numpy can look at it."""
     if not isinstance(leaf, jax.Array):
         return leaf, (), True
-    data = jax.random.key_data(leaf) if is_key(leaf) else leaf
-    return data, single_device_arrays(data), _on_host(data)
+    data = leaf if isinstance(leaf.dtype, np.dtype) else jax.random.key_data(leaf)
+    return data, single_device_arrays(data), _on_host(data.sharding)
 
 
-def _on_host(array: jax.Array) -> bool:
-    """True if numpy can look at the buffers."""
-    device = next(iter(array.sharding.device_set))
-    return device.platform == "cpu" and array.sharding.memory_kind != _PINNED
+@functools.lru_cache(maxsize=1024)
+def _on_host(sharding: jax.sharding.Sharding) -> bool:
+    """True if numpy can look at the buffers of an array."""
+    device = next(iter(sharding.device_set))
+    return device.platform == "cpu" and sharding.memory_kind != _PINNED
 
 
-def _fetch(far: Sequence[tuple[list[Any], int]]) -> None:
-    """Starts the transfer of all values that are on accelerators."""
-    if not far:
-        return
-    sources = [found[i] for found, i in far]
+def _fetched(sources: Sequence[Any]) -> Sequence[Any]:
+    """Starts the transfer of values that are on accelerators."""
+    if not sources:
+        return ()
     kinds = {m.kind for m in next(iter(sources[0].devices())).addressable_memories()}
     if _PINNED not in kinds or sources[0].sharding.memory_kind == _PINNED:
         for source in sources:
             source.copy_to_host_async()
-        copies = [np.array(source) for source in sources]
-    else:
-        targets = [source.sharding.with_memory_kind(_PINNED) for source in sources]
-        copies = jax.device_put(sources, targets)
-    for (found, i), copy in zip(far, copies, strict=True):
-        found[i] = copy
+        return [np.array(source) for source in sources]
+    return jax.device_put(sources, [s.sharding.with_memory_kind(_PINNED) for s in sources])
