@@ -17,9 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend import random as jex_random
+from jax.extend.core import jaxpr_as_fun
 
 from shardflax import core, partitioning
 from shardflax.core import run
+from tests.core.expressions import Expressions
 
 __all__ = [
     "OURS",
@@ -175,9 +177,23 @@ def same(program: Program) -> Any:
     return ours
 
 
-def same_arrays(program: Program) -> Any:
-    """`same` for a program that returns arrays alone: it is compiled as a whole, which is quick."""
-    return same(lambda nn: jax.jit(lambda: plain(program(nn)))())
+def same_arrays(program: Program, ours: Any = OURS, theirs: Any = THEIRS) -> None:
+    """`same` for a program that returns arrays alone.
+
+    Where both do the same operations on the same operands nothing is compiled.  Where they do
+    not, they run one operation at a time: of a program that is compiled as a whole the last bit is
+    up to XLA, and changes with what the process compiled before.
+    """
+    traced = [
+        jax.make_jaxpr(lambda nn=nn: plain(program(nn)), return_shape=True)()
+        for nn in (ours, theirs)
+    ]
+    (our, our_shapes), (their, their_shapes) = traced
+    assert_equal(our_shapes, their_shapes)
+    expressions = Expressions()
+    if expressions.of(our) != expressions.of(their):
+        values = (jaxpr_as_fun(closed)() for closed in (our, their))
+        assert_equal(*(jax.tree.unflatten(jax.tree.structure(our_shapes), v) for v in values))
 
 
 def both(model: Any, *args: Any, mutable: Any = ("state", "intermediates")) -> Any:
