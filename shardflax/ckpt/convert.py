@@ -88,7 +88,11 @@ def convert_checkpoint(
     if form not in FORMATS:
         raise ValueError(f"to={form!r}: one of {', '.join(FORMATS)}")
     try:
-        leaves = _Heard(with_names(found.source, rename), progress)
+        named = with_names(found.source, rename)
+    except ValueError as error:
+        raise CheckpointError(f"{found.name!r} cannot be renamed so: {error}") from error
+    try:
+        leaves = _Heard(named, progress)
         extras = dict(found.extras())
         if form == "shardflax":
             number = as_step if as_step is not None else found.step or 0

@@ -24,7 +24,9 @@ from shardflax.ckpt.place import Place, StorePath, kvstore
 from shardflax.ckpt.regions import Box
 from shardflax.ckpt.sources import Later, LeafDataError, Source, context
 
-__all__ = ["OrbaxSource", "check_choice", "find_item", "first_format", "open_orbax"]
+__all__ = [
+    "OrbaxSource", "check_choice", "find_item", "first_format", "open_orbax", "read_json",
+]  # fmt: skip
 
 _ITEMS = ("state", "default", "pytree", "params", "items")
 """Where people keep their arrays, the likeliest first."""
@@ -98,7 +100,7 @@ class OrbaxSource(Source):
 
 def open_orbax(folder: Place) -> OrbaxSource:
     """What Orbax saved in an item's folder; raises ValueError for what cannot be read."""
-    about = _json(folder / TREE)
+    about = read_json(folder / TREE)
     with _as_orbax_writes(folder / TREE):
         entries = list(about["tree_metadata"].values())
         ocdbt, zarr3 = bool(about.get("use_ocdbt", True)), bool(about.get("use_zarr3", False))
@@ -117,7 +119,7 @@ def open_orbax(folder: Place) -> OrbaxSource:
 def first_format(folder: Place) -> OrbaxSource:
     """A step in the first format of this library: a manifest beside what Orbax wrote."""
     path = folder / "manifest" / "manifest.json"
-    about = _json(path)
+    about = read_json(path)
     if not isinstance(about, dict) or about.get("format") != "shardflax.ckpt":
         raise ValueError(f"{path} is not a manifest of this library")
     if about.get("version") != 1:
@@ -143,7 +145,13 @@ def _as_orbax_writes(path: Place) -> Iterator[None]:
         raise ValueError(f"{path} is not what it should be: {error!r}") from error
 
 
-def _json(path: Place) -> Any:
+def read_json(path: Place) -> Any:
+    """What is in a file of JSON; raises ValueError, naming it.
+
+    >>> read_json(Path("/nowhere"))
+    Traceback (most recent call last):
+    ValueError: /nowhere: [Errno 2] No such file or directory: '/nowhere'
+    """
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -159,7 +167,7 @@ def _strings(folder: Place) -> Mapping[str, str]:
     if not path.is_file():
         return {}
     with _as_orbax_writes(path):
-        return {name: str(text) for name, text in _json(path).items()}
+        return {name: str(text) for name, text in read_json(path).items()}
 
 
 def _key_impls(folder: Place) -> dict[str, str]:
@@ -167,7 +175,7 @@ def _key_impls(folder: Place) -> dict[str, str]:
     found: dict[str, str] = {}
     for path in sorted((folder / "array_metadatas").glob("process_*")):
         with _as_orbax_writes(path):
-            for entry in _json(path).get("array_metadatas", ()):
+            for entry in read_json(path).get("array_metadatas", ()):
                 about = entry.get("array_metadata", {})
                 extra = about.get("ext_metadata") or {}
                 if "random_key_impl" in extra:

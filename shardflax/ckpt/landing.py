@@ -21,6 +21,8 @@ __all__ = ["SAVING", "Landing", "in_use", "landing", "lock"]
 
 SAVING = ".saving-"
 """In the name of a folder that is not committed."""
+_LOOKS = 20
+"""How often a lock is tried while others look at it."""
 
 
 class Landing:
@@ -119,7 +121,12 @@ def lock(folder: Path) -> int:
     """
     descriptor = os.open(folder, os.O_RDONLY)
     with contextlib.suppress(OSError):
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for _ in range(_LOOKS):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:  # somebody looks whether it is locked: see `in_use`
+                time.sleep(0.01)
     return descriptor
 
 

@@ -19,7 +19,7 @@ from shardflax.ckpt.ocdbt import Place, Value
 from shardflax.ckpt.orbax_files import STATE
 from shardflax.ckpt.paths import Path as LeafPath
 from shardflax.ckpt.plan import Stored
-from shardflax.ckpt.regions import Box, chunks_in
+from shardflax.ckpt.regions import Box, chunk_box, chunks_in, rounded
 from shardflax.ckpt.sources import Later, LeafDataError, OurSource
 from shardflax.ckpt.worker import Worker
 from shardflax.ckpt.zarr import checksum_of, chunk_key
@@ -173,11 +173,11 @@ def _spots(
     """The chunks that some boxes lie in."""
     found: dict[tuple[int, ...], list[tuple[int, Box]]] = {}
     for number, box in enumerate(boxes):
-        for index, _ in chunks_in(_rounded(box, shape, chunk), chunk):
+        for index, _ in chunks_in(rounded(box, shape, chunk), chunk):
             found.setdefault(index, []).append((number, box))
     spots: list[_Spot] = []
     for index, wanting in found.items():
-        span = _span(index, shape, chunk)
+        span = chunk_box(index, shape, chunk)
         parts = [(n, box, span.meet(box)) for n, box in wanting]
         slices = [(n, m.within(box), m.within(span)) for n, box, m in parts if m is not None]
         whole = len(wanting) == 1 and parts[0][2] == span and span.shape == chunk
@@ -281,20 +281,6 @@ def _fill(descriptor: int, offset: int, *buffers: Any) -> None:
             count -= len(left.pop(0))
         if count:
             left[0] = left[0][count:]
-
-
-def _rounded(box: Box, shape: Sequence[int], chunk: Sequence[int]) -> Box:
-    """A box that begins and ends between chunks (or at the end of the array)."""
-    start = (a // c * c for a, c in zip(box.start, chunk, strict=True))
-    stop = (-(-b // c) * c for b, c in zip(box.stop, chunk, strict=True))
-    return Box(tuple(start), tuple(map(min, stop, shape)))
-
-
-def _span(index: Sequence[int], shape: Sequence[int], chunk: Sequence[int]) -> Box:
-    """The elements of an array that are in a chunk."""
-    start = tuple(i * c for i, c in zip(index, chunk, strict=True))
-    ends = (a + c for a, c in zip(start, chunk, strict=True))
-    return Box(start, tuple(map(min, ends, shape)))
 
 
 @functools.cache

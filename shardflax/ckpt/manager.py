@@ -116,7 +116,7 @@ class CheckpointManager:
         folder = step_folder(where)
         self._shelf = Shelf(folder, self.rules, looks=self._meeting.primary or read_only)
         self._own: set[int] = set()
-        self._numbers, self._restores = itertools.count(1), itertools.count(1)
+        self._numbers, self._calls = itertools.count(1), itertools.count(1)
         self._pending: SaveHandle | None = None
         self._meter = Meter("saving")
         self._failure: CheckpointError | None = None
@@ -244,7 +244,12 @@ class CheckpointManager:
         failure, self._failure = self._failure, None
         job = self._job(step, plan, leaves, checked, own)
         job.metrics, job.temporary = numbers, not lasting
-        handle = self._start(job, leaves)
+        try:
+            handle = self._start(job, leaves)
+        except Exception as error:
+            if failure is not None:
+                error.add_note(f"Before that: {failure}")
+            raise
         if failure is not None:
             raise failure
         return handle
@@ -397,22 +402,25 @@ class CheckpointManager:
         options = Options(cast, missing, extra, dict(rename or {}), include)
         wanted = None if step is None else operator.index(step)
         with self._shelf.reading(lambda steps: _picked(steps, wanted, fallback)) as steps:
-            steps = self._meeting.agree(f"choose/{next(self._restores)}", steps, "choosing a step")
+            call = next(self._calls)
+            steps = self._meeting.agree(f"call/{call}/steps", steps, "choosing a step")
             chosen = _picked(steps, wanted, fallback)
             if not chosen:
                 raise CheckpointNotFoundError(self.directory, step, steps)
-            key, meter = f"restore/{next(self._restores)}", Meter(f"restoring step {chosen[0]}")
+            key, meter = f"call/{call}", Meter(f"restoring step {chosen[0]}")
             with showing(meter, self._progress):
                 restored = restore_step(
                     self.directory, chosen, target, options, self._meeting, key, meter
                 )
+        self._forget_before(call)
         self._own.add(restored.step)
         return restored
 
     def delete(self, step: int) -> None:
         """Deletes a committed step; raises CheckpointNotFoundError if it is not there."""
         self.wait()
-        step, key = operator.index(step), f"delete/{next(self._restores)}"
+        step, call = operator.index(step), next(self._calls)
+        key = f"call/{call}"
         steps = self._meeting.agree(f"{key}/steps", self.all_steps(), "choosing a step")
         if step not in steps:
             raise CheckpointNotFoundError(self.directory, step, steps)
@@ -420,8 +428,14 @@ class CheckpointManager:
         if self._meeting.primary:
             self._shelf.folder.delete(step)
         self._meeting.together(f"{key}/end", {}, f"deleting step {step}")
+        self._forget_before(call)
         self._own.discard(step)
         self._shelf.forget(step)
+
+    def _forget_before(self, call: int) -> None:
+        """Drops what was told in an earlier call: all have come to this one."""
+        if self._meeting.primary:
+            self._meeting.forget(f"call/{call - 1}")
 
     def close(self) -> None:
         """Waits for the save in flight and ends the threads; raises its error if it failed."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shardflax.ckpt.durable import FileRecord, checksum_file
-from shardflax.ckpt.foreign import check_choice, find_item, first_format, open_orbax
+from shardflax.ckpt.foreign import check_choice, find_item, first_format, open_orbax, read_json
 from shardflax.ckpt.local_source import LocalSource
 from shardflax.ckpt.manifest import NAME, Manifest
 from shardflax.ckpt.orbax_files import EXTRAS, JSON_FILE, MARKER, OURS
@@ -40,7 +40,7 @@ class Opened:
                 raise ValueError("; ".join(found))
         elif not self._extras.is_file():
             return {}
-        return _json(self._extras)
+        return read_json(self._extras)
 
 
 def open_step(folder: Place) -> Opened:
@@ -116,10 +116,3 @@ def claims_manifest(folder: Place) -> bool:
         return OURS in (about.get("custom_metadata") or {})
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return False
-
-
-def _json(path: Place) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: {error}") from error

@@ -17,9 +17,11 @@ __all__ = [
     "Box",
     "Part",
     "boxes_of",
+    "chunk_box",
     "chunk_shape",
     "chunks_in",
     "join_boxes",
+    "rounded",
 ]
 
 CHUNK_BYTES = 8 << 20
@@ -167,6 +169,28 @@ def chunks_in(box: Box, chunk: Sequence[int]) -> Iterator[tuple[tuple[int, ...],
         start = tuple(i * c for i, c in zip(index, chunk, strict=True))
         stop = tuple(map(min, ((i + 1) * c for i, c in zip(index, chunk, strict=True)), box.stop))
         yield index, Box(start, stop)
+
+
+def rounded(box: Box, shape: Sequence[int], chunk: Sequence[int]) -> Box:
+    """The box, made to begin and end between chunks (or at the end of the array).
+
+    >>> rounded(Box((3,), (6,)), (10,), (4,)), rounded(Box((3,), (9,)), (10,), (4,)).stop
+    (Box(start=(0,), stop=(8,)), (10,))
+    """
+    start = (a // c * c for a, c in zip(box.start, chunk, strict=True))
+    stop = (-(-b // c) * c for b, c in zip(box.stop, chunk, strict=True))
+    return Box(tuple(start), tuple(map(min, stop, shape)))
+
+
+def chunk_box(index: Sequence[int], shape: Sequence[int], chunk: Sequence[int]) -> Box:
+    """The elements of an array that are in a chunk.
+
+    >>> chunk_box((2,), (10,), (4,))
+    Box(start=(8,), stop=(10,))
+    """
+    start = tuple(i * c for i, c in zip(index, chunk, strict=True))
+    ends = (a + c for a, c in zip(start, chunk, strict=True))
+    return Box(start, tuple(map(min, ends, shape)))
 
 
 def join_boxes(boxes: Sequence[Box], chunk: Sequence[int]) -> list[Box]:

@@ -129,7 +129,8 @@ class Rendezvous:
     def agree(self, key: str, value: Any, doing: str) -> Any:
         """Process 0's value, in every process."""
         if self.primary:
-            self.tell(key, value)
+            if self.client is not None:  # else nobody would ever take it away
+                self.tell(key, value)
             return value
         return self.hear(key, by=0, doing=doing)
 

@@ -18,7 +18,14 @@ from shardflax.ckpt.paths import Names, show
 from shardflax.ckpt.paths import Path as LeafPath
 from shardflax.ckpt.place import Place
 from shardflax.ckpt.plan import Stored
-from shardflax.ckpt.regions import SMALL_BYTES, Box, chunks_in, join_boxes
+from shardflax.ckpt.regions import (
+    SMALL_BYTES,
+    Box,
+    chunk_box,
+    chunks_in,
+    join_boxes,
+    rounded,
+)
 from shardflax.ckpt.store import database
 from shardflax.ckpt.zarr import chunk_key, decode, metadata
 
@@ -119,8 +126,11 @@ class OurSource(Source):
         if self._keys is None:
             self._keys = ts.KvStore.open(self._spec, context=self._context).result()
         found = [
-            (Box(*_span(index, stored)), self._keys.read(f"{stored.name}/{chunk_key(index)}"))
-            for index, _ in chunks_in(_rounded(box, stored), stored.chunk)
+            (
+                chunk_box(index, stored.shape, stored.chunk),
+                self._keys.read(f"{stored.name}/{chunk_key(index)}"),
+            )
+            for index, _ in chunks_in(rounded(box, stored.shape, stored.chunk), stored.chunk)
         ]
 
         def finish() -> _Array:
@@ -161,20 +171,6 @@ class OurSource(Source):
 def _dtype(stored: Stored) -> np.dtype[Any]:
     """The dtype of the data, which may be stored as mere bytes."""
     return stored.leaf.stored[1]
-
-
-def _rounded(box: Box, stored: Stored) -> Box:
-    """A box that begins and ends between chunks (or at the end of the array)."""
-    start = (a // c * c for a, c in zip(box.start, stored.chunk, strict=True))
-    stop = (-(-b // c) * c for b, c in zip(box.stop, stored.chunk, strict=True))
-    return Box(tuple(start), tuple(map(min, stop, stored.shape)))
-
-
-def _span(index: tuple[int, ...], stored: Stored) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Start and stop of a chunk."""
-    start = tuple(i * c for i, c in zip(index, stored.chunk, strict=True))
-    ends = (a + c for a, c in zip(start, stored.chunk, strict=True))
-    return start, tuple(map(min, ends, stored.shape))
 
 
 def _chunk(stored: Stored, future: Any) -> _Array:

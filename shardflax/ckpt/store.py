@@ -25,7 +25,7 @@ from shardflax.ckpt.plan import GROUP_BYTES, Stored
 from shardflax.ckpt.regions import chunks_in
 from shardflax.ckpt.staging import Staged
 from shardflax.ckpt.worker import Worker
-from shardflax.ckpt.zarr import checksum_of, chunk_key, encode, metadata_file
+from shardflax.ckpt.zarr import checksum_of, chunk_key, encode, filled_up, metadata_file
 
 __all__ = ["Store", "database"]
 
@@ -201,14 +201,5 @@ def _chunks(leaf: Stored | None, staged: Staged) -> Iterator[tuple[str, _Bytes, 
         return
     for index, chunk in chunks_in(box, leaf.chunk):
         part = array[chunk.within(box)]
-        if part.shape != leaf.chunk:
-            part = _filled_up(part, leaf.chunk)
-        data = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+        data = np.ascontiguousarray(filled_up(part, leaf.chunk)).reshape(-1).view(np.uint8)
         yield f"{leaf.name}/{chunk_key(index)}", data, checksum_of(data)
-
-
-def _filled_up(part: _Array, full: tuple[int, ...]) -> _Array:
-    """A chunk at the edge, with zeros."""
-    filled = np.zeros(full, part.dtype)
-    filled[tuple(map(slice, part.shape))] = part
-    return filled

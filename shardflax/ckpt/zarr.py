@@ -10,7 +10,10 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-__all__ = ["checksum_of", "chunk_key", "decode", "encode", "metadata", "metadata_file", "storable"]
+__all__ = [
+    "checksum_of", "chunk_key", "decode", "encode", "filled_up", "metadata", "metadata_file",
+    "storable",
+]  # fmt: skip
 
 _LEVEL = 1
 """Of compression: higher ones take much longer and save little of what models are made of."""
@@ -101,17 +104,28 @@ def checksum_of(data: bytes | np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
     return google_crc32c.value(data).to_bytes(_CHECKSUM, "little")  # type: ignore[arg-type]
 
 
+def filled_up(
+    chunk: np.ndarray[Any, np.dtype[Any]], full: tuple[int, ...]
+) -> np.ndarray[Any, np.dtype[Any]]:
+    """A chunk, with zeros where it is at the edge.
+
+    >>> filled_up(np.ones(1), (2,))
+    array([1., 0.])
+    """
+    if chunk.shape == full:
+        return chunk
+    filled = np.zeros(full, chunk.dtype)
+    filled[tuple(map(slice, chunk.shape))] = chunk
+    return filled
+
+
 def encode(chunk: np.ndarray[Any, Any], full: tuple[int, ...]) -> bytes:
     """The bytes of a chunk and their checksum; a chunk at the edge is filled up with zeros.
 
     >>> encode(np.zeros(1, np.uint8), (2,))
     b'\\x00\\x00\\xd2wa\\xf1'
     """
-    if chunk.shape != full:
-        whole = np.zeros(full, chunk.dtype)
-        whole[tuple(map(slice, chunk.shape))] = chunk
-        chunk = whole
-    data = chunk.tobytes()
+    data = filled_up(chunk, full).tobytes()
     return data + checksum_of(data)
 
 

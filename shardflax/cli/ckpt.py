@@ -156,11 +156,11 @@ class _Diff:
         """Prints what differs."""
         found = find_checkpoint(self.first, self.step)
         first = _renamed(found.source, self.rename)
-        result = _compared(found, first, self._second(found), self.values, _mode(self.progress))
+        result = _compared(found, first, self._second(), self.values, _mode(self.progress))
         print(result)
         return 1 if result else 0
 
-    def _second(self, found: Found) -> Source:
+    def _second(self) -> Source:
         if self.model is not None:
             if self.second is not None or self.values:
                 raise CommandError("--model takes the place of a second one, and has no --values.")

@@ -86,7 +86,7 @@ def test_nothing_is_overwritten(run: Path, tmp_path: Path) -> None:
         ckpt.convert_checkpoint(run, tmp_path / "w.safetensors")
     with pytest.raises(ckpt.CheckpointExistsError):
         ckpt.convert_checkpoint(run, run)
-    with pytest.raises(ckpt.CheckpointReadError, match="no saved leaf has it in its path"):
+    with pytest.raises(ckpt.CheckpointError, match="no saved leaf has it in its path"):
         ckpt.convert_checkpoint(run, tmp_path / "v.safetensors", rename={"nope": "x"})
     assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
     assert [step.name for step in ckpt.list_steps(run)] == ["10"]

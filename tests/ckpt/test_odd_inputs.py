@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import enum
+import fcntl
 import json
 import math
 import os
+import threading
 import zlib
 from pathlib import Path
 
@@ -13,13 +15,16 @@ import numpy as np
 import pytest
 
 from shardflax import ckpt
-from shardflax.ckpt import CheckpointManager
+from shardflax.ckpt import CheckpointManager, ocdbt
+from shardflax.ckpt import place as places
 from shardflax.ckpt.convert import _Heard, _plan
 from shardflax.ckpt.index import write_index
 from shardflax.ckpt.keeping import Note, Rules
+from shardflax.ckpt.landing import in_use, lock
 from shardflax.ckpt.manifest import Manifest
 from shardflax.ckpt.place import kvstore
 from shardflax.ckpt.plan import Lot, _pack
+from shardflax.ckpt.remote import StoreFolder, StoreLanding
 from shardflax.ckpt.rendezvous import meet
 from shardflax.ckpt.timer import Timer
 from shardflax.ckpt.tree_source import TreeSource
@@ -69,6 +74,8 @@ def test_odd_numbers_of_a_manager(tmp_path: Path):
     with pytest.raises(ckpt.CheckpointError, match="as_step=-1"):
         ckpt.save_msgpack(tmp_path / "w.msgpack", {"a": 1})
         ckpt.convert_checkpoint(tmp_path / "w.msgpack", tmp_path / "run", as_step=-1)
+    with pytest.raises(ckpt.CheckpointError, match=r"w.msgpack' cannot be renamed so: rename b no"):
+        ckpt.convert_checkpoint(tmp_path / "w.msgpack", tmp_path / "run", rename={"b": "c"})
 
 
 def test_a_clock_that_never_asks():
@@ -96,6 +103,28 @@ def test_an_error_callback_that_fails_keeps_nobody_waiting(tmp_path: Path):
     with pytest.raises(ckpt.CheckpointSaveError) as caught:
         manager.close()
     assert "nobody answers" in caught.value.__notes__[0]
+
+
+def test_restores_leave_nothing_behind_in_the_place_where_processes_meet(tmp_path: Path):
+    with CheckpointManager(tmp_path) as manager:
+        for step in range(3):
+            manager.save(step, {"a": 1})
+            manager.restore()
+            manager.delete(step)
+        told = manager._meeting.here
+        assert {key.rpartition("/")[0] for key in told} <= {"save/3/done", "save/3"} | {
+            f"call/6/{moment}" for moment in ("begin", "begin/in", "end", "end/in")
+        }
+
+
+def test_who_looks_at_a_lock_does_not_keep_it_from_being_taken(tmp_path: Path):
+    looking = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(looking, fcntl.LOCK_EX)
+    threading.Timer(0.03, os.close, [looking]).start()
+    descriptor = lock(tmp_path)
+    assert in_use(tmp_path)
+    os.close(descriptor)
+    assert not in_use(tmp_path)
 
 
 def test_nothing_is_saved_with_a_manager_that_was_closed(tmp_path: Path):
@@ -217,3 +246,40 @@ def test_what_the_command_line_cannot_open_is_one_line(
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("error: Checkpoint folder 'ftp://host/run': ")
     assert second == "error: [Errno 13] Permission denied: 'run'"
+
+
+def test_a_step_of_somebody_else_in_a_store_is_left_alone(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(places, "_spec", lambda scheme, bucket: {"driver": "memory"})
+    root = places.StorePath("gs", "odd-inputs", "run")
+    for name in ("3/_CHECKPOINT_METADATA", "3/state/_METADATA", "004/MANIFEST.json"):
+        (root / name).write_bytes(b"{}")
+    spot = StoreLanding(root, 3, "a-1")
+    with pytest.raises(ckpt.CheckpointExistsError):
+        spot.begin()
+    spot.abandon()
+    assert StoreFolder(root).steps() == [3]
+    other = StoreLanding(root, 5, "a-2")
+    other.begin()
+    (other.folder / "state" / "d" / "0").write_bytes(b"x")
+    other.abandon()
+    assert not other.folder.exists()
+
+
+def test_an_index_hands_no_path_down_that_leads_out_of_its_folder():
+    def table(name: str, base: int) -> bytes:
+        return ocdbt._varints((1, len(name), base)) + name.encode()
+
+    def tree(top: str, base: int, below: str) -> None:
+        leaf = (b"\0", table(below, 0), ocdbt._varints((1, 1)), b"k", ocdbt._varints((5, 1, 0, 0)))
+        nodes = {top: ocdbt._sealed(ocdbt._NODE_MAGIC, b"".join(leaf))}
+        numbers = (0, 0, len(nodes[top]), 1, len(nodes[top]), 5)
+        inner = (b"\1", table(top, base), ocdbt._varints((1, 1, 0)), b"k", ocdbt._varints(numbers))
+        nodes["root"] = ocdbt._sealed(ocdbt._NODE_MAGIC, b"".join(inner))
+        place = ocdbt.Place("root", 0, len(nodes["root"]))
+        manifest = ocdbt._manifest([ocdbt._Node(b"k", b"k", place, 1, 0, 0)], 1)
+        assert ocdbt.read_tree(manifest, lambda place: nodes[place.file])
+
+    tree("d/0", 2, "1")
+    for top, base, below in ((".d", 1, "./1"), ("d/.", 3, "./1"), ("d/0", 2, "./1")):
+        with pytest.raises(ValueError, match="a file outside of its folder"):
+            tree(top, base, below)
