@@ -16,7 +16,13 @@ from shardflax.nn import _names as names
 from shardflax.nn import initializers
 from shardflax.nn._cache import KVCache, open_cache
 from shardflax.nn.dot_product import DotProduct, dot_product_attention
-from shardflax.nn.errors import AttentionOptionsError, HeadsError, InputRankError, where
+from shardflax.nn.errors import (
+    AttentionOptionsError,
+    DropoutRateError,
+    HeadsError,
+    InputRankError,
+    where,
+)
 from shardflax.nn.general import DenseGeneral
 from shardflax.nn.masks import combine_masks
 from shardflax.nn.normalization import LayerNorm
@@ -192,6 +198,8 @@ class MultiHeadDotProductAttention(LayerBase):
     def _options(self, deterministic: bool | None, dropout_rng: Array | None) -> dict[str, Any]:
         """The keyword arguments of `attention_fn`, but for mask and module."""
         off = True
+        if not 0.0 <= self.dropout_rate <= 1.0:
+            raise DropoutRateError(where(self), self.dropout_rate)
         if self.dropout_rate > 0.0:
             off = merge_param("deterministic", self.deterministic, deterministic)
             if not off and dropout_rng is None:
@@ -222,10 +230,16 @@ class MultiHeadDotProductAttention(LayerBase):
             options["mask"] = mask
         known = inspect.signature(self.attention_fn).parameters
         if not any(p.kind is p.VAR_KEYWORD for p in known.values()):
-            if mask is not None and "mask" not in known:
-                raise AttentionOptionsError(
-                    where(self), "a mask was given, and `attention_fn` has no argument `mask`."
-                )
+            asked = {
+                "mask": mask is not None and "a mask was given",
+                "dropout_rate": not options["deterministic"] and "there is dropout",
+                "module": "module" in options and "`sow_weights` is on",
+            }
+            for name, why in asked.items():
+                if why and name not in known:
+                    raise AttentionOptionsError(
+                        where(self), f"{why}, and `attention_fn` has no argument `{name}`."
+                    )
             options = {name: value for name, value in options.items() if name in known}
         return self.attention_fn(query, key, value, **options)
 

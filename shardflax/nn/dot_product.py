@@ -13,6 +13,7 @@ from shardflax.nn.dtypes import promote_dtype
 from shardflax.nn.errors import (
     AttentionOptionsError,
     AttentionShapeError,
+    DropoutRateError,
     InputRankError,
     MaskShapeError,
 )
@@ -47,7 +48,8 @@ def dot_product_attention_weights(
     `broadcast_dropout`.  `module` sows the weights as `attention_weights` in `intermediates`.
 
     Raises an `AttentionShapeError` or `MaskShapeError` for shapes that do not fit, an
-    `AttentionOptionsError` for `einsum` together with `einsum_dot_general` or `precision`.
+    `AttentionOptionsError` for `einsum` together with `einsum_dot_general` or `precision`, a
+    `DropoutRateError` for a rate outside [0, 1].
 
     >>> import jax, jax.numpy as jnp
     >>> q = jnp.ones((2, 5, 4, 8))
@@ -190,9 +192,13 @@ class DotProduct(NamedTuple):
                 self.place,
                 f"dropout_rate={self.dropout_rate} draws random numbers: pass `dropout_rng`.",
             )
+        if not 0.0 <= self.dropout_rate <= 1.0:
+            raise DropoutRateError(self.place, self.dropout_rate)
         keep = 1.0 - self.dropout_rate
         if self.broadcast_dropout:
             shape = (1,) * (len(shape) - 2) + shape[-2:]
+        if keep == 0.0:
+            return jnp.zeros(shape, dtype)
         kept = jax.random.bernoulli(self.dropout_rng, keep, shape)
         return kept.astype(dtype) / jnp.asarray(keep, dtype=dtype)
 

@@ -58,7 +58,8 @@ class GroupedQueryAttention(LayerBase):
 
     Raises `HeadsError` where `num_heads` is not a multiple of `num_kv_heads`, or the features not
     of `num_heads`; `InputRankError`, `MaskShapeError`, `CacheShapeError`, `RotaryError` for shapes
-    that do not fit.
+    that do not fit; `AttentionOptionsError` for an `implementation` that does not know what else is
+    asked for.
 
     >>> import jax, jax.numpy as jnp, shardflax.nn as nn
     >>> layer, x = nn.GroupedQueryAttention(num_heads=4, num_kv_heads=2), jnp.ones((1, 5, 8))

@@ -206,9 +206,8 @@ def _last_that_count(carries: Any, lengths: Any) -> Any:
 
     def last(x: Array, lengths: Array) -> Array:
         # Not by indices of the batch, which would be sent around where the batch is spread.
-        at = jnp.reshape(
-            _wide(lengths) - 1, (1, *lengths.shape, *(1,) * (x.ndim - lengths.ndim - 1))
-        )
+        at = _wide(lengths) - 1
+        at = jnp.reshape(at, (1, *lengths.shape, *(1,) * (x.ndim - lengths.ndim - 1)))
         return jnp.squeeze(jnp.take_along_axis(x, at, axis=0), 0)
 
     lengths = jnp.asarray(lengths)

@@ -339,6 +339,20 @@ def test_masks_are_flax_s() -> None:
     assert nn.combine_masks(None, None) is None
 
 
+def test_dropout_of_everything() -> None:
+    """Nothing is left, and no gradient is NaN."""
+    layers = [
+        kind(2, dropout_rate=1.0, deterministic=False)
+        for kind in (nn.GroupedQueryAttention, nn.MultiHeadAttention)
+    ]
+
+    def run(x: Any) -> Any:
+        return [layer.init_with_output(KEY, x)[0].sum() for layer in layers]
+
+    found = jax.jit(lambda x: (run(x), jax.grad(lambda x: sum(run(x)))(x)))(X)
+    assert not any(jnp.any(leaf) for leaf in jax.tree.leaves(found))
+
+
 @pytest.mark.parametrize("broadcast", [True, False])
 def test_attention_with_bias_mask_and_dropout_is_flax_s(broadcast: bool) -> None:
     q, bias = floats(2, 6, 2, 4), floats(2, 2, 6, 6)

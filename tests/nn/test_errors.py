@@ -50,6 +50,10 @@ def cell(kind: Any, *args: Any) -> Callable[..., Any]:
     return lambda **k: kind(3, *args, **k)
 
 
+def embed(**kwargs: Any) -> Callable[..., Any]:
+    return lambda **k: nn.Embed(5, 3, **kwargs, **k)
+
+
 def einsum(*args: Any) -> Callable[..., Any]:
     return lambda **k: nn.Einsum(*args, **k)
 
@@ -65,9 +69,17 @@ CASES: list[tuple[Any, str]] = [
     (run(einsum((8, 3), "...a,ab"), X), "must say its output"),
     (run(einsum((8, 3), "...a->...a"), X), "two operands"),
     (run(einsum((8, 3, 2), "...a,ab->...b"), X), "a kernel of 2 dims, shape has 3"),
-    (run(einsum((8, 3), "ab,bc->ac"), X), "those of 'ab'"),
+    (run(einsum((8, 3), "ab,bc->ac"), X), r"\(2, 3, 8\) \(3 dims\), expected those of 'ab'"),
+    (run(einsum((8, 3), "...a,ab->...b->b"), X), "must say its output, once"),
     (run(lambda **k: nn.Embed(5, 3, **k), X), "Embed 'inner': inputs have dtype float32"),
+    (run(embed(lookup="onehot"), X[..., 0].astype(int)), "did you mean 'one_hot'"),
     (run(lambda **k: nn.Dropout(1.5, **k), X, deterministic=True), "rate=1.5"),
+    (run(mha(num_heads=2, dropout_rate=1.5), X, deterministic=True), "rate=1.5"),
+    (run(heads(num_heads=2, dropout_rate=-0.5), X, deterministic=True), "rate=-0.5"),
+    (
+        run(heads(num_heads=2, implementation="cudnn", logit_softcap=2.0), X),
+        "implementation='cudnn' cannot be used: there is logit_softcap=2.0",
+    ),
     (run(lambda **k: nn.Dropout(0.5, **k), X), "'deterministic' was given neither"),
     (run(lambda **k: nn.Sequential([], **k), X), "Sequential 'inner': `layers` is empty"),
     (run(lambda **k: nn.LayerNorm(**k), X, mask=jnp.ones((2, 4, 8))), "dim -2: 4 against 3"),
@@ -180,8 +192,13 @@ def test_another_batch_than_the_cache_has() -> None:
         given(layer, variables, jnp.ones((3, 1, 8)))()
 
 
-def test_an_attention_function_that_would_drop_the_mask() -> None:
+def test_an_attention_function_that_would_drop_what_is_asked_for() -> None:
     layer = nn.MultiHeadAttention(num_heads=2, attention_fn=lambda query, key, value: value)
     assert jax.eval_shape(layer.init_with_output, KEY, X)[0].shape == X.shape
     with pytest.raises(FlaxError, match="has no argument `mask`"):
         jax.eval_shape(lambda: layer.init(KEY, X, mask=jnp.ones((1, 1, 3, 3))))
+    with pytest.raises(FlaxError, match=r"`sow_weights` is on, .* has no argument `module`"):
+        jax.eval_shape(lambda: layer.init(KEY, X, sow_weights=True))
+    layer = layer.clone(dropout_rate=0.5)
+    with pytest.raises(FlaxError, match=r"there is dropout, .* has no argument `dropout_rate`"):
+        jax.eval_shape(lambda: layer.init(KEY, X, deterministic=False))

@@ -138,7 +138,7 @@ def test_attention_in_eight_bits() -> None:
 BAD = {
     "bld,dm": "must be like 'ab,bc->ac'",
     "bld->bl": "must be like 'ab,bc->ac'",
-    "bd,dm->bm": r"an operand have shape .*, expected that of 'bd'",
+    "bd,dm->bm": r"lhs have shape .*, expected that of 'bd'",
     "bbd,dm->bm": "a label stands twice",
     "bld,dm->blx": "in the output alone",
 }

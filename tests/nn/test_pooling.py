@@ -61,6 +61,12 @@ def test_parity_with_flax() -> None:
     same(run(nn), run(flax.linen))
 
 
+def test_windows_with_padding_left_out_under_strict_promotion() -> None:
+    with jax.numpy_dtype_promotion("strict"):
+        y = nn.avg_pool(X.astype(jnp.bfloat16), (2, 2), padding="SAME", count_include_pad=False)
+    assert y.dtype == jnp.float32 and y.shape == X.shape
+
+
 def test_minima_are_maxima_of_the_negative() -> None:
     for x in (X, (8 * X).astype(jnp.int32)):
         found = nn.min_pool(x, (2, 3), (1, 2), padding="SAME")

@@ -235,6 +235,9 @@ def test_flipped_sequences() -> None:
                 nn.recurrent.flip_sequences(*args),
                 flax.linen.recurrent.flip_sequences(*args),
             )
+    steps, lengths = jnp.arange(200)[None], jnp.array([150], jnp.uint8)  # their sum is 350
+    flipped = nn.recurrent.flip_sequences(steps, lengths, 1, False)
+    assert flipped[0, [0, 149, 150]].tolist() == [149, 0, 199]
 
 
 BAD: list[tuple[Callable[[], Any], type, str]] = [
