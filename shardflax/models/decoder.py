@@ -33,8 +33,8 @@ class FeedForward(nn.Module):
 
     `(batch, length, embed)` gives the same shape.
 
-    >>> x = jnp.ones((1, 2, 128))
-    >>> y, _ = FeedForward(DecoderConfig()).init_with_output(jax.random.key(0), x)
+    >>> x, key = jnp.ones((1, 2, 128)), jax.random.key(0)
+    >>> y, _ = jax.eval_shape(FeedForward(DecoderConfig()).init_with_output, key, x)
     >>> y.shape, y.dtype
     ((1, 2, 128), dtype(bfloat16))
     """
@@ -68,8 +68,8 @@ class DecoderBlock(nn.Module):
     A body for `scan`: takes and returns the residual stream `(batch, length, embed)` and has no
     other output.
 
-    >>> x = jnp.ones((1, 2, 128))
-    >>> (y, _), _ = DecoderBlock(DecoderConfig()).init_with_output(jax.random.key(0), x)
+    >>> x, key = jnp.ones((1, 2, 128)), jax.random.key(0)
+    >>> (y, _), _ = jax.eval_shape(DecoderBlock(DecoderConfig()).init_with_output, key, x)
     >>> y.shape
     (1, 2, 128)
     """
@@ -103,9 +103,9 @@ class Decoder(nn.Module):
     Logits are float32.  With `decode`, keys and values of earlier tokens are kept in the
     collection `cache` (`mutable=["cache"]`), and each call continues after them.
 
-    >>> model = Decoder(DecoderConfig(num_layers=2))
-    >>> logits, variables = model.init_with_output(jax.random.key(0), jnp.ones((1, 8), jnp.int32))
-    >>> logits.shape
+    >>> model, tokens = Decoder(DecoderConfig(num_layers=2)), jnp.ones((1, 8), jnp.int32)
+    >>> variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    >>> jax.eval_shape(model.apply, variables, tokens).shape
     (1, 8, 256)
     >>> variables["params"]["layers"]["mlp"]["up"]["kernel"].shape
     (2, 128, 384)

@@ -47,8 +47,9 @@ def generate(
 
     >>> config = DecoderConfig(num_layers=1, max_length=8)
     >>> prompt = jnp.ones((2, 3), jnp.int32)
-    >>> params = Decoder(config).init(jax.random.key(0), prompt)["params"]
-    >>> generate(config, params, prompt, 4, jax.random.key(1)).shape
+    >>> key = jax.random.key(0)
+    >>> params = jax.jit(Decoder(config).init)(key, prompt)["params"]
+    >>> generate(config, params, prompt, 4, key).shape
     (2, 4)
     """
     _check(config, prompt, length, temperature, top_k)

@@ -17,6 +17,7 @@ from shardflax.training import (
     make_optimizer,
     make_train_step,
 )
+from tests.core.harness import quick_key
 
 TX = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=2, total_steps=20))
 BATCH = np.arange(128, dtype=np.int32).reshape(8, 16) % 32
@@ -66,7 +67,7 @@ def steps(step: Any, state: Any, count: int) -> tuple[Any, list[float]]:
 
 def test_a_restored_run_repeats_the_losses(tmp_path: Path) -> None:
     mesh, rules = partitioning.make_mesh("data=2,fsdp=2,tensor=2"), partitioning.preset("fsdp_tp")
-    state, layout = partitioning.init_sharded(init, jax.random.key(0), mesh=mesh, rules=rules)
+    state, layout = partitioning.init_sharded(init, quick_key(0), mesh=mesh, rules=rules)
     step = compiled(mesh, rules, layout)
     with CheckpointManager(tmp_path) as manager:
         state, _ = steps(step, state, 4)
@@ -79,7 +80,7 @@ def test_a_restored_run_repeats_the_losses(tmp_path: Path) -> None:
         assert steps(step, restored, 4)[1] == want
 
         mesh, rules = partitioning.make_mesh("fsdp=8"), partitioning.preset("fsdp")
-        other = partitioning.abstract_layout(init, jax.random.key(0), mesh=mesh, rules=rules)
+        other = partitioning.abstract_layout(init, quick_key(0), mesh=mesh, rules=rules)
         restored = manager.restore(other.abstract).state
         assert restored.params["up"].sharding == other.shardings.params["up"]
         got = steps(compiled(mesh, rules, other), restored, 4)[1]

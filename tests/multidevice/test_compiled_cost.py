@@ -12,6 +12,7 @@ import shardflax.nn as nn
 from benchmarks import raw, sharded
 from benchmarks.compiled import Cost, collectives, cost_of, differences
 from benchmarks.models import Sizes, count_body_traces, linen_models
+from tests.core.harness import quick_key
 
 SMALL = Sizes(blocks=2, width=16, heads=2, mlp=32, batch=2, length=4)
 
@@ -19,12 +20,21 @@ SMALL = Sizes(blocks=2, width=16, heads=2, mlp=32, batch=2, length=4)
 @pytest.fixture(scope="module")
 def steps() -> dict[str, Any]:
     """The two train steps of `benchmarks/sharded.py` with states of equal parameters."""
-    mesh = sharded.make_mesh()
-    ours, our_state = sharded.with_names(mesh)
-    hand, hand_state = sharded.by_hand(mesh, jax.tree.map(lambda x: x.copy(), our_state.params))
+    mesh, random = sharded.make_mesh(), np.random.default_rng(0)
+    ours = sharded.lowered_with_names(mesh).compile()
+    layout, _ = ours.input_shardings[0]
+
+    def started(arg: Any, sharding: Any) -> Any:
+        """Parameters of any values, and moments of zero."""
+        drawn = random.normal(scale=0.1, size=arg.shape) if arg.shape else 0
+        return jax.device_put(np.asarray(drawn, arg.dtype), sharding)
+
+    state = jax.tree.map(started, ours.args_info[0][0], layout)
+    state = state.replace(opt_state=jax.tree.map(lambda x: x * 0, state.opt_state))
+    hand, hand_state = sharded.by_hand(mesh, jax.tree.map(lambda x: x.copy(), state.params))
     ids = sharded.tokens(mesh)
     return {
-        "ours": (ours.lower(our_state, ids).compile(), our_state),
+        "ours": (ours, state),
         "by hand": (hand.lower(hand_state, ids).compile(), hand_state),
         "ids": ids,
     }
@@ -86,13 +96,13 @@ def test_the_raw_models_of_the_benchmarks_compute_the_same(scanned: bool) -> Non
     models = linen_models(nn)
     model = (models.Scanned if scanned else models.Unrolled)(SMALL)
     x = jax.random.normal(jax.random.key(1), (SMALL.batch, SMALL.length, SMALL.width))
-    y, variables = model.init_with_output(jax.random.key(0), x)
+    y, variables = jax.jit(model.init_with_output)(quick_key(0), x)
 
     def by_hand(params: Any, x: jax.Array) -> jax.Array:
         return raw.scanned(params, x) if scanned else raw.unrolled(params, x, SMALL)
 
     params = variables["params"]
-    np.testing.assert_allclose(by_hand(params, x), y, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(by_hand)(params, x), y, atol=1e-6)
     ours = jax.make_jaxpr(lambda p, x: model.apply({"params": p}, x))(params, x)
     assert _operations(ours) == _operations(jax.make_jaxpr(by_hand)(params, x))
     make = raw.init_scanned if scanned else raw.init_unrolled
