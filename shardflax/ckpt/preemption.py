@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from typing import Any
@@ -37,6 +38,7 @@ class Preemption:
         self._asked = 0
         self._step: int | None = None
         self._before: Any = None
+        self._stopped = False
 
     def reached(self, step: int | None = None) -> bool:
         """True from the moment on at which all processes have heard that they shall stop.
@@ -71,9 +73,21 @@ class Preemption:
         self._noticed = True
         if callable(self._before):
             self._before(number, frame)
+        elif self._stopped and signal.getsignal(number) == self._notice:
+            self._give_back()
+            os.kill(os.getpid(), number)
 
     def stop(self) -> None:
-        """Gives the signal back to whom it belonged before."""
-        if self._before is not None and signal.getsignal(signal.SIGTERM) == self._notice:
+        """Gives the signal back to whom it belonged before.
+
+        Where that cannot be now (in another thread, or while somebody else has the signal who got
+        it from here), it is done when the signal comes.
+        """
+        self._stopped = True
+        main = threading.current_thread() is threading.main_thread()
+        if main and signal.getsignal(signal.SIGTERM) == self._notice:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
-        self._before = None

@@ -129,8 +129,7 @@ class Rendezvous:
     def agree(self, key: str, value: Any, doing: str) -> Any:
         """Process 0's value, in every process."""
         if self.primary:
-            if self.client is not None:  # else nobody would ever take it away
-                self.tell(key, value)
+            self.tell(key, value)
             return value
         return self.hear(key, by=0, doing=doing)
 

@@ -67,11 +67,14 @@ class Shelf:
         return self._notes[step]
 
     def after(self, step: int) -> list[int]:
-        """The steps that there will be once one more is committed and `expire` was called."""
+        """The steps that there will be once one more is committed and `expire` was called.
+
+        That one stays, also if the run went back, and higher steps of an earlier run are there.
+        """
         with self._lock:
             steps = sorted({*self.folder.steps(), step})
             gone = self.rules.expired(steps, self._note)
-            self._doomed = [s for s in gone if not self._readers[s]]
+            self._doomed = [s for s in gone if s != step and not self._readers[s]]
             return [s for s in steps if s not in self._doomed]
 
     def expire(self) -> None:
