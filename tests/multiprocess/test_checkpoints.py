@@ -105,10 +105,9 @@ def flax_reads(path: Path, state: Any, manager: Any, whole: Any) -> None:
     assert whole(restored["inner"]["pair"][0])
 
 
-def test_arrays_of_two_processes(start_local: Any, tmp_path: Path) -> None:
-    process = start_local(2, 2, __file__, tmp_path)
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, out + err
+def test_arrays_of_two_processes(run_quick: Any, tmp_path: Path) -> None:
+    done = run_quick(2, 2, __file__, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 This file is also the script that the processes run: `test_ckpt_processes.py FOLDER`.
 """
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +12,6 @@ import pytest
 
 if __name__ != "__main__":
     pytestmark = pytest.mark.multiprocess
-
-ROOT = Path(__file__).parents[2]
 
 
 def host_state() -> dict[str, Any]:
@@ -222,19 +219,14 @@ def run_parts(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def ran(nursery: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Two processes of four devices have done all parts: their folder and their words."""
     from shardflax.ckpt import CheckpointManager
 
     folder = tmp_path_factory.mktemp("run")
     with CheckpointManager(folder / "restore") as manager:
         manager.save(1, placed((4, 2)))
-    done = subprocess.run(
-        [sys.executable, "-m", "launch.local", "--processes", "2", "--devices", "4", "--",
-         __file__, str(folder)],
-        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True, capture_output=True,
-        timeout=300, check=False,
-    )  # fmt: skip
+    done = nursery.run(2, 4, __file__, folder, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, done
 
@@ -261,26 +253,18 @@ def test_written_by_two_processes_read_by_one(ran: Any) -> None:
             assert_identical(manager.restore(zeros_like(want)).state, want)
 
 
-def test_written_under_fsdp_tp_read_on_any_devices_under_every_preset(ran: Any) -> None:
-    """On 1 x 8 here; on 4 x 2, 1 x 1 and 1 x 16 by other processes at the same time."""
+def test_written_under_fsdp_tp_read_on_any_devices_under_every_preset(
+    ran: Any, run_quick: Any
+) -> None:
+    """On 1 x 8 here; on 4 x 2, 1 x 1 and 1 x 16 by other processes."""
     from tests.multiprocess import elastic
 
-    folder, script = ran[0] / "elastic", str(ROOT / "tests/multiprocess/elastic.py")
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "launch.local", f"--processes={processes}",
-             f"--devices={devices}", "--", script, str(folder)],
-            cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for processes, devices in ((4, 2), (1, 1), (1, 16))
-    ]  # fmt: skip
-    try:
-        elastic.read(folder)
-    finally:
-        said = [(process.communicate(timeout=200)[0], process.returncode) for process in started]
-    for (text, status), devices in zip(said, ("4 x 2", "1 x 1", "1 x 16"), strict=True):
-        assert status == 0 and f"read on {devices}" in text, text
+    folder = ran[0] / "elastic"
+    elastic.read(folder)
+    for processes, devices in ((4, 2), (1, 1), (1, 16)):
+        done = run_quick(processes, devices, elastic.__file__, folder)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"read on {processes} x {devices}" in done.stdout
 
 
 def test_orbaxs_of_two_processes_are_read_by_one(ran: Any) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,8 +19,6 @@ if __name__ != "__main__":
     from tests.multiprocess import stores
 
     pytestmark = pytest.mark.multiprocess
-
-ROOT = Path(__file__).parents[2]
 
 
 def host_state(step: int = 1) -> dict[str, Any]:
@@ -194,9 +191,9 @@ def test_damage_is_found_and_named(url: str) -> None:
     with ckpt.CheckpointManager(url) as manager:
         manager.save(1, host_state())
     step = place(url) / "1"
-    for path in step.files():
+    for number, path in enumerate(step.files()):
         content = path.read_bytes()
-        for wrong in (_flipped(content), None):
+        for wrong in (_flipped(content), None)[: 1 if number % 3 else 2]:
             path.write_bytes(wrong) if wrong is not None else path.unlink()
             about = "MANIFEST.json" if path.name == "MANIFEST.json" else path.name
             if not (path.name == "MANIFEST.json" and wrong is None):
@@ -219,7 +216,7 @@ def _flipped(content: bytes) -> bytes:
 
 
 def test_a_save_that_fails_leaves_nothing_and_one_that_is_killed_nothing_visible(
-    url: str,
+    url: str, run_quick: Callable[..., Any]
 ) -> None:
     from shardflax import ckpt
     from shardflax.ckpt import faults
@@ -235,11 +232,8 @@ def test_a_save_that_fails_leaves_nothing_and_one_that_is_killed_nothing_visible
                 manager.wait()
             end()
             assert names(url) == before, point
-    done = subprocess.run(
-        [sys.executable, __file__, "killed", f"{url}/killed"],
-        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == -signal.SIGKILL
+    done = run_quick(1, 1, __file__, "killed", f"{url}/killed")
+    assert done.returncode == 128 + signal.SIGKILL
     folder = f"{url}/killed"
     assert any(name.startswith("2/state/") for name in names(folder))
     assert [(s.name, s.state) for s in ckpt.list_steps(folder)] == [
@@ -330,10 +324,10 @@ def test_a_bucket_that_is_not_there(bucket: str) -> None:
 
 
 @AMAZON
-def test_two_processes_write_one_step(url: str, run_local: Callable[..., Any]) -> None:
+def test_two_processes_write_one_step(url: str, run_quick: Callable[..., Any]) -> None:
     from shardflax import ckpt
 
-    done = run_local(2, 2, __file__, "together", url)
+    done = run_quick(2, 2, __file__, "together", url)
     assert done.returncode == 0, done.stdout + done.stderr
     want = sharded(host_state(2), (2, 4), "b", "a")
     restored = ckpt.load_checkpoint(f"{url}/2", want)

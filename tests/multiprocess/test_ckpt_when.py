@@ -63,9 +63,9 @@ def main(folder: Path) -> dict[str, Any]:
 
 
 def test_two_processes_save_at_the_same_steps(
-    tmp_path: Path, run_local: Callable[..., Any]
+    tmp_path: Path, run_quick: Callable[..., Any]
 ) -> None:
-    done = run_local(2, 1, __file__, tmp_path / "run")
+    done = run_quick(2, 1, __file__, tmp_path / "run")
     assert done.returncode == 0, done.stdout + done.stderr
     one, two = (json.loads((tmp_path / f"{index}.json").read_text()) for index in (0, 1))
     assert one.pop("index") != two.pop("index")

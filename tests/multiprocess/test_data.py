@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,44 +25,54 @@ mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=auto)
 specs = {"dp": jax.P(("data", "fsdp", "tensor")), "fsdp_tp": jax.P(("data", "fsdp")),
          "context": jax.P("data", "tensor")}
 total = jax.jit(lambda b: sum(jax.numpy.sin(0.1 * v + 1).mean() for v in b.values()))
-for name, spec in specs.items():
-    layout = BatchLayout(8, 8, jax.NamedSharding(mesh, spec))
-    loader = Loader(Windows(corpus, 8), layout, seed=5)
-    if len(sys.argv) > 1:
-        loader.set_state(json.loads(sys.argv[1]))
-    found = {"layout": name, "rows": len(layout.rows), "losses": [], "inputs": []}
-    for batch in [next(loader) for _ in range(3)]:
-        found["losses"].append(float(total(batch)))
-        whole = multihost_utils.process_allgather(batch["inputs"], tiled=True)
-        found["inputs"].append(whole.tolist())
-    print(json.dumps({**found, "state": loader.get_state()}))
-"""
+for begin in [None, *map(json.loads, sys.argv[1:])]:
+    for name, spec in specs.items():
+        layout = BatchLayout(8, 8, jax.NamedSharding(mesh, spec))
+        loader = Loader(Windows(corpus, 8), layout, seed=5)
+        if begin is not None:
+            loader.set_state(begin)
+        found = {"layout": name, "again": begin is not None, "rows": len(layout.rows)}
+        batches = [next(loader) for _ in range(3)]
+        found["losses"] = [float(total(batch)) for batch in batches]
+        inputs = [multihost_utils.process_allgather(b["inputs"], tiled=True) for b in batches]
+        found |= {"inputs": np.array(inputs).tolist(), "state": loader.get_state()}
+        print(json.dumps(found))
 
-DIFFERENT = """
-import jax
-from launch.distributed import initialize_from_env
-initialize_from_env()
-from shardflax.training.data import BatchLayout, Corpus, Loader, Windows
 corpus = Corpus.of("mine", ["x" * (100 + jax.process_index() // 2)])
-layout = BatchLayout(4, 8, jax.NamedSharding(jax.make_mesh((4,), ("data",)), jax.P("data")))
-Loader(Windows(corpus, 8), layout)
+try:
+    Loader(Windows(corpus, 8), BatchLayout(8, 8, jax.NamedSharding(mesh, specs["dp"])))
+except Exception as error:
+    print("error", type(error).__name__, error)
 """
 
 
-def results(run_local, folder: Path, processes: int, *args: str) -> dict[str, list[dict]]:
-    """What each process found, by layout."""
+Results = dict[str, list[dict[str, Any]]]
+
+
+def results(run_quick: Callable[..., Any], folder: Path, processes: int, *args: str) -> Any:
+    """What each process found, by layout; the same from a state; what it said of a wrong corpus."""
     path = folder / "program.py"
     path.write_text(PROGRAM)
-    done = run_local(processes, 8 // processes, path, *args)
+    done = run_quick(processes, 8 // processes, path, *args)
     assert done.returncode == 0, done.stderr
-    lines = [json.loads(line.partition("] ")[2]) for line in done.stdout.splitlines()]
-    found = {n: [x for x in lines if x["layout"] == n] for n in ("dp", "fsdp_tp", "context")}
+    said = [line.partition("] ")[2] for line in done.stdout.splitlines()]
+    lines = [json.loads(line) for line in said if line[0] == "{"]
+    names = ("dp", "fsdp_tp", "context")
+    found, again = (
+        {n: [x for x in lines if x["layout"] == n and x["again"] is after] for n in names}
+        for after in (False, True)
+    )
     assert all(len(each) == processes for each in found.values())
-    return found
+    return found, again, [line for line in said if line[0] != "{"]
 
 
-def test_batches_are_the_same_on_1_2_and_4_processes(run_local, tmp_path: Path) -> None:
-    found = {n: results(run_local, tmp_path, n) for n in (1, 2, 4)}
+def test_batches_are_the_same_on_1_2_and_4_processes(
+    run_quick: Callable[..., Any], tmp_path: Path
+) -> None:
+    two, _, _ = results(run_quick, tmp_path, 2)
+    state = json.dumps(two["context"][0]["state"])
+    ran = {n: results(run_quick, tmp_path, n, state) for n in (1, 4)}
+    found: dict[int, Results] = {2: two, **{n: ran[n][0] for n in ran}}
     for layout, reference in found[1].items():
         for n, on_n in found.items():
             for result in on_n[layout]:
@@ -72,18 +84,13 @@ def test_batches_are_the_same_on_1_2_and_4_processes(run_local, tmp_path: Path) 
     everywhere = [x["inputs"] for on_n in found.values() for each in on_n.values() for x in each]
     assert all(x == everywhere[0] for x in everywhere)
 
+    # A state moves to another number of processes.
+    assert two["context"][0]["state"]["batches"] == 3
+    (_, one, _), (_, four, said) = ran[1], ran[4]
+    assert one["dp"][0]["inputs"] == four["fsdp_tp"][3]["inputs"] != everywhere[0]
 
-def test_a_state_moves_to_another_number_of_processes(run_local, tmp_path: Path) -> None:
-    first = results(run_local, tmp_path, 2)["context"][0]
-    assert first["state"]["batches"] == 3
-    again = {n: results(run_local, tmp_path, n, json.dumps(first["state"])) for n in (1, 4)}
-    assert again[1]["dp"][0]["inputs"] == again[4]["fsdp_tp"][3]["inputs"] != first["inputs"]
-
-
-def test_processes_with_different_corpora_are_named(run_local, tmp_path: Path) -> None:
-    path = tmp_path / "program.py"
-    path.write_text(DIFFERENT)
-    done = run_local(4, 1, path)
-    assert done.returncode == 1
-    assert "CorpusMismatchError: mine: expected the same corpus on every process" in done.stderr
-    assert "on process 2, 3;" in done.stderr
+    # Processes with other texts are named.
+    assert len(said) == 4
+    for line in said:
+        assert "error CorpusMismatchError mine: expected the same corpus on every process" in line
+        assert "on process 2, 3;" in line

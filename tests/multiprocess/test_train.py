@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launch.history import History
+from tests.multiprocess.quick import ROOT, Launcher
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 
@@ -24,15 +25,6 @@ SMALL = (
     *("--model", "tiny", "--layers", "1", "--seq-len", "32", "--batch", "8"),
     *("--steps", str(STEPS), "--warmup-steps", "4", "--eval-batches", "1", "--sample", "0"),
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The runs compile the same programs over and over: what one has compiled serves the next."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +49,7 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in lines]
 
 
-def wait_for_step(run: Path, step: int, launcher: subprocess.Popen[str]) -> None:
+def wait_for_step(run: Path, step: int, launcher: Launcher) -> None:
     """Waits until the run has done a step."""
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and launcher.poll() is None:
@@ -69,7 +61,7 @@ def wait_for_step(run: Path, step: int, launcher: subprocess.Popen[str]) -> None
 
 
 def children(pid: int) -> list[int]:
-    """The processes of a run: the children of its launcher that train."""
+    """The processes of a run: the children of its launcher, but for its guard."""
     found = []
     for entry in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -77,14 +69,16 @@ def children(pid: int) -> list[int]:
             line = (entry.parent / "cmdline").read_bytes().decode().split("\0")
         except OSError:
             continue
-        if parent == pid and "launch.child" in line:
+        if parent == pid and "-ISc" not in line:
             found.append(int(entry.parent.name))
     return sorted(found)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """The losses of a run of 2 processes x 2 devices that nobody kills."""
+def undisturbed(
+    corpus: Path, compiled: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> list[float]:
+    """The losses of a run of 2 processes x 2 devices that nobody kills; by the launcher itself."""
     run = tmp_path_factory.mktemp("run")
     launcher = [sys.executable, "-m", "launch.local", "--processes=2", "--devices=2", "--"]
     done = subprocess.run(
@@ -92,7 +86,8 @@ def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
         capture_output=True,
         text=True,
         timeout=400,
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
+        env={**os.environ, **compiled, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return losses(run)
@@ -106,13 +101,13 @@ def test_a_run_killed_again_and_again_goes_on_as_if_nothing_had_been(
     undisturbed: list[float],
     corpus: Path,
     tmp_path: Path,
-    start_local: Callable[..., subprocess.Popen[str]],
-    run_local: Callable[..., Any],
+    start_quick: Callable[..., Launcher],
+    run_quick: Callable[..., Any],
 ) -> None:
     args = command(corpus, tmp_path, *MESH, "--save-every", "3")
     before = 0
     for step, who in KILLS.items():
-        launcher = start_local(2, 2, *args)
+        launcher = start_quick(2, 2, *args)
         wait_for_step(tmp_path, max(step, before + 1), launcher)
         pids = children(launcher.pid)
         assert len(pids) == 2
@@ -125,7 +120,7 @@ def test_a_run_killed_again_and_again_goes_on_as_if_nothing_had_been(
         before = History.read(tmp_path / "losses.jsonl")[-1]["step"]
         assert before < STEPS, "killed too late to show anything"
 
-    again = run_local(2, 2, *args, timeout=400)
+    again = run_quick(2, 2, *args, timeout=400)
     assert again.returncode == 0, again.stdout + again.stderr
     assert 3 <= went_on(again.stdout) <= before
     assert losses(tmp_path) == undisturbed  # bit for bit
@@ -142,14 +137,14 @@ def test_a_run_that_is_asked_to_stop_saves_first(
     undisturbed: list[float],
     corpus: Path,
     tmp_path: Path,
-    start_local: Callable[..., subprocess.Popen[str]],
-    run_local: Callable[..., Any],
+    start_quick: Callable[..., Launcher],
+    run_quick: Callable[..., Any],
 ) -> None:
     """And another number of processes goes on from there."""
     args = command(corpus, tmp_path, *MESH)  # no save is due before the end
     before = 0
     for processes in (2, 1):
-        launcher = start_local(processes, 4 // processes, *args)
+        launcher = start_quick(processes, 4 // processes, *args)
         step = before + 4
         wait_for_step(tmp_path, step, launcher)
         launcher.send_signal(signal.SIGTERM)
@@ -159,24 +154,24 @@ def test_a_run_that_is_asked_to_stop_saves_first(
         assert launcher.returncode != 0
         assert not before or f"going on after step {before}" in out
         before = int(stopped[1])
-    again = run_local(2, 2, *args, timeout=400)
+    again = run_quick(2, 2, *args, timeout=400)
     assert again.returncode == 0, again.stdout + again.stderr
     assert f"going on after step {before}" in again.stdout
     assert losses(tmp_path) == pytest.approx(undisturbed, rel=1e-4)
 
 
 def test_a_finished_run_has_nothing_left_to_do(
-    undisturbed: list[float], corpus: Path, tmp_path: Path, run_local: Callable[..., Any]
+    undisturbed: list[float], corpus: Path, tmp_path: Path, run_quick: Callable[..., Any]
 ) -> None:
     args = command(corpus, tmp_path, "--mesh", "data=4", "--preset", "dp")
-    assert run_local(1, 4, *args, timeout=400).returncode == 0
+    assert run_quick(1, 4, *args, timeout=400).returncode == 0
     before = losses(tmp_path)
     assert before == pytest.approx(undisturbed, rel=1e-4)
-    again = run_local(1, 4, *args, timeout=400)
+    again = run_quick(1, 4, *args, timeout=400)
     assert again.returncode == 0, again.stderr
     assert f"all {STEPS} steps are done" in again.stdout
     assert losses(tmp_path) == before
-    other = run_local(1, 4, *args, "--model", "small", timeout=400)
+    other = run_quick(1, 4, *args, "--model", "small", timeout=400)
     assert other.returncode == 2
     assert "error:" in other.stderr and "embed/embedding" in other.stderr
     assert "Traceback" not in other.stderr
@@ -198,10 +193,10 @@ def test_the_losses_do_not_depend_on_the_layout(
     undisturbed: list[float],
     corpus: Path,
     tmp_path: Path,
-    run_local: Callable[..., Any],
+    run_quick: Callable[..., Any],
 ) -> None:
     args = command(corpus, tmp_path, "--mesh", mesh, "--preset", preset)
-    done = run_local(processes, devices, *args, timeout=400)
+    done = run_quick(processes, devices, *args, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     found = losses(tmp_path)
     assert found[0] == pytest.approx(undisturbed[0], rel=1e-6)
@@ -209,8 +204,8 @@ def test_the_losses_do_not_depend_on_the_layout(
     assert found[-1] < 0.8 * found[0]
 
 
-def test_errors_are_said_once(corpus: Path, tmp_path: Path, run_local: Callable[..., Any]) -> None:
-    done = run_local(2, 4, *command(corpus, tmp_path, "--mesh", "data=2,fsdp=2,tensro=2"))
+def test_errors_are_said_once(corpus: Path, tmp_path: Path, run_quick: Callable[..., Any]) -> None:
+    done = run_quick(2, 4, *command(corpus, tmp_path, "--mesh", "data=2,fsdp=2,tensro=2"))
     assert done.returncode == 2
     assert done.stderr.count("error:") == 1
     assert "tensor" in done.stderr and "Traceback" not in done.stderr
