@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,27 @@ import tensorstore as ts
 from shardflax.ckpt.plan import Stored
 from shardflax.ckpt.regions import Box, chunks_in
 from shardflax.ckpt.staging import Staged
-from shardflax.ckpt.zarr import chunk_key, encode, metadata
+from shardflax.ckpt.zarr import chunk_key, encode, metadata, metadata_file
 
-__all__ = ["stored_chunks", "whole"]
+__all__ = ["described", "stored_chunks", "whole"]
 
 _Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def described(
+    stored: Sequence[Stored | None], scalars: Sequence[tuple[Stored, Any]]
+) -> Iterator[tuple[str, bytes]]:
+    """The metadata of all arrays, and the scalars, by their keys.
+
+    >>> list(described([None], []))
+    []
+    """
+    for leaf in itertools.chain(stored, (leaf for leaf, _ in scalars)):
+        if leaf is not None:
+            content = metadata_file(leaf.shape, leaf.dtype, leaf.chunk, leaf.codec)
+            yield f"{leaf.name}/zarr.json", content
+    for leaf, value in scalars:
+        yield f"{leaf.name}/{chunk_key(())}", encode(np.asarray(value, leaf.dtype), ())
 
 
 def stored_chunks(leaf: Stored, box: Box, array: _Array) -> Iterator[tuple[tuple[int, ...], bytes]]:

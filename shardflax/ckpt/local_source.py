@@ -285,8 +285,8 @@ def _fill(descriptor: int, offset: int, *buffers: Any) -> None:
 
 @functools.cache
 def _readers() -> Worker:
-    """Threads that read, from the first time on."""
-    return Worker("shardflax-read", min(16, max(4, os.cpu_count() or 1)))
+    """Threads that read, from the first time on; more than processors: they wait for the disk."""
+    return Worker("shardflax-read", min(16, max(8, os.cpu_count() or 1)))
 
 
 os.register_at_fork(after_in_child=_readers.cache_clear)

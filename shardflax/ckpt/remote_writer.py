@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import collections
-import itertools
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from shardflax.ckpt import faults, writing
-from shardflax.ckpt.compressing import stored_chunks, whole
+from shardflax.ckpt.compressing import described, stored_chunks, whole
 from shardflax.ckpt.durable import FileRecord, checksum
 from shardflax.ckpt.index import DATA, write_index
 from shardflax.ckpt.ocdbt import INLINE_BYTES, Place, Value
 from shardflax.ckpt.place import StorePath
 from shardflax.ckpt.plan import Stored
-from shardflax.ckpt.staging import Staged
+from shardflax.ckpt.staging import Group
 from shardflax.ckpt.worker import Worker
-from shardflax.ckpt.zarr import chunk_key, encode, metadata_file
+from shardflax.ckpt.zarr import chunk_key
 
 __all__ = ["RemoteWriter"]
 
@@ -43,16 +40,10 @@ class RemoteWriter:
     def _begin(self) -> None:
         self._name, self._parts, self._size = f"{DATA}/{secrets.token_hex(16)}", list[bytes](), 0
 
-    def write(
-        self,
-        stored: Sequence[Stored | None],
-        group: Sequence[Staged],
-        done: Callable[[], object] = lambda: None,
-    ) -> None:
+    def write(self, group: Group) -> None:
         """Writes a group, and says so."""
-        for staged in group:
-            leaf = stored[staged.lot.leaf]
-            assert leaf is not None
+        for staged in group.staged:
+            leaf = group.leaf(staged)
             array = whole(staged).view(leaf.dtype)
             for index, chunk in stored_chunks(leaf, staged.lot.box, array):
                 self._add(f"{leaf.name}/{chunk_key(index)}", chunk)
@@ -60,7 +51,7 @@ class RemoteWriter:
                     self._send()
         self._send()
         faults.at("group")
-        done()
+        group.done()
 
     def _add(self, key: str, value: bytes) -> None:
         if len(value) <= INLINE_BYTES:
@@ -86,14 +77,8 @@ class RemoteWriter:
         self, stored: Sequence[Stored | None], scalars: Sequence[tuple[Stored, Any]]
     ) -> None:
         """Adds the metadata of all arrays, and the scalars."""
-        for leaf in itertools.chain(stored, (leaf for leaf, _ in scalars)):
-            if leaf is not None:
-                self._add(
-                    f"{leaf.name}/zarr.json",
-                    metadata_file(leaf.shape, leaf.dtype, leaf.chunk, leaf.codec),
-                )
-        for leaf, value in scalars:
-            self._add(f"{leaf.name}/{chunk_key(())}", encode(np.asarray(value, leaf.dtype), ()))
+        for key, value in described(stored, scalars):
+            self._add(key, value)
 
     def finish(self) -> dict[str, FileRecord]:
         """Waits until all is stored; the files, by their names in the folder."""

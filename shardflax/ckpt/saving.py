@@ -24,7 +24,7 @@ from shardflax.ckpt.paths import Path as LeafPath
 from shardflax.ckpt.paths import storage_names
 from shardflax.ckpt.plan import Plan, Stored
 from shardflax.ckpt.rendezvous import Rendezvous
-from shardflax.ckpt.staging import Staged
+from shardflax.ckpt.staging import Group, Staged
 from shardflax.ckpt.worker import Worker
 from shardflax.ckpt.writing import check_there, writer
 
@@ -120,9 +120,9 @@ class Save:
         try:
             if self.meeting.primary:
                 store.write_metadata(self.plan.stored, self._scalars())
-            for group, done in self._staged():
-                store.write(self.plan.stored, group, done)
-                del group, done
+            for group in self._staged():
+                store.write(group)
+                del group
                 if self.meeting.count > 1:
                     self._check_outcome()
             store.wait()
@@ -133,13 +133,13 @@ class Save:
             raise
         return {f"{part}/{name}".lstrip("/"): record for name, record in records.items()}
 
-    def _staged(self) -> Iterator[tuple[list[Staged], Callable[[], None]]]:
-        """The groups as they come, and what is to be called when each is written."""
+    def _staged(self) -> Iterator[Group]:
+        """The groups as they come; of each that is written, the budget hears."""
         while (group := self.groups.get()) is not None:
             if isinstance(group, BaseException):
                 raise RuntimeError(f"the state could not be copied: {group!r}") from group
             size = sum(staged.lot.nbytes for staged in group)
-            yield group, functools.partial(self.budget.give, size)
+            yield Group(self.plan.stored, group, functools.partial(self.budget.give, size))
             del group
 
     def _check_outcome(self) -> None:

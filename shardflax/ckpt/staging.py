@@ -12,17 +12,17 @@ import contextlib
 import dataclasses
 import functools
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from shardflax.ckpt.packing import Row, pack
-from shardflax.ckpt.plan import Lot
+from shardflax.ckpt.plan import Lot, Stored
 from shardflax.core.staging import single_device_arrays
 
-__all__ = ["Staged", "stage"]
+__all__ = ["Group", "Staged", "stage"]
 
 _PINNED = "pinned_host"
 
@@ -47,6 +47,21 @@ class Staged:
     def arrays(self) -> list[np.ndarray[Any, np.dtype[Any]]]:
         """The values in numpy, in order of the pieces."""
         return [np.asarray(value) for value in self.values]
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Lots that are written at once, how all leaves are stored, and who hears that it is done."""
+
+    stored: Sequence[Stored | None]
+    staged: Sequence[Staged]
+    done: Callable[[], object] = lambda: None
+
+    def leaf(self, staged: Staged) -> Stored:
+        """How the leaf of a lot is stored."""
+        leaf = self.stored[staged.lot.leaf]
+        assert leaf is not None
+        return leaf
 
 
 def stage(lots: Sequence[Lot], leaves: Sequence[Any]) -> list[Staged]:

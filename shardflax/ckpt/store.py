@@ -5,9 +5,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from shardflax.ckpt import faults
-from shardflax.ckpt.compressing import stored_chunks, whole
+from shardflax.ckpt.compressing import described, stored_chunks, whole
 from shardflax.ckpt.durable import DataFile, FileRecord
 from shardflax.ckpt.index import DATA, write_index
 from shardflax.ckpt.ocdbt import INLINE_BYTES, Place, Value
@@ -23,9 +22,9 @@ from shardflax.ckpt.place import Place as Folder
 from shardflax.ckpt.place import kvstore
 from shardflax.ckpt.plan import GROUP_BYTES, Stored
 from shardflax.ckpt.regions import chunks_in
-from shardflax.ckpt.staging import Staged
+from shardflax.ckpt.staging import Group, Staged
 from shardflax.ckpt.worker import Worker
-from shardflax.ckpt.zarr import checksum_of, chunk_key, encode, filled_up, metadata_file
+from shardflax.ckpt.zarr import checksum_of, chunk_key, filled_up
 
 __all__ = ["Store", "database"]
 
@@ -60,17 +59,12 @@ class Store:
         self._records: dict[str, FileRecord] = {}
         self._jobs: collections.deque[Future[None]] = collections.deque()
 
-    def write(
-        self,
-        stored: Sequence[Stored | None],
-        group: Sequence[Staged],
-        done: Callable[[], object] = lambda: None,
-    ) -> None:
-        """Starts writing a group, of which `done` says that it is in a file.
+    def write(self, group: Group) -> None:
+        """Starts writing a group.
 
         Waits while too many are on their way; raises what went wrong with an earlier one.
         """
-        job = functools.partial(self._write, stored, group, done)
+        job = functools.partial(self._write, group)
         self._jobs.append(self.pool.submit(job))
         del job, group
         while len(self._jobs) >= self.pool.threads:
@@ -85,23 +79,21 @@ class Store:
         for future in closing:
             future.result()
 
-    def _write(
-        self, stored: Sequence[Stored | None], group: Sequence[Staged], done: Callable[[], object]
-    ) -> None:
+    def _write(self, group: Group) -> None:
         """Appends a group to a file that nobody else is writing to."""
         file = _Lazy(self)
         try:
             values = {
                 key: _put(file, chunk, check)
-                for staged in group
-                for key, chunk, check in _chunks(stored[staged.lot.leaf], staged)
+                for staged in group.staged
+                for key, chunk, check in _chunks(group.leaf(staged), staged)
             }
             file.flush()
         finally:
             file.give_back()
         self._values.update(values)
         faults.at("group")
-        done()
+        group.done()
         self._close_full()
 
     def take(self) -> DataFile:
@@ -135,13 +127,7 @@ class Store:
         self, stored: Sequence[Stored | None], scalars: Sequence[tuple[Stored, Any]]
     ) -> None:
         """Puts the metadata of all arrays, and the scalars, into the index."""
-        for leaf in itertools.chain(stored, (leaf for leaf, _ in scalars)):
-            if leaf is not None:
-                content = metadata_file(leaf.shape, leaf.dtype, leaf.chunk, leaf.codec)
-                self._values[f"{leaf.name}/zarr.json"] = content
-        for leaf, value in scalars:
-            chunk = encode(np.asarray(value, leaf.dtype), ())
-            self._values[f"{leaf.name}/{chunk_key(())}"] = chunk
+        self._values.update(described(stored, scalars))
 
     def finish(self) -> dict[str, FileRecord]:
         """Waits until everything is on the disk; the files, by their names in the folder."""
@@ -188,12 +174,11 @@ def _put(file: _Lazy, chunk: _Bytes, check: bytes) -> Value:
     return file.append(chunk, check) if check else file.append(chunk)
 
 
-def _chunks(leaf: Stored | None, staged: Staged) -> Iterator[tuple[str, _Bytes, bytes]]:
+def _chunks(leaf: Stored, staged: Staged) -> Iterator[tuple[str, _Bytes, bytes]]:
     """The chunks of a lot, by their keys, with what comes after them.
 
     Not copied if they are contiguous and not compressed.
     """
-    assert leaf is not None
     box, array = staged.lot.box, whole(staged)
     if leaf.codec is not None:
         for index, data in stored_chunks(leaf, box, array.view(leaf.dtype)):
