@@ -42,12 +42,17 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
     >>> did_you_mean("emebd", ["embed", "mlp"])
     "did you mean 'embed'?"
+    >>> did_you_mean("FSDP", ["dp", "fsdp"])
+    "did you mean 'fsdp'?"
     >>> did_you_mean("zzz", ["embed", "mlp"])
     'known: embed, mlp.'
     """
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names) or 'none'}."
+    lower = {one.lower(): one for one in names}
+    close = difflib.get_close_matches(name.lower(), lower, n=1)
+    return (
+        f"did you mean {lower[close[0]]!r}?" if close else f"known: {', '.join(names) or 'none'}."
+    )
 
 
 def _shape(shape: Any) -> str:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from shardflax.core.errors import did_you_mean
 from shardflax.partitioning.errors import CollectivesError, MeshScopeError
-from shardflax.partitioning.given import check_mesh
+from shardflax.partitioning.given import check_mesh, check_program
 from shardflax.partitioning.hlo import Instruction, Program, parse
 from shardflax.partitioning.megascale import crossings, in_mesh
 from shardflax.partitioning.origin import mesh_of, module_path, shapes_of, source_line, type_bytes
@@ -96,11 +96,13 @@ def collectives(compiled: Any, mesh: Mesh | None = None) -> list[Collective]:
 
 def _mesh(compiled: Any, mesh: Any) -> Mesh:
     """The mesh that is given, or that of the program."""
+    if mesh is not None:
+        check_mesh(mesh)
+    check_program(compiled)
     if mesh is None:
         mesh = mesh_of(compiled)
     if mesh is None:
         raise MeshScopeError("no argument of the program is laid out over a mesh: pass mesh=.")
-    check_mesh(mesh)
     return mesh
 
 

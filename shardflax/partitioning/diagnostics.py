@@ -13,6 +13,7 @@ from shardflax.partitioning.errors import (
     LayoutError,
     RematerializationError,
     RematerializationWarning,
+    kind_of,
 )
 from shardflax.partitioning.given import check_mesh
 from shardflax.partitioning.hlo import Program, parse
@@ -105,6 +106,11 @@ def compile(
     Array([2., 2.], dtype=float32)
     """
     _check(then, mesh)
+    if not hasattr(program, "lower") and not hasattr(program, "compile"):
+        raise LayoutError(
+            f"compile: a jitted function is expected, or what it was lowered to, not "
+            f"{kind_of(program)}. Write compile(jax.jit(fn), *args)."
+        )
     lowered = program.lower(*args, **kwargs) if hasattr(program, "lower") else program
     with listen() as lines:
         compiled = lowered.compile()

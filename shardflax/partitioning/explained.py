@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,7 +162,7 @@ class LeafExplained:
 
 
 def mesh_of_spec(
-    spec: str,
+    spec: str | Mapping[str, int],
     devices: int | None = None,
     *,
     across_dcn: Collection[str] = (),

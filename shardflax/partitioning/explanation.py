@@ -173,7 +173,7 @@ class Explanation:
 
 def explain(
     what: Any,
-    mesh: AnyMesh | str,
+    mesh: AnyMesh | str | Mapping[str, int],
     rules: LogicalRules,
     *args: Any,
     title: str = "",
@@ -203,7 +203,7 @@ def explain(
     768 B on each of 32 devices: 1 leaf, 24.0 KiB in all.
     """
     dcn: dict[str, int] = {}
-    if isinstance(mesh, str):
+    if isinstance(mesh, str | Mapping):
         mesh, dcn = mesh_of_spec(mesh)
     if isinstance(what, Layout):
         return Explanation(what, title, dcn)
@@ -223,6 +223,10 @@ def _layout(
             )
         key = jx.eval_shape(lambda: jx.random.key(0))
         return _abstract(what.init, (key, *args), kwargs, mesh, rules)
+    if isinstance(what, type):
+        raise LayoutError(
+            f"explain: {what.__name__} is a class. Give a module of it: {what.__name__}(...)."
+        )
     if callable(what):
         return _abstract(what, args, kwargs, mesh, rules)
     return Layout(what, mesh, rules)

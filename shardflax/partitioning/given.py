@@ -7,15 +7,17 @@ from typing import Any, cast
 
 from jax.sharding import AbstractMesh, Mesh
 
+from shardflax.core.module import Module
 from shardflax.partitioning.errors import (
     InvalidRuleError,
+    LayoutError,
     MeshSpecError,
     NamesRankError,
     kind_of,
 )
 from shardflax.partitioning.rules import AxisRules
 
-__all__ = ["as_names", "check_mesh", "check_rules", "check_strict"]
+__all__ = ["as_names", "check_init", "check_mesh", "check_program", "check_rules", "check_strict"]
 
 
 def as_names(names: Any) -> tuple[Any, ...]:
@@ -62,8 +64,33 @@ def check_mesh(mesh: Any) -> None:
     >>> check_mesh(AbstractMesh((), ()))
     """
     if not isinstance(mesh, (Mesh, AbstractMesh)):
-        found = f"{mesh!r}. Write make_mesh({mesh!r})" if isinstance(mesh, str) else kind_of(mesh)
+        spec = isinstance(mesh, (str, Mapping))
+        found = f"{mesh!r}. Write make_mesh({mesh!r})" if spec else kind_of(mesh)
         raise MeshSpecError(f"a mesh is expected, not {found}.")
+
+
+def check_program(program: Any) -> None:
+    """Raises `LayoutError` unless `program` is compiled.
+
+    >>> import jax
+    >>> check_program(jax.jit(lambda x: x).lower(1.0).compile())
+    """
+    if hasattr(program, "as_text") and not hasattr(program, "compile"):
+        return
+    how = "compile()" if hasattr(program, "compile") else "jax.jit(fn).lower(...).compile()"
+    raise LayoutError(f"a compiled program is expected, not {kind_of(program)}. Write {how}.")
+
+
+def check_init(init_fn: Any, what: str) -> None:
+    """Raises `LayoutError` for a module in the place of a function that makes a state.
+
+    >>> check_init(lambda key: {}, "init_sharded")
+    """
+    if isinstance(init_fn, Module):
+        raise LayoutError(
+            f"{what}: {type(init_fn).__name__} is a module, and a function that makes a state is "
+            f"expected. Write {what}(model.init, key, x, ...)."
+        )
 
 
 def _is_pair(one: Any) -> bool:
@@ -77,6 +104,8 @@ def _found(rules: Any) -> str:
         return f"{rules!r}. Write preset({rules!r})"
     if rules is None:
         return "None. Write () if none are wanted"
+    if hasattr(rules, "rules"):
+        return f"{kind_of(rules)}. Write the `rules` of it"  # an import, or a layout
     return "a dict. Write AxisRules({...})" if isinstance(rules, Mapping) else kind_of(rules)
 
 

@@ -6,6 +6,7 @@ each axis counts by itself; what cannot be said so is an error and not a guess.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -18,8 +19,9 @@ from shardflax.partitioning.vocabulary import AXIS_ALIASES, KNOWN_AXES, known_na
 
 __all__ = ["ImportedRules", "from_levanter", "from_maxtext", "from_t5x"]
 
-Pairs = Iterable[Sequence[Any]]
+Pairs = Iterable[Sequence[Any]] | Mapping[str, Any]
 Table = dict[str, tuple[str, ...]]
+_MOST_YIELDING = 8  # axes of one rule; all sets of them are looked at
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,10 @@ def from_maxtext(
 ) -> ImportedRules:
     """MaxText's `logical_axis_rules` (pairs of a name and a list of axes) as strict rules.
 
-    `axes` are those of the mesh: others that the presets do not know are left out.  Several
-    rules for a name become one if each has some of the axes of the one before: axes that not all
-    of them have may yield (`?`).  `choose` says the rule for a name where that does not hold.
+    `rules` may also be the whole configuration, as a dict.  `axes` are those of the mesh: others
+    that the presets do not know are left out.  Several rules for a name become one if each has some
+    of the axes of the one before, or if they say all combinations: axes that not all of them have
+    may yield (`?`).  `choose` says the rule for a name where that does not hold.
 
     Raises `InvalidRuleError` for a name with rules that cannot become one, for no pairs, and for a
     name in `choose` that has no rule.
@@ -140,6 +143,11 @@ def from_levanter(
     >>> rules["embed"], rules.compute["embed"], rules.compute["mlp"]
     (('fsdp',), (), ('tensor',))
     """
+    if not isinstance(cast(Any, trainer), Mapping):
+        raise InvalidRuleError(
+            f"levanter rules: {kind_of(trainer)} is no configuration. Give the trainer's as a "
+            f"dict: that of a dataclass is dataclasses.asdict(trainer)."
+        )
     said: dict[str, Any] = {**trainer, **_mapping(trainer, "mesh")}
     if not any(key in said for key in _LEVANTER_KEYS):
         raise InvalidRuleError(
@@ -195,7 +203,10 @@ class _Import:
         if not isinstance(cast(Any, pairs), Iterable):
             raise InvalidRuleError(f"{self.title}: pairs of a name and axes, not {pairs!r}.")
         alternatives: dict[str, list[tuple[str, ...]]] = {}
-        for name, axes in map(self.pair, pairs):
+        if isinstance(pairs, Mapping):
+            found = cast(Mapping[str, Any], pairs)
+            pairs = found.get("logical_axis_rules", found.items())  # of a whole configuration
+        for name, axes in map(self.pair, cast("Iterable[Any]", pairs)):
             alternatives.setdefault(name, []).append(axes)
         for name in self.choose:
             if name not in alternatives:
@@ -245,17 +256,13 @@ class _Import:
         """One rule for all alternatives of a name, of which the first that is free would win."""
         if name in self.choose:
             return AxisRules({name: self.choose[name]})[name]
-        first, *rest = alternatives
-        last, steps = first, 0
-        for axes in rest:
-            if not last or set(axes) == set(last):
-                continue  # what is empty always fits, and nothing after it is ever tried
-            if not set(axes) < set(last):
-                raise InvalidRuleError(self.exclusive(name, alternatives))
-            last, steps = axes, steps + 1
-        if steps:
+        tried = _that_are_tried(alternatives)
+        if not _is_chain(tried) and not _takes_what_is_free(tried):
+            raise InvalidRuleError(self.exclusive(name, tried))
+        if len(tried) > 1:
             self.yielding.append(name)
-        return tuple(axis if axis in last else f"{axis}?" for axis in first)
+        firm = set(tried[0]).intersection(*tried)
+        return tuple(axis if axis in firm else f"{axis}?" for axis in tried[0])
 
     def exclusive(self, name: str, alternatives: Sequence[tuple[str, ...]]) -> str:
         """The text for alternatives that no `?` can say."""
@@ -265,3 +272,33 @@ class _Import:
             f"single axes may yield: give the dims that differ names of their own, or say which "
             f"rule holds, choose={{{name!r}: {' '.join(alternatives[-1])!r}}}."
         )
+
+
+def _that_are_tried(alternatives: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """The alternatives of which one can win: none that has all axes of one before it.
+
+    Where that one was not free, neither is this; and what is empty always fits.
+    """
+    tried: list[tuple[str, ...]] = []
+    for axes in alternatives:
+        if not any(set(before) <= set(axes) for before in tried):
+            tried.append(axes)
+    return tried
+
+
+def _is_chain(tried: Sequence[tuple[str, ...]]) -> bool:
+    """Each has some of the axes of the one before."""
+    return all(set(axes) < set(before) for before, axes in itertools.pairwise(tried))
+
+
+def _takes_what_is_free(tried: Sequence[tuple[str, ...]]) -> bool:
+    """Whichever axes are taken, the first alternative without them has all that are left."""
+    every, may_yield = set(tried[0]), set(tried[0]).difference(set(tried[0]).intersection(*tried))
+    if len(may_yield) > _MOST_YIELDING:
+        return False
+    for count in range(len(may_yield) + 1):
+        for taken in itertools.combinations(sorted(may_yield), count):
+            wins = next((axes for axes in tried if not set(axes) & set(taken)), ())
+            if set(wins) != every - set(taken):
+                return False
+    return True

@@ -8,6 +8,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from shardflax.core.boxes import is_box
+from shardflax.partitioning.given import check_init
 from shardflax.partitioning.init_plan import plan_init
 from shardflax.partitioning.layout import Layout
 from shardflax.partitioning.override_outputs import unmatched_outputs
@@ -82,6 +83,7 @@ def abstract_layout(
     >>> [problem.where for problem in layout.problems]
     ['kernel, shape (8, 16)']
     """
+    check_init(init_fn, "abstract_layout")
     with use(mesh, rules), init_tracing(InitTrace()) as trace:
         boxed = jx.eval_shape(init_fn, *args)
     trace.problems.extend(unmatched_outputs(rules, trace))

@@ -8,6 +8,7 @@ from typing import Any
 from jax.sharding import AbstractMesh, Mesh
 
 from shardflax.partitioning.errors import MeshScopeError
+from shardflax.partitioning.given import check_init
 from shardflax.partitioning.init_graph import graph_of
 from shardflax.partitioning.init_programs import Programs
 from shardflax.partitioning.init_progress import progress_line
@@ -128,6 +129,7 @@ def plan_init(
     >>> plan.run()[0].sharding.spec
     P('fsdp', 'tensor')
     """
+    check_init(init_fn, "init_sharded")
     with use(mesh, rules), init_tracing(InitTrace()) as trace:
         closed, boxed = jx.make_jaxpr(init_fn, return_shape=True)(*args)
     trace.problems.extend(unmatched_outputs(rules, trace))

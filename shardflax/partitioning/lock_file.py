@@ -18,7 +18,7 @@ import jax
 from jax.sharding import Mesh
 
 from shardflax.partitioning.communication import Collective
-from shardflax.partitioning.errors import LockDriftError, LockFileError
+from shardflax.partitioning.errors import LayoutError, LockDriftError, LockFileError, kind_of
 from shardflax.partitioning.layout import Layout, check_layout
 from shardflax.partitioning.leaf import Leaf
 from shardflax.partitioning.lock_changes import changes_between
@@ -95,6 +95,11 @@ def check_lock(
     bytes per device: 6.0 KiB -> 3.0 KiB (-3.0 KiB)
     ~ -3.0 KiB a leaf: w
     """
+    if not isinstance(cast(Any, entry), LockEntry):
+        raise LayoutError(
+            f"check_lock: an entry of a lock file is expected, not {kind_of(entry)}. Write "
+            f"read_lock(path)['its name']."
+        )
     now = lock(layout, collectives, memory=memory)
     if collectives is None:
         entry = replace(entry, collectives=None, compiler="")

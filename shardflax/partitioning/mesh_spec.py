@@ -164,7 +164,7 @@ def _check_axis(text: str, axis: str, other_axes: Collection[str]) -> None:
     """Refuses an axis name that looks like a slip for a known one."""
     if axis in KNOWN_AXES or axis in other_axes:
         return
-    close = difflib.get_close_matches(axis, KNOWN_AXES, n=1, cutoff=0.7)
+    close = difflib.get_close_matches(axis.lower(), KNOWN_AXES, n=1, cutoff=0.7)
     if close:
         raise UnknownAxisError(
             f"mesh {text!r}: {axis!r} is not an axis that the presets know: did you mean "

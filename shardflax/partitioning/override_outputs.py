@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
 import numpy as np
 
 from shardflax.core.calls import InterceptorContext, context, intercept_methods
+from shardflax.core.errors import did_you_mean
 from shardflax.core.module import Module
 from shardflax.partitioning.errors import OverrideError, Problem, raise_problems
 from shardflax.partitioning.lowering import lower
@@ -95,6 +96,8 @@ def _laid_out(y: Any, names: Any, where: str, rules: AxisRules) -> Any:
     """`y` with a constraint on each array that `names` name."""
     if names is None or y is None:
         return y
+    if names[:1] == ("keys",):
+        return _each_key(y, dict(names[1]), where, rules)
     if names[:1] != ("each",):
         return _constrained(y, names, where, rules.compute)
     parts = cast(Sequence[Any], names[1:])
@@ -108,12 +111,31 @@ def _laid_out(y: Any, names: Any, where: str, rules: AxisRules) -> Any:
     return type(y)(*done) if hasattr(y, "_fields") else type(y)(done)
 
 
+def _each_key(y: Any, names: Mapping[str, Any], where: str, rules: AxisRules) -> Any:
+    """A dict with a constraint on each array whose key has names."""
+    if not isinstance(y, Mapping):
+        raise OverrideError(
+            f"what {where} returns: expected a dict with {', '.join(map(repr, names))}, for which "
+            f"an override has names, found {type(y).__name__}."
+        )
+    found = dict(cast(Mapping[str, Any], y))
+    for key, said in names.items():
+        if key not in found:
+            raise OverrideError(
+                f"what {where} returns: no key {key!r}, for which an override has names: "
+                f"{did_you_mean(key, map(str, found))}"
+            )
+        found[key] = _laid_out(found[key], said, f"{where} under {key!r}", rules)
+    return cast(Any, type(cast(Any, y)))(found)
+
+
 def _constrained(x: Any, names: tuple[Any, ...], where: str, rules: AxisRules) -> Any:
     """One array with its constraint; while an init is traced, checked alone."""
     if not _is_array(x):
         raise OverrideError(
             f"what {where} returns: expected one array, for which an override has the names "
-            f"{names!r}, found {type(x).__name__}. For a tuple, write a list of names."
+            f"{names!r}, found {type(x).__name__}. For a tuple, write a list of names; for a dict, "
+            f"a dict of them."
         )
     trace, shape = init_trace(), tuple(np.shape(x))
     mesh = mesh_in_scope() if trace is None else None

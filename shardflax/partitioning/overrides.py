@@ -24,7 +24,8 @@ Overrides = tuple[tuple[str, Any], ...]
 def freeze(overrides: Mapping[str, Any], what: str, lists: bool = False) -> Overrides:
     """A mapping of regular expressions to names as a hashable value, checked.
 
-    With `lists`, names may be a list: one entry (names, or None) for each element of a tuple.
+    With `lists`, names may be a list: one entry (names, or None) for each element of a tuple; or a
+    dict, of which each key is one of a dict.
     Raises `OverrideError`.
 
     >>> freeze({".*/kernel": ("embed", "mlp")}, "params")
@@ -120,6 +121,9 @@ def _pattern(pattern: Any, what: str) -> str:
 
 def _names(pattern: str, names: Any, what: str, lists: bool) -> Any:
     """The names of one override as a hashable value."""
+    if lists and isinstance(names, Mapping):
+        said = cast(Mapping[str, Any], names).items()
+        return ("keys", tuple((k, _names(pattern, n, what, lists)) for k, n in said))
     if lists and isinstance(names, list):
         parts = cast(Sequence[Any], names)
         return ("each", *(None if n is None else _names(pattern, n, what, lists) for n in parts))
@@ -127,7 +131,7 @@ def _names(pattern: str, names: Any, what: str, lists: bool) -> Any:
     if not good:
         raise OverrideError(
             f"overrides of {what}: {pattern!r} has {names!r} for names. Write a tuple with one "
-            f"name, or None, for each dim{', or a list of such tuples' if lists else ''}."
+            f"name, or None, for each dim{', or a list or dict of such tuples' if lists else ''}."
         )
     return cast(Any, names)
 

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from shardflax.partitioning.errors import SilentReplicationError
+from shardflax.partitioning.given import check_program
 from shardflax.partitioning.hlo import parse
 from shardflax.partitioning.layout import Layout, check_layout
 from shardflax.partitioning.leaf import Leaf
@@ -93,6 +94,7 @@ def check_compiled(
     [('w', P('fsdp',), P(), 224)]
     """
     check_layout(layout)
+    check_program(compiled)
     found = [
         *_placed(compiled, layout),
         *(one for leaf in layout.leaves for one in _unsaid(leaf, layout)),

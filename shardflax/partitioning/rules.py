@@ -248,7 +248,7 @@ class AxisRules(Sequence[tuple[str, tuple[str, ...]]]):
         (`encoder/layers_3/kernel`), whose optimizer state follows; or of a module, or one of its
         methods, (`encoder/layers_3`, `encoder/layers_3/decode`), whose output is constrained.
         Names are tuples; for a method that returns a tuple, a list with one tuple, or None, for
-        each element.
+        each element; for one that returns a dict, a dict of tuples.
 
         Raises `OverrideError` for a bad expression, or for names that are no tuple of names; and
         later, where they are used, for an expression that matches nothing, for two that match

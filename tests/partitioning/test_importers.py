@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -238,6 +239,29 @@ def test_rules_to_the_first_that_fits() -> None:
     """What stands after a rule to nothing is never tried; repeated rules are one."""
     found = from_maxtext([("a", ["x", "y"]), ("a", ["x"]), ("a", ["x"]), ("a", []), ("a", ["z"])])
     assert found.rules == AxisRules({"a": "x? y?"})
+
+
+def test_rules_that_say_all_combinations_are_one() -> None:
+    """Two axes that may yield, written out; and what could never be reached."""
+    listed = [["a", [*axes, "x"]] for axes in (["y", "z"], ["z"], ["y"], ["y", "z"], [])]
+    found = from_maxtext(listed)
+    assert found.rules == AxisRules({"a": "y? z? x"}) and found.yielding == ("a",)
+    for axes in itertools.product((1, 2), repeat=2):
+        taken = [axis for axis, size in zip("yz", axes, strict=True) if size > 1]
+        names, mesh = ("b", "a"), (("x", 2), ("y", 2), ("z", 2))
+        strict = resolve(names, found.rules | {"b": taken}, (8, 8), mesh)
+        theirs = logical_to_mesh_axes(names, [("b", tuple(taken)), *_pairs(listed)])
+        assert [set(dim.taken) for dim in strict.dims] == [
+            set(spec_axes(one)) for one in theirs or ()
+        ]
+    with pytest.raises(InvalidRuleError, match=r"'a' takes y z x, or else y, or else z. Strict"):
+        from_maxtext([["a", ["y", "z", "x"]], ["a", ["y"]], ["a", ["z"]]])
+
+
+def test_a_whole_configuration_is_read() -> None:
+    listed = [["mlp", ["tensor"]], ["embed", []]]
+    rules = from_maxtext({"logical_axis_rules": listed, "steps": 10}).rules
+    assert rules == from_maxtext(listed).rules == from_maxtext({"mlp": "tensor", "embed": []}).rules
 
 
 def test_a_name_of_another_codebase_is_recognised_in_errors() -> None:

@@ -172,6 +172,27 @@ def test_outside_of_an_init_it_is_raised() -> None:
             model.apply(variables, X)
 
 
+def test_what_a_dict_holds_is_laid_out_by_its_keys() -> None:
+    class Both(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> Any:
+            return {"logits": Up(16, name="up")(x), "sums": (x.sum(), x)}
+
+    variables = jax.eval_shape(Both().init, KEY, X)
+    names = {"logits": ("batch", None, "act_mlp"), "sums": [None, ("batch", None, None)]}
+    rules = FSDP_TP.with_overrides(activations={"": names})
+    assert constraints(Both(), variables, rules) == ["{fsdp}, {}, {tensor}", "{fsdp}, {}, {}"]
+    for wrong, text in (
+        ({"logit": ("batch", None, None)}, "no key 'logit', .*did you mean 'logits'"),
+        ({"sums": ("batch", None, None)}, "under 'sums' returns: expected one array"),
+        ({"logits": {"a": ("batch",)}}, "expected a dict with 'a', .*found"),
+        (("batch", None, None), "found dict. .*for a dict, a dict of them"),
+    ):
+        rules = FSDP_TP.with_overrides(activations={"__call__": wrong})
+        with use(MESH, rules), pytest.raises(OverrideError, match=text):
+            jax.eval_shape(Both().apply, variables, X)
+
+
 def test_the_rules_in_scope_count_and_leave_nothing_behind() -> None:
     model, variables = Up(8), {"params": {"w": jnp.ones((8, 8))}}
     rules = AxisRules({"rows": "fsdp"}).with_overrides(activations={"": ("rows", None, None)})
