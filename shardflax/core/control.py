@@ -171,8 +171,6 @@ def while_loop(
         _, carried, carry = jx.lax.while_loop(holds, step, (jx.numpy.zeros((), int), carried, init))
         return carry, (carried,)
 
-    carry = Group(Names.of(carry_variables))
-    lift = Lift(
-        run, (carry, Group(Names.of(broadcast_variables))), (carry,), splits.split | splits.kept
-    )
+    carry, fixed = Group(Names.of(carry_variables)), Group(Names.of(broadcast_variables))
+    lift = Lift(run, (carry, fixed), (carry,), splits.split | splits.kept)
     return cross(lift, (cond_fn, body_fn), (mdl, init))

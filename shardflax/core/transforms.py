@@ -217,8 +217,20 @@ def vmap(
 ) -> Lift:
     """`jax.vmap` over some collections, streams and arguments.
 
-    >>> vmap(variable_axes={"params": 0}, split_rngs={"params": True}).ins[-1].axis
-    0
+    `variable_axes` gives each collection that the module sees the axis of the dim that is mapped,
+    or `None` if all copies share it; `In(axis)` and `Out(axis)` are for collections that only go in
+    or come out.  Streams in `split_rngs` can be drawn from: with `True` each copy draws other keys,
+    with `False` the same ones.  `in_axes` are those of the arguments after the module; the other
+    options are those of `jax.vmap`.  Keyword arguments of a call are not mapped.
+    `metadata_params` tell boxes of the dim: `{nn.PARTITION_NAME: "layers"}` names it.
+
+    Raises `TransformAxisError` for an axis that does not exist, or sizes that differ.
+
+    >>> import jax.numpy as jnp, shardflax.nn as nn
+    >>> stacked = nn.vmap(nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True})
+    >>> variables = jax.eval_shape(stacked(2).init, jax.random.key(0), jnp.ones((4, 1, 3)))
+    >>> variables["params"]["kernel"].shape
+    (4, 3, 2)
     """
     ins, outs = axis_groups(variable_axes, metadata_params)
     splits = Splits.of(split_rngs)
@@ -263,10 +275,29 @@ def scan(
     _split_transpose: bool = False,
     check_constancy_invariants: bool = True,
 ) -> Lift:
-    """`jax.lax.scan` over some collections, streams and arguments; the body is traced once.
+    """`jax.lax.scan` of a body that takes a carry and returns a new one and an output.
 
-    >>> scan(variable_axes={"params": 0}, length=2).ins[-1].axis
-    0
+    The body is traced once.  A collection is in `variable_axes` (an axis as in `vmap`; each step
+    has a slice), `variable_broadcast` (shared by all steps; what the body makes in it is made once)
+    or `variable_carry` (written by one step, read by the next); others are not seen.  `split_rngs`
+    and `metadata_params` are as in `vmap`.  `in_axes` are those of the arguments after the carry,
+    `out_axes` those of the output, as trees where they differ; `nn.broadcast` is for what all steps
+    share.  `data_transform(groups, keys)` changes the variables and keys of each step.  `length`,
+    `reverse` and `unroll` are those of `jax.lax.scan`.  `check_constancy_invariants` is there for
+    programs that pass it: a body that is traced once needs no check.
+
+    Raises `TransformAxisError` for an axis that does not exist, or sizes that differ, and
+    `LoopVariantBroadcastError` for something shared that a step changes.
+
+    >>> import jax.numpy as jnp, shardflax.nn as nn
+    >>> class Layer(nn.Module):
+    ...     @nn.compact
+    ...     def __call__(self, x, _):
+    ...         return nn.relu(nn.Dense(3)(x)), None
+    >>> stack = nn.scan(Layer, {"params": 0}, split_rngs={"params": True}, length=4)
+    >>> variables = jax.eval_shape(stack().init, jax.random.key(0), jnp.ones((1, 3)), None)
+    >>> variables["params"]["Dense_0"]["kernel"].shape
+    (4, 3, 3)
     """
     fixed = (Group(Names.of(variable_broadcast)), Group(Names.of(variable_carry)))
     ins, outs = (fixed + groups for groups in axis_groups(variable_axes, metadata_params))
@@ -437,8 +468,15 @@ def jit(
 ) -> Lift:
     """`jax.jit`; what tracing did on the Python side is kept, and repeated on cache hits.
 
-    >>> jit().ins[0].axis is None
-    True
+    `variables` and `rngs` are the collections and streams that the module sees.  Positions in
+    `static_argnums` and `donate_argnums` count the module as 0; to donate that is to donate its
+    variables.  Calls of equal modules share one compilation, as long as they are of one lifted
+    class or function: lift outside of loops.
+
+    >>> import jax.numpy as jnp, shardflax.nn as nn
+    >>> model = nn.jit(nn.Dense)(2)
+    >>> jax.eval_shape(model.init_with_output, jax.random.key(0), jnp.ones((1, 3)))[0].shape
+    (1, 2)
     """
 
     # The pure function rides in the tree structure, so equal calls share one compilation; the

@@ -163,7 +163,7 @@ class Progress:
 
     def _bar(self) -> str:
         """One line of at most the terminal's width: the bar takes the room that the text leaves."""
-        width = _columns(self._stream)
+        width = _columns()
         text = "  ".join(self._parts())
         room = width - len(text) - 1
         if room < 4:
@@ -184,7 +184,7 @@ def _mode(stream: TextIO) -> Mode:
     return "bar" if told == "bar" else "lines"
 
 
-def _columns(stream: TextIO) -> int:
+def _columns() -> int:
     """How wide a bar may be: what COLUMNS says, else one less than the terminal, not to wrap."""
     if os.environ.get("COLUMNS", "").isdigit():
         return int(os.environ["COLUMNS"])
