@@ -13,9 +13,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 from shardflax.core.errors import FlaxError
@@ -262,6 +263,10 @@ def _replaced(x: Any, changes: dict[Any, Any]) -> Any:
     """A copy of a container with some of its items replaced."""
     if isinstance(x, FrozenDict):
         return x.copy(changes)
+    if isinstance(x, MutableMapping):
+        made = copy.copy(x)
+        made.update(changes)
+        return made
     if isinstance(x, Mapping):
         return {**x, **changes}
     if isinstance(x, tuple) and hasattr(x, "_fields"):

@@ -153,6 +153,12 @@ def finds(n: Any) -> Any:
     ]  # fmt: skip
 
 
+@program
+def a_mapping_stays_what_it_is(n: Any) -> Any:
+    made = n.cursor({"o": collections.OrderedDict(b=1, a=2)})["o"]["a"].set(3)
+    return type(made["o"]).__name__, list(made["o"].items())
+
+
 @pytest.mark.parametrize(
     ("wrong", "error"),
     [
