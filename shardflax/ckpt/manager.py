@@ -342,9 +342,9 @@ class CheckpointManager:
             raise failure
 
     def _settle(self) -> None:
-        """Returns when no save is in flight."""
+        """Returns when no save is in flight; at once in `on_error`, which is a part of one."""
         pending = self._pending
-        if pending is not None and not pending.committed.done():
+        if pending is not None and not pending.committed.done() and not self._writer.here:
             with showing(self._meter, None if self._progress == "lines" else self._progress):
                 pending.committed.exception()
 

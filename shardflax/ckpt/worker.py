@@ -41,6 +41,11 @@ class Worker:
         """How many functions can run at once."""
         return len(self._threads)
 
+    @property
+    def here(self) -> bool:
+        """True on one of its threads, which must not wait for what they do themselves."""
+        return threading.current_thread() in self._threads
+
     def submit(self, job: Callable[[], T]) -> Future[T]:
         """Runs a job when those before it are done, or as soon as a thread is free."""
         future: Future[T] = Future()
@@ -48,10 +53,11 @@ class Worker:
         return future
 
     def close(self) -> None:
-        """Ends the threads once the jobs are done, and waits for that."""
+        """Ends the threads once the jobs are done, and waits for that, if that can be."""
         self._end()
         for thread in self._threads:
-            thread.join()
+            if not self.here:
+                thread.join()
 
 
 def _run(jobs: queue.SimpleQueue[Any]) -> None:

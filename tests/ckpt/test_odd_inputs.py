@@ -105,6 +105,11 @@ def test_an_error_callback_that_fails_keeps_nobody_waiting(tmp_path: Path):
     with pytest.raises(ckpt.CheckpointSaveError) as caught:
         manager.close()
     assert "nobody answers" in caught.value.__notes__[0]
+    manager = CheckpointManager(tmp_path / "run", on_error=lambda error: manager.close())
+    (tmp_path / "run").rmdir()
+    handle = manager.save(1, {"a": 1})
+    assert handle is not None and isinstance(handle.committed.exception(), ckpt.CheckpointSaveError)
+    manager.close()
 
 
 def test_restores_leave_nothing_behind_in_the_place_where_processes_meet(tmp_path: Path):
