@@ -97,35 +97,50 @@ def pids_of(launcher: subprocess.Popen[str], processes: int) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize(("processes", "devices"), [(1, 8), (2, 4), (4, 2)])
-def test_all_devices_sum_up(run_local, tmp_path: Path, processes: int, devices: int) -> None:
-    done = run_local(processes, devices, script(tmp_path, SUM))
+@pytest.mark.parametrize(
+    ("processes", "devices", "start"),
+    [(1, 8, "run_quick"), (2, 4, "run_local"), (4, 2, "run_quick")],
+)
+def test_all_devices_sum_up(
+    request: pytest.FixtureRequest, tmp_path: Path, processes: int, devices: int, start: str
+) -> None:
+    done = request.getfixturevalue(start)(processes, devices, script(tmp_path, SUM))
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.splitlines()) == [
         f"[{i}] process {i} of {processes} {devices} {{28.0}}" for i in range(processes)
     ]
 
 
-@pytest.mark.parametrize("who", [0, 1])
 @pytest.mark.parametrize(
-    ("how", "status", "words"),
+    ("how", "who", "status", "words", "start"),
     [
-        ("kill", 137, "was killed by SIGKILL"),
-        ("exit", 7, "exited with status 7"),
-        ("raise", 1, "exited with status 1"),
+        ("kill", 0, 137, "was killed by SIGKILL", "run_local"),
+        ("kill", 1, 137, "was killed by SIGKILL", "run_quick"),
+        ("exit", 0, 7, "exited with status 7", "run_quick"),
+        ("exit", 1, 7, "exited with status 7", "run_local"),
+        ("raise", 0, 1, "exited with status 1", "run_local"),
+        ("raise", 1, 1, "exited with status 1", "run_quick"),
     ],
 )
 def test_one_that_fails_stops_all(
-    run_local, tmp_path: Path, how: str, status: int, words: str, who: int
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    how: str,
+    who: int,
+    status: int,
+    words: str,
+    start: str,
 ) -> None:
-    start = time.monotonic()
-    done = run_local(2, 1, script(tmp_path, FAIL), how, str(who), timeout=60)
+    began = time.monotonic()
+    run = request.getfixturevalue(start)
+    done = run(2, 1, script(tmp_path, FAIL), how, str(who), timeout=60)
     assert done.returncode == status, done.stderr
     said = [line for line in done.stderr.splitlines() if line.startswith("launch: ")]
     assert said[:2] == [f"launch: process {who} {words}", f"launch: stopping process {1 - who}"]
-    assert time.monotonic() - start < 30  # most of it is the start
+    assert time.monotonic() - began < 30  # most of it is the start
     if how == "raise":
         assert f"[{who}] ValueError: broken on purpose" in done.stderr
+    if start == "run_local":
         assert "runpy" not in done.stderr.partition("ValueError")[0]
 
 
