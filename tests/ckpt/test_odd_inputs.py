@@ -11,6 +11,7 @@ import signal
 import threading
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,7 +65,10 @@ def test_what_could_not_be_read_back_is_refused_with_its_path(tmp_path: Path):
 
 
 def test_odd_numbers_of_a_manager(tmp_path: Path):
-    for options in ({"save_every": None}, {"keep": 0}, {"timeout": math.inf}, {"timeout": -1}):
+    wrong: list[dict[str, Any]] = [
+        {"save_every": None}, {"keep": 0}, {"timeout": math.inf}, {"timeout": -1},
+    ]  # fmt: skip
+    for options in wrong:
         with pytest.raises(ValueError, match="CheckpointManager: "):
             CheckpointManager(tmp_path, **options)
     with CheckpointManager(tmp_path) as manager:
