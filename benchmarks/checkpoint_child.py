@@ -30,23 +30,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 
-from benchmarks.savers import (
-    Contender,
-    abstract,
-    contenders,
-    forget,
-    make_state,
-    read_by_four,
-    renew,
-    write_durably,
-)
+from benchmarks import savers
 from launch.distributed import initialize_from_env
 
 __all__ = ["main"]
-
-_LARGE, _SMALL = (1024, 2048), (16, 32)
 
 
 def _status(field: str) -> int:
@@ -57,9 +45,9 @@ def _status(field: str) -> int:
 
 def memory(name: str, folder: str, leaves: str) -> None:
     """The most memory beyond the state, in MB: in a save, and (beyond what is read) a restore."""
-    contender = contenders([name])[name]
-    state = make_state(int(leaves), _LARGE)
-    tiny = make_state(2, _SMALL)
+    contender = savers.contenders([name])[name]
+    state = savers.make_state(int(leaves), savers.LARGE)
+    tiny = savers.make_state(2, savers.SMALL)
     size = sum(x.nbytes for x in state.values())
     found: dict[str, float] = {}
 
@@ -78,9 +66,9 @@ def memory(name: str, folder: str, leaves: str) -> None:
         saver.close()
 
     save(tiny, Path(folder) / "tiny")
-    contender.load(Path(folder) / "tiny", abstract(tiny))
+    contender.load(Path(folder) / "tiny", savers.abstract(tiny))
     peak("save", lambda: save(state, Path(folder) / "run"), 0)
-    target = abstract(state)
+    target = savers.abstract(state)
     peak("restore", lambda: contender.load(Path(folder) / "run", target), size)
     print(json.dumps(found))
 
@@ -110,11 +98,17 @@ def _watched() -> _Counting:
 class _Pair:
     """One of the processes that save and restore together."""
 
-    def __init__(self, folder: str, leaves: int) -> None:
+    def __init__(self, folder: str) -> None:
         self.folder, self.first = Path(folder), jax.process_index() == 0
         self._client, self._meetings = _watched(), itertools.count()
-        self.state = make_state(leaves, _LARGE if leaves < 1000 else _SMALL)
-        self.targets = {"restore": abstract(self.state), "resharded": abstract(self.state, (4, 2))}
+
+    def hold(self, leaves: int) -> None:
+        """Makes the state."""
+        self.state = savers.make_state(leaves, savers.LARGE if leaves < 1000 else savers.SMALL)
+        self.targets = {
+            "restore": savers.abstract(self.state),
+            "resharded": savers.abstract(self.state, (4, 2)),
+        }
 
     def meet(self) -> None:
         """Waits for the others."""
@@ -129,24 +123,26 @@ class _Pair:
         self.meet()
         return time.perf_counter() - began
 
-    def turn(self, contender: Contender, where: Path) -> dict[str, float]:
+    def turn(self, contender: savers.Contender, where: Path) -> dict[str, float]:
         """A plain file, a save, two restores."""
         found: dict[str, float] = {}
         if self.first:
+            block, size = os.urandom(8 << 20), sum(x.nbytes for x in self.state.values())
+            found |= savers.plain_file(
+                self.folder, [block[: size - at] for at in range(0, size, len(block))]
+            )
             os.sync()
-            found |= plain_file(self.folder, sum(x.nbytes for x in self.state.values()))
-            os.sync()
-        self.state = jax.block_until_ready(renew(self.state))
+        self.state = jax.block_until_ready(savers.renew(self.state))
         found["save"] = self.timed(lambda: found.update(self.save(contender, where)))
         for what, target in self.targets.items():
-            forget(where)
+            savers.forget(where)
             found[what] = self.timed(lambda t=target: contender.load(where, t))
         self.meet()
         if self.first:
             shutil.rmtree(where)
         return found
 
-    def save(self, contender: Contender, where: Path) -> dict[str, float]:
+    def save(self, contender: savers.Contender, where: Path) -> dict[str, float]:
         """The part of a save that blocks; seconds, and how often it waits for others."""
         saver = contender.saver(where)
         before = self._client.calls
@@ -159,32 +155,22 @@ class _Pair:
 
 
 def pair(folder: str, leaves: str, rounds: str, names: str) -> None:
-    """Seconds of two processes, until both are done; the first round warms up if there are more."""
+    """Seconds of two processes, until both are done; if there are rounds, few leaves warm up."""
     initialize_from_env()
-    here = _Pair(folder, int(leaves))
+    here, chosen = _Pair(folder), savers.contenders(names.split(","))
+    if int(rounds) > 1:
+        here.hold(2)
+        for name, contender in chosen.items():
+            here.turn(contender, here.folder / f"{name.replace(' ', '-')}-warm")
+    here.hold(int(leaves))
     taken: dict[str, dict[str, list[float]]] = {}
-    for number in range(int(rounds) + (int(rounds) > 1)):
-        for name, contender in contenders(names.split(",")).items():
+    for number in range(int(rounds)):
+        for name, contender in chosen.items():
             found = here.turn(contender, here.folder / f"{name.replace(' ', '-')}-{number}")
-            for what, value in found.items() if number or rounds == "1" else ():
+            for what, value in found.items():
                 taken.setdefault(name, {}).setdefault(what, []).append(value)
     if here.first:
         (here.folder / "result.json").write_text(json.dumps(taken))
-
-
-def plain_file(folder: Path, size: int) -> dict[str, float]:
-    """Seconds to write, durably, and to read a file of some size."""
-    block = np.random.default_rng(0).bytes(8 << 20)
-    path, found = folder / "raw", {}
-    began = time.perf_counter()
-    write_durably(path, [block[: size - at] for at in range(0, size, len(block))])
-    found["raw save"] = time.perf_counter() - began
-    forget(path.parent)
-    began = time.perf_counter()
-    read_by_four(path)
-    found["raw restore"] = time.perf_counter() - began
-    path.unlink()
-    return found
 
 
 def death(folder: str, timeout: str) -> None:
@@ -199,7 +185,7 @@ def death(folder: str, timeout: str) -> None:
         )
     began = time.perf_counter()
     try:
-        manager.save(1, make_state(4, _SMALL))
+        manager.save(1, savers.make_state(4, savers.SMALL))
         manager.wait()
         error = ""
     except CheckpointSaveError as caught:

@@ -18,6 +18,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 import gc
+import itertools
 import json
 import logging
 import platform
@@ -36,15 +37,17 @@ import numpy as np
 
 from benchmarks.checkpoint_targets import Figures, verdicts
 from benchmarks.savers import (
+    LARGE,
+    SMALL,
     Contender,
     State,
     abstract,
     contenders,
     forget,
     make_state,
-    read_by_four,
+    plain_file,
     renew,
-    write_durably,
+    timed,
 )
 from launch.distributed import Cluster
 from launch.local import child_environ, free_port
@@ -53,47 +56,67 @@ __all__ = ["main"]
 
 ROOT = Path(__file__).parents[1]
 Samples = dict[str, dict[str, list[float]]]
-_LARGE, _SMALL = (1024, 2048), (16, 32)
 _CHILD = "benchmarks/checkpoint_child.py"
 
 
-def timed(fn: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds that a call takes until its arrays are there, and those of the processors."""
-    gc.collect()
-    os.sync()  # what was written before, and the deletion of files
-    cpu, began = time.process_time(), time.perf_counter()
-    jax.block_until_ready(fn())
-    return time.perf_counter() - began, time.process_time() - cpu
+class Turns:
+    """Saves a state, and restores it, by any contender, into sub-folders of a folder."""
+
+    def __init__(self, state: State, root: Path) -> None:
+        self.state, self.root = state, root
+        self._host = [np.array(x) for x in state.values()]
+        self._same, self._other = abstract(state), abstract(state, (4, 2))
+
+    def take(self, contender: Contender) -> dict[str, float]:
+        """Seconds for a plain file, a save and two restores."""
+        self.state = jax.block_until_ready(renew(self.state))
+        scratch = Path(tempfile.mkdtemp(dir=self.root))
+        found = plain_file(scratch, self._host)
+        found |= one(contender, scratch / "run", self.state, self._same, self._other)
+        shutil.rmtree(scratch)
+        return found
 
 
 def measure(state: State, root: Path, chosen: dict[str, Contender], rounds: int) -> Samples:
-    """Seconds of each contender, in turn; the first round warms up, unless there is only one."""
-    taken: Samples = {name: {} for name in chosen}
-    same, other = abstract(state), abstract(state, (4, 2))
-    host = [np.asarray(x) for x in state.values()]
-    names = [*chosen]
-    for number in range(rounds + (rounds > 1)):
+    """Seconds of each contender, in turn; of others than ours in the first half of the rounds.
+
+    Before them, two leaves are saved and restored, to import and compile all that is needed.
+    """
+    warm = Turns(dict(itertools.islice(state.items(), 2)), root)
+    for contender in chosen.values():
+        warm.take(contender)
+    turns, taken, names = Turns(state, root), Samples(), [*chosen]
+    for number in range(rounds):
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            state = jax.block_until_ready(renew(state))
-            scratch = Path(tempfile.mkdtemp(dir=root))
-            found = plain_file(scratch, host)
-            found |= one(chosen[name], scratch / "run", state, same, other)
-            shutil.rmtree(scratch)
-            if number or rounds == 1:
-                for what, value in found.items():
-                    taken[name].setdefault(what, []).append(value)
+            if name == "ours" or 2 * number < rounds:
+                note(taken, name, turns.take(chosen[name]))
+    return {name: taken[name] for name in names}
+
+
+def measure_small(state: State, root: Path, chosen: dict[str, Contender], rounds: int) -> Samples:
+    """The same of many leaves: one round of what takes long, the libraries that write each alone.
+
+    Ours copies many at once when such a state was saved twice; those first saves have a line.
+    """
+    turns, taken = Turns(state, root), Samples({"ours": {}})
+    quick = {name: x for name, x in chosen.items() if name == "ours" or x.alone}
+    for number in range(-2, rounds):
+        for name, contender in quick.items():
+            found = turns.take(contender)
+            if number >= 0:
+                note(taken, name, found)
+            elif name == "ours" and number == -1:
+                note(taken, "ours, second save", found)
+    for name, contender in chosen.items():
+        if name not in quick:
+            note(taken, name, turns.take(contender))
     return taken
 
 
-def plain_file(scratch: Path, host: Sequence[Any]) -> dict[str, float]:
-    """What all others are measured by."""
-    path = scratch / "raw"
-    write, write_cpu = timed(lambda: write_durably(path, host))
-    forget(scratch)
-    read, read_cpu = timed(lambda: read_by_four(path))
-    path.unlink()
-    return {"raw save": write, "raw save cpu": write_cpu, "raw restore": read,
-            "raw restore cpu": read_cpu}  # fmt: skip
+def note(taken: Samples, name: str, found: dict[str, float]) -> None:
+    """Adds what was found to what is known of a contender."""
+    for what, value in found.items():
+        taken.setdefault(name, {}).setdefault(what, []).append(value)
 
 
 def one(
@@ -216,7 +239,7 @@ def training(state: State, root: Path, chosen: dict[str, Contender], rounds: int
         nonlocal state
         os.sync()
         began = time.perf_counter()
-        for number in range(12):
+        for number in range(16):
             state = step(state)
             if number == 2:
                 save(state)
@@ -246,17 +269,13 @@ def run(args: argparse.Namespace) -> Figures:
     parallel = [name for name, contender in everyone.items() if not contender.alone]
     few = {name: everyone[name] for name in ("ours", "Orbax default", "Orbax tuned")}
     figures = Figures()
-    large = make_state(args.leaves, _LARGE)
+    large = make_state(args.leaves, LARGE)
     for where in ("disk", "tmpfs"):
         figures.tables["large", where] = measure(large, getattr(args, where), everyone, args.rounds)
-    figures.tables["training", "disk"] = training(large, args.disk, few, args.few)
+    figures.tables["training", "disk"] = training(large, args.disk, few, args.few - 1)
     del large
-    small = make_state(args.small, _SMALL)
-    quick = {name: x for name, x in everyone.items() if name == "ours" or x.alone}
-    slow = {name: x for name, x in everyone.items() if name not in quick}
-    taken = measure(small, args.disk, quick, args.rounds)
-    taken |= measure(small, args.disk, slow, 1)
-    figures.tables["small", "disk"] = taken
+    small = make_state(args.small, SMALL)
+    figures.tables["small", "disk"] = measure_small(small, args.disk, everyone, args.rounds)
     del small
     gc.collect()
     for where in ("disk", "tmpfs"):
@@ -287,8 +306,8 @@ def report(figures: Figures, args: argparse.Namespace) -> list[str]:
 def main() -> None:
     """Measures, prints and writes the tables."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--few", type=int, default=2, help="rounds of what takes long")
+    parser.add_argument("--rounds", type=int, default=4, help="of ours; others take half of them")
+    parser.add_argument("--few", type=int, default=3, help="rounds of what takes long")
     parser.add_argument("--leaves", type=int, default=64, help="large leaves, of 8 MiB each")
     parser.add_argument("--small", type=int, default=2000, help="small leaves, of 2 KiB each")
     parser.add_argument("--disk", type=Path, default=Path(tempfile.gettempdir()))

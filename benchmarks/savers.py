@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,11 +16,13 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 __all__ = [
-    "Contender", "Saver", "State", "abstract", "contenders", "forget", "make_state",
-    "read_by_four", "renew", "write_durably",
+    "LARGE", "SMALL", "Contender", "Saver", "State", "abstract", "contenders", "forget",
+    "make_state", "plain_file", "renew", "timed",
 ]  # fmt: skip
 
 State = dict[str, jax.Array]
+LARGE, SMALL = (1024, 2048), (16, 32)
+"""Shapes of arrays: 8 MiB and 2 KiB."""
 
 
 def _mesh(shape: tuple[int, int]) -> jax.sharding.Mesh:
@@ -169,15 +173,6 @@ def contenders(names: Sequence[str] = ()) -> dict[str, Contender]:
     return {name: make() for name, make in makers.items() if not names or name in names}
 
 
-def write_durably(path: Path, parts: Sequence[Any]) -> None:
-    """One sequential write, and fsync."""
-    with path.open("wb") as file:
-        for part in parts:
-            file.write(part)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def forget(folder: Path) -> None:
     """Drops the files of a folder from the page cache (a tmpfs has nothing else)."""
     for path in folder.rglob("*"):
@@ -185,6 +180,35 @@ def forget(folder: Path) -> None:
             descriptor = os.open(path, os.O_RDONLY)
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(descriptor)
+
+
+def timed(fn: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds that a call takes until its arrays are there, and those of the processors."""
+    gc.collect()
+    os.sync()  # what was written before, and the deletion of files
+    cpu, began = time.process_time(), time.perf_counter()
+    jax.block_until_ready(fn())
+    return time.perf_counter() - began, time.process_time() - cpu
+
+
+def plain_file(folder: Path, parts: Sequence[Any]) -> dict[str, float]:
+    """What all others are measured by: a file of the same bytes, written and read."""
+    path = folder / "raw"
+    write, write_cpu = timed(lambda: write_durably(path, parts))
+    forget(folder)
+    read, read_cpu = timed(lambda: read_by_four(path))
+    path.unlink()
+    return {"raw save": write, "raw save cpu": write_cpu, "raw restore": read,
+            "raw restore cpu": read_cpu}  # fmt: skip
+
+
+def write_durably(path: Path, parts: Sequence[Any]) -> None:
+    """One sequential write, and fsync."""
+    with path.open("wb") as file:
+        for part in parts:
+            file.write(part)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_by_four(path: Path) -> None:
