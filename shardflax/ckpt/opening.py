@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +71,13 @@ def _manifest(folder: Place) -> Manifest:
 
 
 @functools.singledispatch
-def damage(folder: Any, files: Mapping[str, FileRecord], data: bool = True) -> list[str]:
-    """What is wrong with the files of a step, a line for each.
+def damage(
+    folder: Any,
+    files: Mapping[str, FileRecord],
+    data: bool = True,
+    heard: Callable[[int], object] = lambda nbytes: None,
+) -> list[str]:
+    """What is wrong with the files of a step, a line for each; `heard` hears of the bytes of each.
 
     Without `data`, of large data files only the sizes are looked at: what a restore reads of them,
     chunks and nodes of the database, has checksums of its own.
@@ -93,6 +98,7 @@ def damage(folder: Any, files: Mapping[str, FileRecord], data: bool = True) -> l
             lines.append(f"{path} is missing")
         except OSError as error:
             lines.append(f"{path}: {error.strerror or error}")
+        heard(size)
     return lines
 
 

@@ -176,7 +176,8 @@ def restore_source(
         found = extras()
         return Restored(step or 0, makes(), found, report)
     except Exception as error:
-        lines = damage(folder, files)
+        # With the file in its words, nothing has to be read to find that out: others are waiting.
+        lines = damage(folder, files, data=str(folder) not in str(error))
         if lines and not isinstance(error, LeafDataError):
             lines = [*_damaged_leaves(source), *lines]
         text = "; ".join(dict.fromkeys([*str(error).split("; "), *lines]))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from shardflax.ckpt import durable, faults, inspect, opening
@@ -203,7 +203,12 @@ def _(path: StorePath) -> None:
 
 
 @opening.damage.register
-def _(folder: StorePath, files: Mapping[str, FileRecord], data: bool = True) -> list[str]:
+def _(
+    folder: StorePath,
+    files: Mapping[str, FileRecord],
+    data: bool = True,
+    heard: Callable[[int], object] = lambda nbytes: None,
+) -> list[str]:
     """Without `data`, data files are only looked for: stores do not tell sizes in a listing."""
     there = {str(path.relative_to(folder)) for path in folder.files()}
     lines: list[str] = []
@@ -213,6 +218,7 @@ def _(folder: StorePath, files: Mapping[str, FileRecord], data: bool = True) -> 
             lines.append(f"{path} is missing")
         elif data or not opening.is_data(name):
             lines += _wrong(path, record)
+        heard(record[0])
     return lines
 
 

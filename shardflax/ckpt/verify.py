@@ -90,7 +90,7 @@ def verify_found(found: Found, progress: Progress = lambda nbytes: None) -> Veri
     stray: tuple[str, ...] = ()
     count = 1
     if found.manifest is not None:
-        problems += _files(found.path, found.manifest, progress)
+        problems += damage(found.path, found.manifest.files, heard=progress)
         stray, count = _stray(found.path, found.manifest), len(found.manifest.files) + 1
     total = 0
     for path, spec in found.source.leaves.items():
@@ -126,14 +126,6 @@ def bytes_to_verify(found: Found) -> int:
     )
     files = found.manifest.files.values() if found.manifest else ()
     return leaves + sum(size for size, _ in files)
-
-
-def _files(folder: Place, manifest: Manifest, progress: Progress) -> list[str]:
-    problems: list[str] = []
-    for name, record in sorted(manifest.files.items()):
-        problems += damage(folder, {name: record})
-        progress(record[0])
-    return problems
 
 
 def _stray(folder: Any, manifest: Manifest) -> tuple[str, ...]:

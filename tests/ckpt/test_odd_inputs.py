@@ -17,13 +17,15 @@ import numpy as np
 import pytest
 
 from shardflax import ckpt
-from shardflax.ckpt import CheckpointManager, ocdbt
+from shardflax.ckpt import CheckpointManager, ocdbt, opening
 from shardflax.ckpt import place as places
 from shardflax.ckpt.convert import _Heard, _plan
+from shardflax.ckpt.durable import checksum
 from shardflax.ckpt.index import write_index
 from shardflax.ckpt.keeping import Note, Rules
 from shardflax.ckpt.landing import in_use, lock
 from shardflax.ckpt.manifest import Manifest
+from shardflax.ckpt.opening import damage
 from shardflax.ckpt.place import kvstore
 from shardflax.ckpt.plan import Lot, _pack
 from shardflax.ckpt.preemption import Preemption
@@ -323,6 +325,36 @@ def test_a_step_of_somebody_else_in_a_store_is_left_alone(monkeypatch: pytest.Mo
     (other.folder / "state" / "d" / "0").write_bytes(b"x")
     other.abandon()
     assert not other.folder.exists()
+
+
+def test_a_store_is_listed_once_to_be_verified(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(places, "_spec", lambda scheme, bucket: {"driver": "memory"})
+    folder = places.StorePath("gs", "odd-inputs", "verified/1")
+    for name in "abc":
+        (folder / name).write_bytes(b"x")
+    record = (1, checksum(b"x"))
+    lists, list_files = list[places.StorePath](), places.StorePath.files
+    monkeypatch.setattr(
+        places.StorePath, "files", lambda path: (lists.append(path), list_files(path))[1]
+    )
+    heard: list[int] = []
+    found = damage(folder, dict.fromkeys("abcd", record), heard=heard.append)
+    assert found == [f"{folder}/d is missing"] and heard == [1] * 4 and len(lists) == 1
+
+
+def test_what_names_its_file_is_not_searched_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, {"w": np.arange(1 << 19)})
+    (file,) = (path for path in (tmp_path / "1" / "state" / "d").iterdir()
+               if path.stat().st_size > 1 << 20)  # fmt: skip
+    with file.open("r+b") as opened:
+        opened.seek(1 << 20)
+        opened.write(b"?")
+    read: list[Path] = []
+    monkeypatch.setattr(opening, "checksum_file", lambda path, like: (read.append(path), like)[1])
+    with pytest.raises(ckpt.CheckpointReadError, match=f"'w': {file}: the checksum of chunk"):
+        ckpt.load_checkpoint(tmp_path / "1")
+    assert file not in read and read
 
 
 def test_an_index_hands_no_path_down_that_leads_out_of_its_folder():
