@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from shardflax.nn import _names, initializers
 from shardflax.nn.errors import CacheShapeError, where
 from shardflax.nn.types import Array, Names
 from shardflax.partitioning import default_names
+from shardflax.partitioning.explicit_out import explicit_axes, laid_out_like, operand
 
 
 class KVCache(NamedTuple):
@@ -34,7 +36,9 @@ class KVCache(NamedTuple):
         start = (*[zero] * (key.ndim - 3), self.index.value, zero, zero)
         for variable, new in ((self.key, key), (self.value, value)):
             old = variable.value
-            whole = lax.dynamic_update_slice(old, new.astype(old.dtype), start)
+            # A length over an explicit axis has no type that one new token could have, too.
+            new = new.astype(old.dtype)
+            whole = laid_out_like(old, lax.dynamic_update_slice, old, new, start)
             variable.value = _names.output(whole, self.axes)
         self.index.value = self.index.value + key.shape[-3]
         return self.key.value, self.value.value
@@ -67,6 +71,16 @@ class KVCache(NamedTuple):
                     f"the {what} of this step has shape {new.shape}, the cached one {old.shape}: "
                     "all dims but the length (dim -3) must be equal.",
                 )
+
+
+def over_slots(fn: Callable[..., Array], query: Array, key: Array, *args: Any) -> Array:
+    """`fn(query, key, *args)`, shaped and laid out like `query`: what it sees of a whole cache.
+
+    Where slots lie over an explicit axis, a softmax over them has no type of its own.
+    """
+    if explicit_axes() and operand(range(key.ndim), key).spec[-3] is not None:
+        return laid_out_like(query, fn, query, key, *args)
+    return fn(query, key, *args)
 
 
 def _for_rank(axes: Names, rank: int) -> Names:
