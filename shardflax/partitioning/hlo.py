@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 __all__ = ["Instruction", "Program", "parse"]
 
@@ -55,13 +56,15 @@ class Instruction:
 class Program:
     """All computations of a program, and where in the source its instructions come from.
 
-    `partitions` is the number of devices it is for; 0 where it is not said.
+    `partitions` is the number of devices it is for; 0 where it is not said.  `stacks` is what
+    `origin` finds out about module paths, and keeps.
     """
 
     entry: str = ""
     partitions: int = 0
     computations: dict[str, list[Instruction]] = field(default_factory=dict[str, list[Instruction]])
     tables: dict[str, dict[int, str]] = field(default_factory=dict[str, dict[int, str]])
+    stacks: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def counts(self) -> dict[str, int]:
         """How often each computation runs; a loop of unknown length counts as one step."""

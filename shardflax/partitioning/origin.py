@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections import Counter
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -17,6 +18,8 @@ from shardflax.partitioning.untyped import jx
 __all__ = ["mesh_of", "module_path", "operation_name", "shapes_of", "source_line", "type_bytes"]
 
 _PACKAGES = tuple(f"{Path(file).parent}{os.sep}" for file in (jax.__file__, Path(__file__).parent))
+_INSTALLED = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}")
+_CALLS = os.path.join("shardflax", "core", "calls.py")  # a line of it for each call of a module
 _MOST = 2  # paths of one operation that are shown
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 # What JAX adds to the names of operations: around a part of the path, and as a part of its own.
@@ -108,13 +111,44 @@ def mesh_of(compiled: Any) -> Mesh | None:
 def source_line(program: Program, instruction: Instruction) -> str:
     """The innermost line that is neither JAX's nor this library's, as `file.py:12`, or nothing.
 
+    A line of other installed packages is given where no line outside of them is known.
+
     >>> source_line(Program(), Instruction("a", "f32[]", "add", (), ""))
     ''
     """
-    for file, line in program.frames(instruction):
-        if not file.startswith(_PACKAGES):
-            return f"{Path(file).name}:{line}"
-    return ""
+    found = _stack(program, instruction)
+    if not found.lines:
+        return ""
+    path = module_path(instruction.op_name)
+    # JAX forgets where a rematerialised function was called: others of that module know.
+    others = _stacks(program).get(path, ()) if path else ()
+    lost = [o.lines[0] for o in others if o.calls > found.calls and set(o.lines) > {*found.lines}]
+    file, line = Counter(lost).most_common(1)[0][0] if lost else found.lines[0]
+    return f"{Path(file).name}:{line}"
+
+
+class _Stack(NamedTuple):
+    """How an instruction was reached: lines of the user's, innermost first; calls of modules."""
+
+    lines: tuple[tuple[str, int], ...]
+    calls: int
+
+
+def _stack(program: Program, instruction: Instruction) -> _Stack:
+    frames = list(program.frames(instruction))
+    lines = tuple(frame for frame in frames if not frame[0].startswith(_PACKAGES))
+    own = tuple(frame for frame in lines if not any(part in frame[0] for part in _INSTALLED))
+    return _Stack(own or lines, sum(file.endswith(_CALLS) for file, _ in frames))
+
+
+def _stacks(program: Program) -> dict[str, list[_Stack]]:
+    """Those of every module path of a program."""
+    if not program.stacks:
+        for instructions in program.computations.values():
+            for one in instructions:
+                if path := module_path(one.op_name):
+                    program.stacks.setdefault(path, []).append(_stack(program, one))
+    return program.stacks
 
 
 def shapes_of(text: str) -> list[tuple[int, ...]]:
