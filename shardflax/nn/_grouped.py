@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from shardflax.nn import flash
 from shardflax.nn.errors import AttentionOptionsError, DropoutRateError, MaskShapeError
-from shardflax.nn.types import Array, Names, Precision
+from shardflax.nn.types import INTEGERS, Array, Names, Precision
 from shardflax.partitioning.alike import repeated_like
 
 IMPLEMENTATIONS = ("xla", "cudnn", "flash", "reference")
@@ -44,10 +44,10 @@ def as_window(place: str, window: Any) -> Window:
     """How many tokens to the left and to the right are seen; None for all."""
     if window is None:
         return None, None
-    left, right = (window, window) if isinstance(window, int) else window
+    left, right = (window, window) if isinstance(window, INTEGERS) else window
     if left < 0 or right < 0:
         raise AttentionOptionsError(place, f"window={window}: numbers of tokens are 0 or more.")
-    return left, right
+    return int(left), int(right)
 
 
 def near(window: Window, queries: Array, keys: Array) -> Array:

@@ -16,7 +16,7 @@ from shardflax.core import Module
 from shardflax.nn import _names as names
 from shardflax.nn._weights import Contraction, product
 from shardflax.nn.errors import InputRankError, PaddingError, WindowError
-from shardflax.nn.types import Array, Names, Padding
+from shardflax.nn.types import INTEGERS, Array, Names, Padding
 from shardflax.partitioning import default_names
 from shardflax.partitioning.at_use import used_spec
 from shardflax.partitioning.explicit_out import Operand, explicit_axes, operand, out_spec
@@ -62,9 +62,9 @@ def resolve_padding(
         if padding.upper() not in strings:
             raise PaddingError(place, padding, strings)
         return padding.upper()
-    if isinstance(padding, int):
+    if isinstance(padding, INTEGERS):
         return ((padding, padding),) * ndim
-    pairs = tuple((p, p) if isinstance(p, int) else tuple(p) for p in padding)
+    pairs = tuple((p, p) if isinstance(p, INTEGERS) else tuple(p) for p in padding)
     if len(pairs) != ndim or any(len(p) != 2 for p in pairs):
         raise PaddingError(place, padding, strings, ndim)
     return tuple((low, high) for low, high in pairs)

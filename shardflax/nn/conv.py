@@ -18,7 +18,7 @@ from shardflax.nn import _names as names
 from shardflax.nn import _weights as weights
 from shardflax.nn import _windows as windows
 from shardflax.nn import dtypes, initializers
-from shardflax.nn.errors import GroupsError, KernelMaskError, PaddingError, WindowError, where
+from shardflax.nn.errors import GroupsError, KernelMaskError, WindowError, where
 from shardflax.nn.policy import LayerBase
 from shardflax.nn.types import Array, Dtype, Initializer, Names, Padding, Precision
 from shardflax.partitioning import default_names
@@ -82,7 +82,8 @@ class _Window:
             )
         if self.padding == "CAUSAL":
             if len(self.size) != 1:
-                raise PaddingError(place, "CAUSAL", PADDING[:-1])
+                found = f"kernel_size has {len(self.size)}"
+                raise WindowError(place, f"padding='CAUSAL' is for windows of one dim; {found}.")
             before = self.kernel_dilation[0] * (self.size[0] - 1)
             return jnp.pad(x, [(0, 0), (before, 0), (0, 0)]), "VALID"
         modes = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
@@ -226,7 +227,7 @@ class Conv(_Conv):
     The output's first dim is the batch, its last one follows the kernel; the rest is left to the
     compiler, as is all of it with `out_axes=None`.
 
-    Raises `InputRankError`, `WindowError` (entries that do not match), `PaddingError`,
+    Raises `InputRankError`, `WindowError` (what does not match the window), `PaddingError`,
     `GroupsError` (groups that do not divide the features) and `KernelMaskError`.
 
     >>> import jax, jax.numpy as jnp, shardflax.nn as nn

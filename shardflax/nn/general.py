@@ -21,7 +21,16 @@ from shardflax.nn import dtypes, initializers
 from shardflax.nn.errors import AxesError
 from shardflax.nn.linear import choose_dot_general
 from shardflax.nn.policy import LayerBase
-from shardflax.nn.types import Array, Axes, DotGeneral, Dtype, Initializer, Names, Precision
+from shardflax.nn.types import (
+    INTEGERS,
+    Array,
+    Axes,
+    DotGeneral,
+    Dtype,
+    Initializer,
+    Names,
+    Precision,
+)
 
 __all__ = ["DenseGeneral", "canonical_dims"]
 
@@ -144,7 +153,7 @@ def canonical_dims(layer: Any, name: str, dims: Axes, shape: Sequence[int]) -> t
     >>> canonical_dims("layer", "axis", (-1, 1), (2, 3, 4))
     (1, 2)
     """
-    given = (dims,) if isinstance(dims, int) else tuple(dims)
+    given = (dims,) if isinstance(dims, INTEGERS) else tuple(dims)
     counted = _counted(given, len(shape))
     if isinstance(counted, str):
         raise AxesError(layer, name, given, shape, counted)
@@ -215,7 +224,8 @@ class DenseGeneral(LayerBase):
 
     @nowrap
     def _plan(self, shape: tuple[int, ...]) -> _Plan:
-        features = (self.features,) if isinstance(self.features, int) else tuple(self.features)
+        given: Any = self.features
+        features = (given,) if isinstance(given, INTEGERS) else tuple(given)
         batch = canonical_dims(self, "batch_dims", self.batch_dims, shape)
         if batch != tuple(range(len(batch))):
             raise AxesError(

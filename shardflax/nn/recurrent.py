@@ -196,7 +196,7 @@ def _check_lengths(place: str, lengths: Any, batch: tuple[int, ...]) -> None:
             f"`seq_lengths` has shape {jnp.shape(lengths)}, the batch dims of the inputs are "
             f"{batch}: give one length for each sequence.",
         )
-    found = jnp.result_type(lengths)
+    found = jnp.asarray(lengths).dtype
     if not jnp.issubdtype(found, jnp.integer):
         raise SequenceError(place, f"`seq_lengths` must be integers, found {found}.")
 

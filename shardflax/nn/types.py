@@ -7,8 +7,10 @@ from types import EllipsisType
 from typing import Any
 
 import jax
+import numpy as np
 
 __all__ = [
+    "INTEGERS",
     "Array",
     "Axes",
     "DotGeneral",
@@ -28,4 +30,5 @@ Names = tuple[str | EllipsisType | None, ...]
 Initializer = Callable[..., Any]
 DotGeneral = Callable[..., Array]
 Padding = str | int | Sequence[int | tuple[int, int]]
+INTEGERS = (int, np.integer)  # what counts as one number, in the place of a sequence
 Precision = Any

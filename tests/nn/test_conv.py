@@ -220,7 +220,7 @@ ERRORS: list[tuple[Callable[..., Any], Any, str]] = [
     (layer(nn.Conv, 4, 3, (2, 2)), X1, r"strides=\(2, 2\) has 2 entries, kernel_size has 1"),
     (layer(nn.Conv, 4, 3, 0), X1, r"strides=\(0,\) must be positive"),
     (layer(nn.Conv, 4, 3, padding="SAMEE"), X1, "padding='SAMEE': did you mean 'SAME'"),
-    (layer(nn.Conv, 4, (3, 3), padding="CAUSAL"), X2, "'CAUSAL'.*Write one of 'SAME'"),
+    (layer(nn.Conv, 4, (3, 3), padding="CAUSAL"), X2, "'CAUSAL' is for windows of one dim.* has 2"),
     (layer(nn.Conv, 4, (3, 3), padding=((1, 1),)), X2, "a sequence of 2 with an int or a pair"),
     (layer(nn.Conv, 4, 3, input_dilation=2), X1, r"input_dilation=\(2,\) with padding='SAME'"),
     (layer(nn.Conv, 4, 3, mask=MASK[:, :1]), X1, r"\(3, 1, 4\), the kernel \(3, 8, 4\).*dim 1: 1 "),

@@ -94,6 +94,15 @@ def test_both_lookups_give_the_same(dtype: Any) -> None:
     close(of_gather, of_product, tolerance=1e-5 if dtype == jnp.float32 else 1e-2)
 
 
+def test_numbers_of_numpy_are_numbers() -> None:
+    def shapes(space: Any) -> Any:
+        one, last = np.int64(3), np.int64(-1)
+        layers = space.DenseGeneral(one, axis=last), space.LayerNorm(reduction_axes=last)
+        return [jax.eval_shape(layer.init, jax.random.key(0), jnp.ones((2, 4))) for layer in layers]
+
+    assert shapes(nn) == shapes(flax.linen)
+
+
 class Tied(nn.Module):
     """A table that looks up and attends."""
 
