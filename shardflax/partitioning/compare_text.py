@@ -47,7 +47,7 @@ def comparison_text(comparison: Comparison, width: int = 100) -> str:
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """The same in colours: red is wrong, dim leaves devices idle.
+    """The same in colours: red is wrong, dim leaves an axis idle.
 
     >>> from shardflax.partitioning.compare import Comparison
     >>> comparison_table(Comparison(())).row_count
@@ -62,14 +62,18 @@ def comparison_table(comparison: Comparison) -> Table:
         title_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
+        padding=(0, 1, 0, 0),
         caption_justify="left",
     )
-    columns = _columns(comparison)
-    for column in columns:
-        table.add_column(column, justify="right" if column in (*_HELD, *_SENT) else "left")
+    numbers = [name for name in _columns(comparison) if name in (*_HELD, *_SENT)]
+    table.add_column("presets")  # and the mesh below them: a terminal may be narrow
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
     for row in comparison.rows:
+        where = "; ".join((row.mesh, *_remarks(row)))
         style = "red" if row.problems else "dim" if row.idle else None
-        table.add_row(*map(Text, _cells(row, columns)), style=style)
+        cell = Text(_titles(row)).append(f"\n{where}", "dim")
+        table.add_row(cell, *map(Text, _cells(row, numbers)), style=style)
     table.caption = Text("\n".join([_SAID, *_notes(comparison)]))
     return table
 
@@ -84,13 +88,16 @@ def _columns(comparison: Comparison) -> tuple[str, ...]:
 
 
 def _cells(row: PresetCost, columns: Sequence[str]) -> tuple[str, ...]:
-    more = len(row.presets) - _MOST
-    rest = f" and {more} more" if more > 0 else ""
-    title = f"{', '.join(row.presets[:_MOST])}{rest}"
-    texts = {"presets": title, "mesh": row.mesh, "notes": "; ".join(_remarks(row))}
+    texts = {"presets": _titles(row), "mesh": row.mesh, "notes": "; ".join(_remarks(row))}
     return tuple(
         texts[name] if name in texts else bytes_text(getattr(row, name)) for name in columns
     )
+
+
+def _titles(row: PresetCost) -> str:
+    more = len(row.presets) - _MOST
+    rest = f" and {more} more" if more > 0 else ""
+    return f"{', '.join(row.presets[:_MOST])}{rest}"
 
 
 def _remarks(row: PresetCost) -> Iterator[str]:
@@ -110,7 +117,10 @@ def _line(row: Sequence[str], widths: Sequence[int], columns: Sequence[str]) -> 
 
 
 def _notes(comparison: Comparison) -> Iterator[str]:
-    """The first problem of each row that has some."""
+    """The first problem of each row that has some; of several rows once."""
+    said: dict[str, list[str]] = {}
     for row in comparison.rows:
-        if row.problems:
-            yield f"{row.title} on {row.mesh}: {row.problems[0]}"
+        for problem in row.problems[:1]:
+            said.setdefault(str(problem), []).append(f"{_titles(row)} on {row.mesh}")
+    for problem, where in said.items():
+        yield f"{'; '.join(where)}: {problem}"
