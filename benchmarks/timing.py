@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["Rounds", "cpu_time", "in_turn"]
+__all__ = ["Rounds", "calls_of", "cpu_time", "in_turn"]
 
 
 @dataclass(frozen=True)
@@ -84,3 +86,25 @@ def cpu_time(fn: Callable[[], object]) -> float:
     start = time.thread_time()
     fn()
     return time.thread_time() - start
+
+
+def calls_of(fn: Callable[[], object]) -> int:
+    """How many Python functions one call of `fn` calls, itself included.
+
+    No noise touches this figure; what is cached and what is not does.
+
+    >>> calls_of(lambda: None)
+    1
+    """
+    count = 0
+
+    def tick(frame: Any, event: str, arg: Any) -> None:
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(tick)
+    try:
+        fn()
+    finally:
+        sys.setprofile(None)
+    return count

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +11,9 @@ import jax.numpy as jnp
 from benchmarks import raw
 from benchmarks.models import SIZES, count_body_traces, linen_models
 from benchmarks.report import Row
-from benchmarks.timing import cpu_time, in_turn
+from benchmarks.timing import calls_of, cpu_time, in_turn
 
-__all__ = ["calls_of", "rows", "traced"]
+__all__ = ["rows", "traced"]
 
 
 def rows(ours: Any, flax: Any, rounds: int) -> list[Row]:
@@ -53,22 +52,6 @@ def _applied(model: Any) -> Callable[..., Any]:
 def traced(fn: Callable[..., Any], *args: Any) -> Callable[[], object]:
     """A function that traces `fn` anew at each call: JAX caches by function."""
     return lambda: jax.jit(lambda *a: fn(*a)).trace(*args)
-
-
-def calls_of(fn: Callable[[], object]) -> int:
-    """How many Python functions `fn` calls."""
-    count = 0
-
-    def tick(frame: Any, event: str, arg: Any) -> None:
-        nonlocal count
-        count += event == "call"
-
-    sys.setprofile(tick)
-    try:
-        fn()
-    finally:
-        sys.setprofile(None)
-    return count
 
 
 def _calls(what: str, apply: dict[str, Any], init: dict[str, Any]) -> Row:

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 from shardflax.core.module_errors import CallCompactUnboundModuleError
+from shardflax.core.staging import is_tracing
 
 __all__ = [
     "InterceptorContext",
@@ -138,7 +139,7 @@ def intercept_methods(interceptor: Callable[..., Any]) -> Generator[None]:
         context.interceptors.pop()
 
 
-def _intercepted(fn: Callable[..., Any], module: Any, args: Any, kwargs: Any) -> Any:
+def _intercepted(fn: Callable[..., Any], module: Any, /, *args: Any, **kwargs: Any) -> Any:
     call = functools.partial(fn, module)
     told = InterceptorContext(module, fn.__name__, call)
     for interceptor in reversed(context.interceptors):
@@ -165,14 +166,11 @@ def run_setup(module: Any) -> None:
     context.stack.append(module)
     try:
         if context.interceptors:
-            _intercepted(module.__class__.setup, module, (), {})
+            _intercepted(module.__class__.setup, module)
         else:
             module.setup()
     finally:
         context.stack.pop()
-
-
-_UNNAMED = contextlib.nullcontext()
 
 
 def wrap_method(fn: Callable[..., Any], function_target: bool = False) -> Callable[..., Any]:
@@ -193,26 +191,31 @@ def wrap_method(fn: Callable[..., Any], function_target: bool = False) -> Callab
             if self.scope is None:
                 raise CallCompactUnboundModuleError(type(self).__name__)
             progress.compact = True
-        stack = context.stack
+        local = context.__dict__  # this thread's, looked up once
+        stack = local["stack"]
         stack.append(self)
+        call = fn
+        if local["interceptors"] and not function_target:
+            call = functools.partial(_intercepted, fn)
+        named = local["named"]
         # One frame a call: each frame more is in the traceback that JAX takes of each operation.
         try:
-            if function_target:
-                return fn(self, *args, **kwargs)
-            named = context.named
-            if not (_Defaults.named if named is None else named):
-                scope = _UNNAMED
-            else:
-                scope = jax.named_scope((self.name or type(self).__name__) + suffix)
-            with scope:
-                if context.interceptors:
-                    return _intercepted(fn, self, args, kwargs)
-                return fn(self, *args, **kwargs)
+            # Outside of any trace there is no program yet that could carry names.
+            if (
+                function_target
+                or not is_tracing()
+                or not (_Defaults.named if named is None else named)
+            ):
+                return call(self, *args, **kwargs)
+            with jax.named_scope((self.name or self.__class__.__name__) + suffix):
+                return call(self, *args, **kwargs)
         finally:
             stack.pop()
             if outermost:
                 progress.compact = False
-                self.scope.node.rewind()
+                node = self.scope.node
+                if node.reserved or node.cursor:  # something to forget
+                    node.rewind()
 
     vars(method)["wrapped"] = True
     return method

@@ -99,8 +99,9 @@ class Module(Stateful, _Typed):
         make_module_class(cls, kw_only, Module.__setattr__)
 
     def __repr__(self) -> str:
-        children = self._progress.children.items()
-        return represent(self, {n: c for n, c in children if not isinstance(c, _NameScope)})
+        children = self._progress.children or {}
+        shown = {n: c for n, c in children.items() if not isinstance(c, _NameScope)}
+        return represent(self, shown)
 
     # --- construction
 
@@ -140,10 +141,11 @@ class Module(Stateful, _Typed):
         attrs["_parent"], attrs["name"] = weakref.ref(self), name
         if self.scope is None:
             return
-        scope = self.scope
-        scope.reserve(name)
-        attrs["scope"] = scope.at(name)
-        self._progress.children[name] = child
+        attrs["scope"] = self.scope.take(name)
+        progress = self._progress
+        if progress.children is None:
+            progress.children = {}
+        progress.children[name] = child
 
     # --- preparation: fields are adopted, then setup runs, at the first call of a method
 
@@ -154,8 +156,9 @@ class Module(Stateful, _Typed):
             raise IncorrectPostInitOverrideError(type(self).__name__)
         if self.scope is None or progress.ready or progress.setup:
             return
-        self._adopt_fields()
-        if type(self).setup is not Module.setup:
+        if not _LEAVES.issuperset(map(type, self.__dict__.values())):  # seldom
+            self._adopt_fields()
+        if self.__class__.setup is not Module.setup:
             progress.setup = True
             reserved = self.scope.node.names()
             try:
@@ -170,8 +173,6 @@ class Module(Stateful, _Typed):
 
     def _adopt_fields(self) -> None:
         attrs = self.__dict__
-        if _LEAVES.issuperset(map(type, attrs.values())):
-            return  # the usual case: nothing to adopt
         for name in field_names(type(self)):
             value: Any = attrs.get(name)
             kind: Any = type(value)  # pyright: ignore[reportUnknownVariableType]
@@ -201,7 +202,7 @@ class Module(Stateful, _Typed):
     def _name_scope(self, name: str) -> Module:
         """The parent of what a method marked `compact_name_scope` makes."""
         self._bound()
-        place = self._progress.children.get(name)
+        place = (self._progress.children or {}).get(name)
         if not isinstance(place, _NameScope):
             place = _NameScope(parent=None)
             self._bind_child(place, name)
@@ -210,7 +211,7 @@ class Module(Stateful, _Typed):
     def _move(self, scope: Scope) -> None:
         """Takes another place, and its submodules with it."""
         self.__dict__["scope"] = scope
-        for name, child in self._progress.children.items():
+        for name, child in (self._progress.children or {}).items():
             scope.reserve(name)
             child._move(scope.at(name))
 

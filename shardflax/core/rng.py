@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from shardflax.core.errors import InvalidRngError
+from shardflax.core.staging import fold_in
 
 __all__ = ["Stream", "fold", "is_key", "is_keyless", "open_streams"]
 
@@ -49,7 +50,7 @@ def fold(key: jax.Array, path: tuple[Part, ...]) -> jax.Array:
     >>> bool(fold(jax.random.key(0), ()) == jax.random.key(0))
     True
     """
-    return jax.random.fold_in(key, _digest(path)) if path else key
+    return fold_in(key, _digest(path)) if path else key
 
 
 @functools.lru_cache(maxsize=4096)

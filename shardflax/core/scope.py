@@ -126,6 +126,7 @@ def _check_variables(given: Any) -> None:
 
 
 _REQUIRED: Any = object()
+_new = object.__new__
 
 
 class Scope:
@@ -227,7 +228,22 @@ class Scope:
 
     def at(self, name: str) -> Scope:
         """The scope of the child `name`, which need not be reserved."""
-        return Scope(self.store, (*self.below, name), self.node.child(name), self)
+        made = _new(Scope)  # as `Scope(...)` makes it, in one call less
+        made.store = self.store
+        made.below = (*self.below, name)
+        made.node = self.node.child(name)
+        made.parent = self
+        made._reads = {}
+        return made
+
+    def take(self, name: str) -> Scope:
+        """The scope of a new child; raises `NameInUseError` if the name is taken."""
+        node = self.node
+        if node.owners is None and name not in node.reserved:
+            node.reserved[name] = {None}
+        else:
+            self.reserve(name)
+        return self.at(name)
 
     def beside(self) -> Scope:
         """The same place for another module: each name at it belongs to one of the two."""

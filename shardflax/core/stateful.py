@@ -28,13 +28,11 @@ class Progress:
     False
     """
 
-    __slots__ = ("children", "compact", "ready", "setup")
-
-    def __init__(self) -> None:
-        self.ready = False  # fields adopted and setup run
-        self.setup = False  # in setup
-        self.compact = False  # in a compact method
-        self.children: dict[str, Any] = {}
+    # Of the class until they change: to make one then calls no function of Python.
+    ready = False  # fields adopted and setup run
+    setup = False  # in setup
+    compact = False  # in a compact method
+    children: dict[str, Any] | None = None
 
 
 class Stateful(Crossable):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
@@ -57,7 +58,7 @@ class Expressions:
         return [read(x) for x in jaxpr.outvars]
 
     def _constant(self, value: Any) -> int:
-        if isinstance(value, jax.Array) and jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+        if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
             impl = str(jax.random.key_impl(value))
             return self._number("key", impl, self._constant(jax.random.key_data(value)))
         array = np.asarray(value)

@@ -6,7 +6,6 @@ import pickle
 import re
 import sys
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 import pytest
 
 import shardflax.nn as real
+from benchmarks.timing import calls_of
 from shardflax import errors
 from tests.core.harness import OURS as nn
 from tests.core.harness import THEIRS, quick_key
@@ -187,22 +187,6 @@ class Listed(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return x
-
-
-def calls_of(fn: Callable[[], Any]) -> int:
-    """How many Python functions `fn` calls."""
-    count = 0
-
-    def tick(frame: Any, event: str, arg: Any) -> None:
-        nonlocal count
-        count += event == "call"
-
-    sys.setprofile(tick)
-    try:
-        fn()
-    finally:
-        sys.setprofile(None)
-    return count
 
 
 @pytest.mark.parametrize("cls", [Beside, Nested, NestedByName, Listed])

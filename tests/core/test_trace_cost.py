@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import shardflax.nn as nn
 from benchmarks import raw
 from benchmarks.models import Sizes, linen_models
-from benchmarks.tracing import calls_of, traced
+from benchmarks.timing import calls_of
+from benchmarks.tracing import traced
 
 SIZES = Sizes(blocks=2)
 X = jnp.ones((SIZES.batch, SIZES.length, SIZES.width))
