@@ -14,7 +14,7 @@ import jax
 from shardflax.core.calls import current_module
 from shardflax.partitioning.errors import NoRulesWarning, Problem, kind_of
 
-__all__ = ["located", "warn_no_rules"]
+__all__ = ["here", "located", "warn_no_rules"]
 
 _HERE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "")
 _JAX = os.path.join(os.path.dirname(os.path.abspath(jax.__file__)), "")
@@ -29,8 +29,16 @@ def located(problems: Sequence[Problem], what: str = "constraint") -> list[Probl
     """
     if not problems:
         return []
-    where = f"{what} at {_caller()[0]}{_inside()}"
-    return [replace(problem, where=where) for problem in problems]
+    return [replace(problem, where=what + here()) for problem in problems]
+
+
+def here() -> str:
+    """The line of code, and the module whose method runs there, as an end for what is there.
+
+    >>> here().startswith(" at ")
+    True
+    """
+    return f" at {_caller()[0]}{_inside()}"
 
 
 def _inside() -> str:

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from shardflax.core.staging import is_tracing
+from shardflax.partitioning.call_site import here
 from shardflax.partitioning.errors import mapped_over, no_devices
 from shardflax.partitioning.scope import AnyMesh, axis_kinds, devices_of
 from shardflax.partitioning.spec_check import make_spec, spec_axes
@@ -40,14 +41,14 @@ def lower(x: Any, spec: PartitionSpec, mesh: AnyMesh, what: str = "a layout") ->
     explicit, auto = _by_type(spec, axis_kinds(mesh))
     mesh = devices_of(mesh, traced)
     if not traced and isinstance(mesh, AbstractMesh) and not is_tracing():
-        raise no_devices(what, spec, mesh.shape)
+        raise no_devices(what + here(), spec, mesh.shape)
     try:
         if explicit is not None and auto is not None and not traced:
             return jx.jit(_lower, static_argnums=(1, 2, 3))(x, explicit, auto, mesh)
         return _lower(x, explicit, auto, mesh)
     except Exception as error:  # JAX's class for duplicates is an Exception and no more
         if "spmd_axis_name" in str(error) or "has duplicate entries" in str(error):
-            raise mapped_over(what, spec) from error
+            raise mapped_over(what + here(), spec) from error
         raise
 
 

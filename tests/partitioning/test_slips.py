@@ -383,6 +383,26 @@ def test_where_in_the_model_a_constraint_is() -> None:
             _in_scope(lambda model=model: model.apply({}, X))
 
 
+def test_what_cannot_be_lowered_has_a_place() -> None:
+    """An axis over which a vmap around maps, met in a module; and devices that are not there."""
+
+    class Inner(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            return nn.with_logical_constraint(x, ("embed",))
+
+    mapped = jax.vmap(lambda x: Inner(name="block").apply({}, x), spmd_axis_name="fsdp")
+    text = (
+        r"names \('embed',\) at .*test_slips.py:\d+ \(in an Inner, the outermost module\): an axis"
+    )
+    with pytest.raises(pt.AxisConflictError, match=text):
+        _in_scope(lambda: jax.make_jaxpr(mapped)(X))
+    nowhere = pt.make_abstract_mesh("fsdp=4,tensor=2")
+    text = r"names \('embed', None\) at .*test_slips.py:\d+: an array that is not traced"
+    with pt.use(nowhere, RULES), pytest.raises(pt.MeshScopeError, match=text):
+        nn.with_logical_constraint(X, ("embed", None))
+
+
 def test_rules_that_a_preset_brought_are_not_missed() -> None:
     """No model has all names of a preset; those that one wrote oneself are listed."""
     state = {"w": nn.LogicallyPartitioned(X, ("embed", "mlp"))}
