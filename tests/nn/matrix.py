@@ -125,7 +125,14 @@ class Facts(NamedTuple):
 
 @functools.cache
 def facts(row: Row) -> Facts:
-    return program(row)()
+    return lowered(row).compile()()
+
+
+@functools.cache
+def lowered(row: Row) -> Any:
+    """The program of a row, traced where nothing promotes but where the code says so."""
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        return program(row).lower()
 
 
 def program(row: Row, namespace: Any = nn) -> Callable[[], Facts]:
@@ -140,6 +147,12 @@ def program(row: Row, namespace: Any = nn) -> Callable[[], Facts]:
         return Facts(inputs, variables, y, wrote, grads)
 
     return jax.jit(all_of)
+
+
+def one_program(ours: Any, theirs: Any) -> bool:
+    """Whether two lowered programs are the same, to the letter: so are their results, then."""
+    assert jax.tree.structure(ours.out_info) == jax.tree.structure(theirs.out_info)
+    return ours.as_text() == theirs.as_text()
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -205,16 +218,15 @@ def described(row: Row) -> dict[str, Any]:
         for path, box in leaves
         for unboxed in [box.value if is_box(box) else box]
     }
-    return {"variables": variables, "outputs": output_types(row)}
-
-
-def output_types(row: Row) -> list[str]:
-    """The types of all outputs on the explicit mesh; their gradients are traced too."""
-    on = place("fsdp_tp", "explicit")
-    layout = partitioning.abstract_layout(row.init, mesh=on.mesh, rules=on.rules)
+    layout = partitioning.Layout(boxed, on.mesh, on.rules)
     assert not layout.problems
-    state, inputs = jax.eval_shape(row.init), jax.eval_shape(row.inputs)
-    state = jax.tree.map(with_sharding, state, layout.shardings)
+    return {"variables": variables, "outputs": output_types(row, layout)}
+
+
+def output_types(row: Row, layout: partitioning.Layout) -> list[str]:
+    """The types of all outputs on the explicit mesh; their gradients are traced too."""
+    on, inputs = place("fsdp_tp", "explicit"), row.inputs()
+    state = jax.tree.map(with_sharding, layout.abstract, layout.shardings)
     inputs = jax.tree.map(with_sharding, inputs, on.spread(row, inputs))
     with use(on.mesh, on.rules):
         of = functools.partial(gradients, row.run)
