@@ -20,6 +20,7 @@ from shardflax.partitioning.errors import (
     Problem,
     raise_problems,
 )
+from shardflax.partitioning.given import as_names
 from shardflax.partitioning.linen_rules import RulesFallback, linen_axes, undecided_error
 from shardflax.partitioning.lowering import lower
 from shardflax.partitioning.names_tree import names_of_leaves
@@ -127,8 +128,10 @@ def constrain(x: jax.Array, names: tuple[Any, ...] | None) -> jax.Array:
         if expanded is None:
             return x
         names = expanded
-    elif rules is None:
-        warn_no_rules(names)
+    else:
+        names = as_names(names)
+        if rules is None:
+            warn_no_rules(names)
     return _constrain(x, names, rules, None, RulesFallback.AXIS_IS_UNSHARDED)
 
 

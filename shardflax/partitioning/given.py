@@ -21,16 +21,19 @@ __all__ = ["as_names", "check_init", "check_mesh", "check_program", "check_rules
 
 
 def as_names(names: Any) -> tuple[Any, ...]:
-    """Names as a tuple; raises `NamesRankError` for one string, which would be taken by letters.
+    """Names as a tuple, several axes of one dim too, so that they can be compared and looked up.
 
-    >>> as_names(["embed", None])
-    ('embed', None)
+    Raises `NamesRankError` for one string, which would be taken by letters.
+
+    >>> as_names(["embed", None]), as_names([["data", "fsdp"], None])
+    (('embed', None), (('data', 'fsdp'), None))
     """
     if isinstance(names, str):
         raise NamesRankError(f"names are a tuple, one for each dim: write ({names!r},).")
     if not isinstance(names, Iterable):
         raise NamesRankError(f"names are a tuple, one for each dim, not {kind_of(names)}.")
-    return tuple(cast(Iterable[Any], names))
+    every = cast(Iterable[Any], names)
+    return tuple([tuple(cast(list[Any], n)) if isinstance(n, list) else n for n in every])
 
 
 def check_rules(rules: Any, or_none: bool = False) -> None:

@@ -220,6 +220,7 @@ def test_one_string_is_not_taken_by_its_letters() -> None:
         lambda: nn.Dense(8, kernel_axes=names).init(jax.random.key(0), X),
         lambda: pt.named(nn.initializers.zeros, names)(jax.random.key(0), (4,)),
         lambda: pt.batch_sharding(pt.make_mesh("data=8"), pt.preset("dp"), names),
+        lambda: _in_scope(lambda: pt.constrain(X, names)),
     ):
         with pytest.raises(pt.NamesRankError, match=text):
             wrong()
@@ -283,6 +284,12 @@ WRONG_TYPES: dict[str, tuple[type[Exception], str, Any]] = {
               lambda: loose.with_partitioning(nn.initializers.ones, None)),
     "names-alone": (pt.NamesRankError, r"write \('embed',\)",
                     lambda: loose.logical_to_mesh_axes("embed", [("embed", "fsdp")])),
+    "names-list": (pt.UnknownNameError, r"None, not \('embed',\)",
+                   lambda: loose.logical_to_mesh_axes((["embed"], None), RULES)),
+    "names-batch": (pt.UnknownNameError, r"None, not \('embed',\)",
+                    lambda: loose.batch_sharding(MESH, RULES, (["embed"], None))),
+    "names-constrain": (pt.UnknownNameError, r"None, not \('embed',\)",
+                        lambda: _in_scope(lambda: loose.constrain(X, (["embed"], None)))),
     "init-rules": (pt.InvalidRuleError, r"Write preset\('fsdp'\)",
                    lambda: loose.with_logical_partitioning(nn.initializers.ones, (), rules="fsdp")),
     "state": (pt.LayoutError, "params: a str is no array",
