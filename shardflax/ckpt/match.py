@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,9 @@ from shardflax.ckpt.paths import Names, Path, show, tree_of
 from shardflax.ckpt.restack import Taken, find_stacked
 from shardflax.ckpt.sources import Source
 
-__all__ = ["Options", "Patterns", "Report", "Take", "covers", "match", "renamed"]
+__all__ = [
+    "Options", "Patterns", "Report", "Take", "covers", "idle_patterns", "match", "renamed",
+]  # fmt: skip
 
 Patterns = bool | str | Sequence[str]
 """True for all leaves, or patterns of paths: `"params/head"`, `"*/bias"`."""
@@ -112,6 +114,7 @@ def match(
         for path in unused
         if not covers(wanted, path)
     ]
+    lines += idle_patterns(options.include, leaves)
     lines.sort(key=lambda line: line[9:].split("  ")[0])
     return found, _report(found, restacked, saved, used), lines
 
@@ -183,6 +186,19 @@ def covers(patterns: Patterns, path: Path) -> bool:
     text = show(path)
     many = [patterns] if isinstance(patterns, str) else patterns
     return any(fnmatch.fnmatchcase(text, x) or fnmatch.fnmatchcase(text, f"{x}/*") for x in many)
+
+
+def idle_patterns(include: Patterns, paths: Collection[Path]) -> list[str]:
+    """A line for each pattern of `include` that no path is like: nothing would be read for it.
+
+    >>> idle_patterns(["params", "parms/*"], [("params", "w")])
+    ['include  parms/*  no leaf has a path like this']
+    """
+    if isinstance(include, bool):
+        return []
+    many = [include] if isinstance(include, str) else include
+    idle = (x for x in many if not any(covers(x, path) for path in paths))
+    return [f"include  {pattern}  no leaf has a path like this" for pattern in idle]
 
 
 def _keep(path: Path, leaf: Any, spec: LeafSpec, lines: list[str], why: str) -> Take:

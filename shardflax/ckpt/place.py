@@ -219,7 +219,7 @@ Place = Path | StorePath
 def place(path: str | os.PathLike[str]) -> Any:
     """A path as what it is: one of a file system, or of an object store (`gs://`, `s3://`).
 
-    Raises CheckpointFolderError for other schemes.
+    Raises CheckpointFolderError for other schemes, and for no name at all.
 
     >>> place("/data/run"), place("s3://bucket/run").bucket
     (PosixPath('/data/run'), 'bucket')
@@ -228,8 +228,12 @@ def place(path: str | os.PathLike[str]) -> Any:
         return path
     text = os.fspath(path)
     scheme, found, rest = text.partition("://")
+    if not text:
+        raise CheckpointFolderError(text, "it has no name", "Give a folder: '.' is this one.")
     if not found:
         return Path(text).expanduser()
+    if scheme == "file" and rest.startswith("/"):
+        return Path(rest)
     bucket, _, key = rest.partition("/")
     if scheme not in SCHEMES or not bucket:
         known = " and ".join(f"{name}://BUCKET/..." for name in SCHEMES)

@@ -153,6 +153,10 @@ def _form(path: Path, leaf: Any) -> Any:
     if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
         _check_alive(path, leaf)
         return leaf.shape, leaf.dtype, leaf.sharding
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        raise CheckpointLeafError(
+            show(path), "it is a ShapeDtypeStruct, without values", "Save the state itself."
+        )
     spec = describe(path, leaf)
     return spec.dtype if spec.kind == "python" else spec
 

@@ -12,10 +12,12 @@ from typing import Any
 
 from shardflax.ckpt.durable import FileRecord
 from shardflax.ckpt.errors import (
+    CheckpointFolderError,
     CheckpointMismatchError,
     CheckpointReadError,
 )
-from shardflax.ckpt.match import Options, Report, covers, match
+from shardflax.ckpt.folder import step_folder
+from shardflax.ckpt.match import Options, Report, covers, idle_patterns, match
 from shardflax.ckpt.metering import Meter, Mode, showing
 from shardflax.ckpt.opening import damage, open_step
 from shardflax.ckpt.paths import show
@@ -71,8 +73,20 @@ def load_checkpoint(
     step = int(path.name) if path.name.isdecimal() else None
     root = path if step is None else path.parent
     meter = Meter(f"reading {path}")
+    if not path.is_dir():
+        raise CheckpointFolderError(path, "there is no such folder", "Was it moved?")
     with showing(meter, progress):
-        return _attempt(path, root, step, target, options or Options(), meter)
+        try:
+            return _attempt(path, root, step, target, options or Options(), meter)
+        except CheckpointReadError:
+            if not (steps := step_folder(path).steps()):
+                raise
+            known = ", ".join(map(str, steps))
+            raise CheckpointFolderError(
+                path,
+                f"it is that of a run, with steps {known}",
+                "Give the folder of one of them, or make a CheckpointManager for it.",
+            ) from None
 
 
 def restore_step(
@@ -162,6 +176,7 @@ def restore_source(
     """
     heard = meter or Meter("reading")
     if target is None:
+        source = _named(source, root, step, options)
         loaded = tuple(show(p) for p in source.leaves if covers(options.include, p))
         report = Report(loaded, (), (), (), (), ())
         makes: Any = functools.partial(
@@ -184,6 +199,20 @@ def restore_source(
         raise CheckpointReadError(root, step, text) from error
 
 
+def _named(source: Source, root: Place, step: int | None, options: Options) -> Source:
+    """A source with the new names, for who has no target.
+
+    Raises CheckpointMismatchError for names and patterns that mean nothing.
+    """
+    try:
+        source = with_names(source, options.rename)
+    except ValueError as error:
+        raise CheckpointMismatchError(root, step, [str(error)]) from error
+    if idle := idle_patterns(options.include, source.leaves):
+        raise CheckpointMismatchError(root, step, idle)
+    return source
+
+
 def restore_file(
     where: Path,
     opens: Callable[[Path], Source],
@@ -201,9 +230,6 @@ def restore_file(
     """
     try:
         source = opens(where)
-        if target is None:
-            source = with_names(source, options.rename)
-            options = dataclasses.replace(options, rename={})
     except (ValueError, OSError) as error:
         raise CheckpointReadError(where, None, error) from error
     return restore_source(source, where, None, target, options, lambda: extras(source))

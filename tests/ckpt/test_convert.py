@@ -131,6 +131,16 @@ def test_a_description(run: Path) -> None:
         ckpt.inspect_checkpoint(__file__)
 
 
+def test_a_folder_that_is_no_checkpoint(run: Path) -> None:
+    with pytest.raises(ckpt.CheckpointFolderError, match="that of a run, with steps 10. Give"):
+        ckpt.load_checkpoint(run)
+    with pytest.raises(ckpt.CheckpointFolderError, match="there is no such folder"):
+        ckpt.load_checkpoint(run / "11")
+    with pytest.raises(ckpt.CheckpointFolderError, match="it has no name"):
+        ckpt.CheckpointManager("")
+    assert ckpt.load_checkpoint(f"file://{run}/10").step == 10
+
+
 def test_differences_are_named(tmp_path: Path) -> None:
     nan = np.array([np.nan, 0.0, 1.0])
     ckpt.save_safetensors(tmp_path / "a", {"x": nan, "n": 3, "i": np.arange(2), "y": np.ones(2)})

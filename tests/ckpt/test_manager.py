@@ -378,6 +378,7 @@ def test_a_dtype_that_jax_would_narrow_is_a_mismatch(folder: Path) -> None:
         ({"fn": len}, "'fn'.*static field"),
         ({"w": np.array(["a"])}, "dtype is <U1"),
         ({"w": np.zeros(2, np.longdouble)}, "dtype is"),
+        ({"w": jax.ShapeDtypeStruct((2,), np.float32)}, "'w': it is a ShapeDtypeStruct, without"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )

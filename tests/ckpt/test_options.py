@@ -62,6 +62,13 @@ def test_include_reads_a_part_and_keeps_the_rest(manager: ckpt.CheckpointManager
     assert restored.state["params"]["b"] is target["params"]["b"]
     host = manager.restore(include="params").state
     assert sorted(host) == ["params"] and isinstance(host["params"]["b"], np.ndarray)
+    for given in (target, None):  # nothing would be read, and nobody told
+        with pytest.raises(ckpt.CheckpointMismatchError, match="parms/a  no leaf has a path like"):
+            manager.restore(given, include=["params/b", "parms/a"])
+    host = manager.restore(rename={"params": "weights"}, include="weights/*").state
+    assert sorted(host) == ["weights"]
+    with pytest.raises(ckpt.CheckpointMismatchError, match="rename nothing no saved leaf"):
+        manager.restore(rename={"nothing": "x"})
 
 
 def test_renamed_leaves_with_their_optimizer_state(manager: ckpt.CheckpointManager) -> None:
