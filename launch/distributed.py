@@ -79,6 +79,8 @@ def cluster_from_env(environ: Mapping[str, str] | None = None) -> Cluster | None
     if not coordinator.rpartition(":")[2].isdigit() or ":" not in coordinator:
         raise _error(_COORDINATOR, "host:port", environ)
     num_processes = _number(_NUM_PROCESSES, environ)
+    if num_processes < 1:
+        raise _error(_NUM_PROCESSES, "a number from 1", environ)
     process_id = _number(_PROCESS_ID, environ)
     if not process_id < num_processes:
         raise _error(_PROCESS_ID, f"a number below {_NUM_PROCESSES}={num_processes}", environ)

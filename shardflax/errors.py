@@ -44,6 +44,7 @@ from shardflax.core.module_errors import (
     ReservedModuleAttributeError,
     SetAttributeFrozenModuleError,
     SetAttributeInModuleSetupError,
+    UnhashableFieldError,
 )
 from shardflax.core.transform_errors import (
     BranchVariablesError,
@@ -157,6 +158,7 @@ __all__ = [
     "TransformTargetError",
     "TransformedMethodReturnValueError",
     "TreeMismatchError",
+    "UnhashableFieldError",
     "UnknownAxisError",
     "UnknownNameError",
     "UnknownPresetError",

@@ -17,6 +17,7 @@ from shardflax.core.module_errors import (
     HashBoundModuleError,
     MultipleMethodsCompactError,
     ReservedModuleAttributeError,
+    UnhashableFieldError,
 )
 
 __all__ = ["field_names", "init_field_names", "make_module_class", "represent"]
@@ -141,9 +142,23 @@ def _hash_of_unbound(hash_of: Callable[[Any], int]) -> Callable[[Any], int]:
     def __hash__(self: Any) -> int:
         if self.scope is not None:
             raise HashBoundModuleError(type(self).__name__)
-        return hash_of(self)
+        try:
+            return hash_of(self)
+        except TypeError:
+            for name in field_names(self.__class__):
+                _hash_field(self, name)
+            raise
 
     return __hash__
+
+
+def _hash_field(module: Any, name: str) -> None:
+    try:
+        hash(module.__dict__[name])
+    except (HashBoundModuleError, UnhashableFieldError):
+        raise  # of a module inside
+    except TypeError as error:
+        raise UnhashableFieldError(type(module).__name__, name, error) from error
 
 
 def _equal_in_place(equal: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:

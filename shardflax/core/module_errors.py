@@ -25,6 +25,7 @@ __all__ = [
     "ReservedModuleAttributeError",
     "SetAttributeFrozenModuleError",
     "SetAttributeInModuleSetupError",
+    "UnhashableFieldError",
 ]
 
 
@@ -228,6 +229,20 @@ class HashBoundModuleError(FlaxError, TypeError):
         super().__init__(
             f"{cls} is bound to variables and cannot be hashed. Use module.unbind() or "
             f"module.clone(), which are its hyperparameters alone."
+        )
+
+
+class UnhashableFieldError(FlaxError, TypeError):
+    """A module is hashed, as an argument in `static_argnums` is, and a field of it cannot be.
+
+    >>> print(UnhashableFieldError("Sequential", "layers", TypeError("unhashable type: 'list'")))
+    Sequential cannot be hashed, for its field 'layers' cannot: unhashable type: 'list'. ...
+    """
+
+    def __init__(self, cls: str, name: str, cause: TypeError) -> None:
+        super().__init__(
+            f"{cls} cannot be hashed, for its field {name!r} cannot: {cause}. Make the module with "
+            f"tuples for lists, and FrozenDicts for dicts."
         )
 
 

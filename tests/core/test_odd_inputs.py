@@ -123,6 +123,13 @@ def test_streams_have_names() -> None:
         nn.Dense(1).init({0: quick_key(0)}, X)
 
 
+def test_a_module_with_a_list_says_why_it_has_no_hash() -> None:
+    with pytest.raises(errors.UnhashableFieldError, match=r"Sequential .*'layers'.*tuples"):
+        hash(nn.Sequential([nn.Sequential([])]))
+    with pytest.raises(errors.HashBoundModuleError):
+        hash(nn.Sequential((nn.Dense(1).bind({}),)))
+
+
 def test_remat_has_no_concrete_arguments() -> None:
     with pytest.raises(ValueError, match="static_argnums"):
         nn.remat(nn.Dense, concrete=True)

@@ -31,6 +31,7 @@ def test_a_single_process_is_told_that_it_is_alone(monkeypatch: pytest.MonkeyPat
         ("SHARDFLAX_PROCESS_ID", "2", "expected a number below SHARDFLAX_NUM_PROCESSES=2"),
         ("SHARDFLAX_PROCESS_ID", "-1", "expected a number, found '-1'"),
         ("SHARDFLAX_NUM_PROCESSES", "two", "expected a number, found 'two'"),
+        ("SHARDFLAX_NUM_PROCESSES", "0", "expected a number from 1, found '0'"),
         ("SHARDFLAX_COORDINATOR", "localhost", "expected host:port, found 'localhost'"),
         ("SHARDFLAX_COORDINATOR", "1234", "expected host:port"),
     ],
