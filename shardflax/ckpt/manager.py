@@ -297,7 +297,7 @@ class CheckpointManager:
         try:
             shelf.note(job.step, job.metrics, job.temporary)
             with showing(self._meter, "lines" if self._progress == "lines" else None):
-                shelf.seen = job.run(shelf.after)
+                shelf.seen = job.run(self._after)
         except BaseException as error:
             self._own.discard(job.step)
             shelf.forget(job.step)
@@ -311,6 +311,14 @@ class CheckpointManager:
         finally:
             IN_FLIGHT.discard(self)
 
+    def _after(self, step: int) -> list[int]:
+        """The steps that stay, now that one more is committed: all, if they cannot be listed."""
+        try:
+            return self._shelf.after(step)
+        except Exception as error:
+            self._not_deleted(step, error)
+            return sorted({*self._shelf.seen, step})
+
     def _expire(self, step: int) -> None:
         """Deletes what the keep policy lets go."""
         if not self._meeting.primary:
@@ -319,12 +327,15 @@ class CheckpointManager:
             self._shelf.expire()
             at("expired")
         except Exception as error:
-            failure = CheckpointError(
-                f"Step {step} is committed in {str(self.directory)!r}, but an older step could not "
-                f"be deleted: {error}."
-            )
-            failure.__cause__ = error
-            self._fail(failure)
+            self._not_deleted(step, error)
+
+    def _not_deleted(self, step: int, error: Exception) -> None:
+        failure = CheckpointError(
+            f"Step {step} is committed in {str(self.directory)!r}, but an older step could not be "
+            f"deleted: {error}."
+        )
+        failure.__cause__ = error
+        self._fail(failure)
 
     def _fail(self, failure: CheckpointError) -> None:
         """Keeps an error for the next call, and tells who wants to hear of it now."""

@@ -21,6 +21,7 @@ from shardflax.ckpt import CheckpointManager, ocdbt, opening
 from shardflax.ckpt import place as places
 from shardflax.ckpt.convert import _Heard, _plan
 from shardflax.ckpt.durable import checksum
+from shardflax.ckpt.folder import StepFolder
 from shardflax.ckpt.index import write_index
 from shardflax.ckpt.keeping import Note, Rules
 from shardflax.ckpt.landing import in_use, lock
@@ -187,6 +188,19 @@ def test_a_manager_can_be_closed_in_another_thread(tmp_path: Path):
     thread.join()
     assert not any(thread.is_alive() for thread in manager._writer._threads)
     signal.signal(signal.SIGTERM, before)
+
+
+def test_what_is_committed_is_said_to_be_though_nothing_can_be_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with CheckpointManager(tmp_path) as manager:
+        with monkeypatch.context() as patched:
+            patched.setattr(StepFolder, "steps", lambda folder: 1 / 0)
+            handle = manager.save(1, {"a": 1})
+            assert handle is not None and handle.committed.exception() is None
+        with pytest.raises(ckpt.CheckpointError, match=r"Step 1 is committed .* by zero"):
+            manager.wait()
+        assert manager.all_steps() == [1]
 
 
 def test_nothing_is_saved_with_a_manager_that_was_closed(tmp_path: Path):
