@@ -12,6 +12,7 @@ from shardflax.models.config import DecoderConfig
 from shardflax.models.decoder import Decoder
 from shardflax.models.errors import ModelConfigError, SampleError
 from shardflax.partitioning import AxisRules, get_logical_axis_rules, logical_axis_rules
+from shardflax.partitioning.explicit_out import InAuto, operand, out_spec
 
 __all__ = ["generate"]
 
@@ -99,7 +100,7 @@ def _generate(
 
     def step(cache: Any, tokens: jax.Array, key: jax.Array) -> tuple[Any, jax.Array]:
         logits, cache = model.apply({"params": params, **cache}, tokens, mutable=["cache"])
-        return cache, _sample(logits[:, -1], key, temperature, top_k)
+        return cache, _sample(_last(logits), key, temperature, top_k)
 
     def body(carry: Any, key: jax.Array) -> tuple[Any, jax.Array]:
         cache, token = carry
@@ -110,6 +111,12 @@ def _generate(
     cache, token = step({}, prompt, keys[0])  # the first step makes the cache
     (_, last), tokens = jax.lax.scan(body, (cache, token), keys[1:])
     return jnp.concatenate([tokens.T, last[:, None]], axis=1).astype(jnp.int32)
+
+
+def _last(logits: jax.Array) -> jax.Array:
+    """The scores after the last token; over an explicit axis, a length has no slice of one."""
+    spec = out_spec("bv", [operand("blv", logits)])
+    return logits[:, -1] if spec is None else InAuto(lambda x: x[:, -1], spec)(logits)
 
 
 def _sample(logits: jax.Array, key: jax.Array, temperature: Any, top_k: int | None) -> jax.Array:

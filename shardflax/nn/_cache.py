@@ -73,10 +73,10 @@ class KVCache(NamedTuple):
                 )
 
 
-def over_slots(fn: Callable[..., Array], query: Array, key: Array, *args: Any) -> Array:
-    """`fn(query, key, *args)`, shaped and laid out like `query`: what it sees of a whole cache.
+def over_keys(fn: Callable[..., Array], query: Array, key: Array, *args: Any) -> Array:
+    """`fn(query, key, *args)`, shaped and laid out like `query`: what it sees of all keys.
 
-    Where slots lie over an explicit axis, a softmax over them has no type of its own.
+    Where their length lies over an explicit axis, a softmax over it has no type of its own.
     """
     if explicit_axes() and operand(range(key.ndim), key).spec[-3] is not None:
         return laid_out_like(query, fn, query, key, *args)

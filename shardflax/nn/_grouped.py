@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from shardflax.nn import flash
+from shardflax.nn._cache import over_keys
 from shardflax.nn.errors import AttentionOptionsError, DropoutRateError, MaskShapeError
 from shardflax.nn.types import INTEGERS, Array, Names, Precision
 from shardflax.partitioning.alike import repeated_like
@@ -94,10 +96,6 @@ class Attention:
         if mask is not None:
             mask = _lift(mask, query.ndim)
         how = self.choose(query, key, value, mask, dropout_rng)
-        if how != "flash":
-            key, value = (repeated_like(x, query, -2) for x in (key, value))
-        if how == "reference":
-            return self.reference(query, key, value, mask, dropout_rng)
         if how == "flash":
             return flash.flash_attention(
                 query,
@@ -108,11 +106,18 @@ class Attention:
                 softcap=self.softcap,
                 query_axes=self.query_axes,
             )
+        key, value = (repeated_like(x, query, -2) for x in (key, value))
+        return over_keys(partial(self._without_kernel, how), query, key, value, mask, dropout_rng)
+
+    def _without_kernel(
+        self, how: Any, query: Array, key: Array, value: Array, mask: Any, dropout_rng: Any
+    ) -> Array:
+        if how == "reference":
+            return self.reference(query, key, value, mask, dropout_rng)
         left, right = self.window
         window: Any = None
         if self.window != (None, None):
             window = left, 0 if self.causal else right
-        implementation: Any = how
         return jax.nn.dot_product_attention(
             query,
             key,
@@ -120,7 +125,7 @@ class Attention:
             mask=mask,
             is_causal=self.causal,
             local_window_size=window,
-            implementation=implementation,
+            implementation=how,
         )
 
     def of_slots(self) -> Attention:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from shardflax.core import compact, nowrap
 from shardflax.nn import _names as names
 from shardflax.nn import initializers
-from shardflax.nn._cache import KVCache, open_cache, over_slots
+from shardflax.nn._cache import KVCache, open_cache, over_keys
 from shardflax.nn.dot_product import DotProduct, dot_product_attention
 from shardflax.nn.errors import (
     AttentionOptionsError,
@@ -132,10 +132,10 @@ class MultiHeadDotProductAttention(LayerBase):
         options = self._options(deterministic, dropout_rng)
         if sow_weights:
             options["module"] = self
-        if filled is None or sow_weights:
+        if sow_weights or self.attention_fn is not dot_product_attention:
             y = self._attend(query, key, value, mask, options)
         else:
-            y = over_slots(self._attend, query, key, value, mask, options)
+            y = over_keys(self._attend, query, key, value, mask, options)
         if filled is not None:
             y = filled.poison(y)
         return self._project_out(y, inputs_q.shape[-1])

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from shardflax.core import compact
 from shardflax.nn import _names as names
 from shardflax.nn import initializers
-from shardflax.nn._cache import KVCache, open_cache, over_slots
+from shardflax.nn._cache import KVCache, open_cache
 from shardflax.nn._grouped import Attention, as_window, both, check_mask, near
 from shardflax.nn.errors import CacheShapeError, HeadsError, InputRankError, where
 from shardflax.nn.general import DenseGeneral
@@ -140,11 +140,9 @@ class GroupedQueryAttention(LayerBase):
             key, value = (kv.astype(query.dtype) for kv in cache.append(key, value))
             check_mask(where(self), mask, query, key)
             mask = both(mask, seen, query.ndim)
-        dropout_key = self._dropout_key(deterministic)
-        if cache is None:
-            y = attention(query, key, value, mask, dropout_key)
-        else:
-            y = cache.poison(over_slots(attention, query, key, value, mask, dropout_key))
+        y = attention(query, key, value, mask, self._dropout_key(deterministic))
+        if cache is not None:
+            y = cache.poison(y)
         y = names.output(y, self.act_query_axes)
         return self._project_out(y, x.shape[-1])
 

@@ -64,20 +64,33 @@ def test_gradients_are_typed_as_the_parameters(name: str) -> None:
         assert canonical_spec(grad.sharding.spec, dict(mesh.shape)) == leaf.spec, leaf.where
 
 
-def test_a_sample_of_any_size() -> None:
+@pytest.mark.parametrize(("types", "tokens"), [("auto", 3), ("explicit", 4)])
+def test_a_sample_of_any_size(types: str, tokens: int) -> None:
     """Training lays lengths over `context` and logits over `stage`: one token fits neither."""
-    mesh, rules = make_mesh("data=2,stage=2,context=2"), preset("cp + pp")
+    mesh, rules = make_mesh("data=2,stage=2,context=2", axis_types=types), preset("cp + pp")
     config = dataclasses.replace(TINY, num_layers=1, max_length=8)
 
     def written(params: Any) -> jax.Array:
-        prompt = jnp.ones((2, 3), jnp.int32)
+        prompt = jnp.ones((2, tokens), jnp.int32)
         return generate(config, params, prompt, 3, quick_key(1), temperature=0.0)
 
     def make(key: jax.Array) -> Any:
-        return Decoder(config).init(key, jnp.ones((1, 8), jnp.int32))["params"]
+        return Decoder(config).init(key, jnp.ones((2, 8), jnp.int32))["params"]
 
-    layout = abstract_layout(make, quick_key(0), mesh=mesh, rules=rules)
     params = jax.device_get(jax.jit(lambda key: unbox(make(key)))(quick_key(0)))
+    layout = abstract_layout(make, quick_key(0), mesh=mesh, rules=rules)
     with use(mesh, rules):
         found = written(jax.device_put(params, layout.shardings))
     assert (found == written(params)).all()
+
+
+def test_lengths_over_explicit_axes() -> None:
+    """`decode` leaves keys where they are, and the softmax sums over them."""
+    mesh, rules = make_mesh("data=2,context=2,tensor=2", axis_types="explicit"), preset("decode")
+    layout = abstract_layout(init, quick_key(0), mesh=mesh, rules=rules)
+    rows = batch_sharding(mesh, rules, ("batch", "length"), TOKENS.shape)
+    tokens = jax.ShapeDtypeStruct(TOKENS.shape, TOKENS.dtype, sharding=rows)
+    with use(mesh, rules):
+        _, grads = jax.eval_shape(step, layout.abstract, tokens)
+    assert rows.spec == jax.P("data", "context")
+    assert grads["layers"]["mlp"]["up"]["kernel"].sharding.spec[2] == "tensor"
