@@ -132,7 +132,7 @@ def test_a_description(run: Path) -> None:
 
 
 def test_a_folder_that_is_no_checkpoint(run: Path) -> None:
-    with pytest.raises(ckpt.CheckpointFolderError, match="that of a run, with steps 10. Give"):
+    with pytest.raises(ckpt.CheckpointFolderError, match=r"that of a run, with steps 10\. Give"):
         ckpt.load_checkpoint(run)
     with pytest.raises(ckpt.CheckpointFolderError, match="there is no such folder"):
         ckpt.load_checkpoint(run / "11")

@@ -284,8 +284,10 @@ if STRACE is not None:
             "CheckpointManager(sys.argv[1]).save(3, state)\n"
         )
         log, root = tmp_path / "log", tmp_path / "run"
+        knows = subprocess.run([str(STRACE), "--help"], capture_output=True, text=True).stdout
+        quick = ["--seccomp-bpf"] if "--seccomp-bpf" in knows else []
         done = subprocess.run(
-            [str(STRACE), "-f", "-y", "-o", str(log), "-e", "trace=" + ",".join(CALLS),
+            [str(STRACE), "-f", *quick, "-y", "-o", str(log), "-e", "trace=" + ",".join(CALLS),
              sys.executable, "-c", code, str(root)],
             cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
             timeout=120, check=False,

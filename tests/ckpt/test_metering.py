@@ -115,9 +115,9 @@ def test_commands_say_it_where_that_is_asked_for(
     monkeypatch.setattr("shardflax.cli.ckpt.showing", _quickly)
     read = verify.damage
 
-    def slow(*args: Any) -> Any:
+    def slow(*args: Any, **options: Any) -> Any:
         threading.Event().wait(0.05)
-        return read(*args)
+        return read(*args, **options)
 
     monkeypatch.setattr("shardflax.ckpt.verify.damage", slow)
     assert main(["ckpt", "verify", str(tmp_path), "--progress", mode]) == 0

@@ -26,10 +26,13 @@ from shardflax.ckpt.index import write_index
 from shardflax.ckpt.keeping import Note, Rules
 from shardflax.ckpt.landing import in_use, lock
 from shardflax.ckpt.manifest import Manifest
+from shardflax.ckpt.match import Options
+from shardflax.ckpt.metering import Meter
 from shardflax.ckpt.opening import damage
 from shardflax.ckpt.place import kvstore
 from shardflax.ckpt.plan import Lot, _pack
 from shardflax.ckpt.preemption import Preemption
+from shardflax.ckpt.reading import restore_step
 from shardflax.ckpt.remote import StoreFolder, StoreLanding
 from shardflax.ckpt.rendezvous import meet
 from shardflax.ckpt.timer import Timer
@@ -369,6 +372,20 @@ def test_what_names_its_file_is_not_searched_for(tmp_path: Path, monkeypatch: py
     with pytest.raises(ckpt.CheckpointReadError, match=f"'w': {file}: the checksum of chunk"):
         ckpt.load_checkpoint(tmp_path / "1")
     assert file not in read and read
+
+
+def test_a_step_that_is_damaged_here_and_does_not_fit_elsewhere(tmp_path: Path):
+    class Two:
+        def together(self, key: str, value: Any, doing: str) -> Any:
+            return {0: value, 1: {"mismatch": ["missing  w"]}}
+
+    with CheckpointManager(tmp_path) as manager:
+        for step in (1, 2):
+            manager.save(step, {"a": 1})
+    (tmp_path / "2" / "MANIFEST.json").write_text("")
+    about: Any = Options(), Two(), "call/1", Meter("restoring")
+    with pytest.raises(ckpt.CheckpointMismatchError, match=r"\(process 1\) missing  w"):
+        restore_step(tmp_path, [2, 1], {"a": 0}, *about)
 
 
 def test_an_index_hands_no_path_down_that_leads_out_of_its_folder():

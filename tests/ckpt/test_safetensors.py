@@ -199,7 +199,7 @@ ENTRY = st.fixed_dictionaries(
 ) | VALUE  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.dictionaries(st.text(max_size=4), ENTRY, max_size=4), st.integers(0, 40))
 def test_headers_are_right_or_refused(body: dict[str, Any], size: int) -> None:
     data = file_of(body, bytes(size))

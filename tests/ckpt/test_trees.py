@@ -152,7 +152,7 @@ def form(leaf: Any) -> Any:
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )
 @given(tree=trees.filter(lambda tree: tree is not None), data=st.data())
 def test_whatever_is_saved_comes_back_in_whatever_layout(tree: Any, data: st.DataObject) -> None:
