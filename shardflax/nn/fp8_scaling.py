@@ -340,8 +340,8 @@ def _quantized_dot_bwd(
     q_g = quantize(g, grad_dtype, scale, g.dtype)
     ((lc, rc), (lb, rb)) = dims
     flipped = ((rc, lc), (rb, lb))
-    of_lhs = _gradient(q_lhs, q_g, q_rhs, dims, g.dtype, swapped=False)
-    of_rhs = _gradient(q_rhs, q_g, q_lhs, flipped, g.dtype, swapped=True)
+    of_lhs = _gradient(q_lhs, q_g, q_rhs, dims, g.dtype, right=False)
+    of_rhs = _gradient(q_rhs, q_g, q_lhs, flipped, g.dtype, right=True)
     of_lhs = dequantize(of_lhs, g.dtype, rhs_scale * scale)
     of_rhs = dequantize(of_rhs, g.dtype, lhs_scale * scale)
     return of_lhs, None, None, of_rhs, None, None, scale, history
@@ -350,28 +350,23 @@ def _quantized_dot_bwd(
 quantized_dot.defvjp(_quantized_dot_fwd, _quantized_dot_bwd)
 
 
-def _gradient(x: Array, g: Array, other: Array, dims: Any, dtype: Dtype, swapped: bool) -> Array:
+def _gradient(x: Array, g: Array, other: Array, dims: Any, dtype: Dtype, right: bool) -> Array:
     """The gradient of `x`, an operand of a product, from that of its result.
 
     `dims` are those of the product, of `x` first.  The result has the batch dims, the free dims of
-    the left operand, and those of the right one; `swapped` says that `x` was the right one.
+    the left operand, and those of the right one; `right` says that `x` was that.
     """
     (contract, other_contract), (batch, other_batch) = dims
     free = [d for d in range(x.ndim) if d not in (*contract, *batch)]
     other_free = [d for d in range(other.ndim) if d not in (*other_contract, *other_batch)]
-    first = len(batch) + (0 if swapped else len(free))
+    first = len(batch) + (0 if right else len(free))
     of_g, of_batch = tuple(range(first, first + len(other_free))), tuple(range(len(batch)))
     # The contracted dims of `x`, in the order in which `other` has them.
     by_other = [c for _, c in sorted(zip(other_contract, contract, strict=True))]
-    if swapped:
-        # As `x` has them: a product the other way round would have to be transposed.
-        left, right, order = other, g, [*batch, *by_other, *free]
-        numbers = ((tuple(other_free), of_g), (other_batch, of_batch))
-    else:
-        left, right, order = g, other, [*batch, *free, *by_other]
-        numbers = ((of_g, tuple(other_free)), (of_batch, other_batch))
-    out = _spec_of(x, order)
-    found = _dot(left, right, numbers, lax.Precision.HIGHEST, dtype, out)
+    # The result's gradient comes first, as in JAX's own products: sums are rounded in their order.
+    order = [*batch, *free, *by_other]
+    numbers = ((of_g, tuple(other_free)), (of_batch, other_batch))
+    found = _dot(g, other, numbers, lax.Precision.HIGHEST, dtype, _spec_of(x, order))
     return jnp.transpose(found, [order.index(d) for d in range(x.ndim)])
 
 

@@ -37,19 +37,30 @@ def close(a: Any, b: Any, tolerance: float = 1e-5) -> None:
 @pytest.mark.parametrize("causal", [True, False])
 def test_jax_s_attention_equals_the_reference(kv_heads: int, causal: bool) -> None:
     layer = nn.GroupedQueryAttention(4, num_kv_heads=kv_heads, causal=causal)
-    variables = layer.init(KEY, X)
-    mask = floats(2, 4, 6, 6) > -0.5
-    formula = layer.clone(implementation="reference")
-    close(layer.apply(variables, X), formula.apply(variables, X))
-    close(layer.apply(variables, X, mask=mask), formula.apply(variables, X, mask=mask))
+    ways = layer, layer.clone(implementation="reference")
+    masks = None, floats(2, 4, 6, 6) > -0.5
+
+    @jax.jit
+    def both() -> Any:
+        variables = layer.init(quick_key(0), X)
+        return [[way.apply(variables, X, mask=mask) for mask in masks] for way in ways]
+
+    jax.tree.map(close, *both())
 
 
 def test_the_reference_equals_full_heads() -> None:
     q, k, v = floats(2, 6, 4, 8), floats(2, 6, 2, 8, seed=1), floats(2, 6, 2, 8, seed=2)
-    full = nn.dot_product_attention(
-        q, jnp.repeat(k, 2, axis=2), jnp.repeat(v, 2, axis=2), mask=nn.make_causal_mask(X[..., 0])
-    )
-    close(Attention("here").reference(q, k, v), full)
+
+    @jax.jit
+    def both() -> Any:
+        mask = nn.make_causal_mask(X[..., 0])
+        repeated = (jnp.repeat(x, 2, axis=2) for x in (k, v))
+        return nn.dot_product_attention(q, *repeated, mask=mask), Attention("here").reference(
+            q, k, v
+        )
+
+    full, grouped = both()
+    close(grouped, full)
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -111,7 +122,7 @@ def test_the_tpu_kernel_step_by_step_equals_the_reference(options: dict[str, Any
     q, k, v = floats(1, 256, 2, 64), floats(1, 256, 1, 64, seed=1), floats(1, 256, 1, 64, seed=2)
     assert why_not_flash(q, k, v) is None
     found = jax.jit(Flash(**options, interpret=True))(q, k, v)
-    close(found, Attention("here", **options).reference(q, k, v), 1e-4)
+    close(found, jax.jit(Attention("here", **options).reference)(q, k, v), 1e-4)
 
 
 def gradients(attend: Any) -> Any:
@@ -176,8 +187,8 @@ def test_heads_spread_over_more_devices_than_there_are_groups(implementation: An
         num_heads=4, num_kv_heads=2, head_dim=8, implementation=implementation
     )
     x = floats(2, 8, 16)
-    variables = layer.init(quick_key(0), x)
-    expected = layer.apply(variables, x)
+    variables = jax.jit(layer.init)(quick_key(0), x)
+    expected = jax.jit(layer.apply)(variables, x)
     with use(make_mesh("tensor=4", jax.devices()[:4], "explicit"), preset("tp_sp")):
         found = jax.jit(layer.apply)(variables, x)
     close(found, expected, 1e-5)
@@ -257,71 +268,92 @@ def test_what_the_kernel_does_not_know_is_said() -> None:
         jax.eval_shape(nn.GroupedQueryAttention(2, window=-1).init, KEY, X)
 
 
+DECODED = nn.GroupedQueryAttention(4, num_kv_heads=2, normalize_qk=True)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def started(layer: Any) -> tuple[Any, Any]:
+    """The variables of a layer, and its output for all of `X`."""
+    variables = layer.init(quick_key(0), X)
+    return variables, layer.apply(variables, X, mutable=["cache"])[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def step(decoder: Any, variables: Any, tokens: Any) -> tuple[Any, Any]:
+    return decoder.apply(variables, tokens, mutable=["cache"])
+
+
 @pytest.mark.parametrize("chunks", [[6], [3, 3], [4, 1, 1], [1] * 6])
 @pytest.mark.parametrize("length", [None, 9])
 def test_decoding_in_any_chunks_equals_one_pass(chunks: list[int], length: int | None) -> None:
-    layer = nn.GroupedQueryAttention(4, num_kv_heads=2, normalize_qk=True)
-    params = {"params": layer.init(KEY, X)["params"]}
-    decoder = layer.clone(decode=True, cache_length=length)
-    cache = {} if length else {"cache": decoder.init(KEY, X)["cache"]}
+    variables, expected = started(DECODED)
+    decoder = DECODED.clone(decode=True, cache_length=length)
+    cache = {} if length else {"cache": started(decoder)[0]["cache"]}
     outputs = []
-    for tokens in jnp.split(X, np.cumsum(chunks)[:-1], axis=1):
-        y, cache = decoder.apply({**params, **cache}, tokens, mutable=["cache"])
+    for tokens in np.split(np.asarray(X), np.cumsum(chunks)[:-1], axis=1):
+        y, cache = step(decoder, {**variables, **cache}, tokens)
         outputs.append(y)
-    close(jnp.concatenate(outputs, axis=1), layer.apply(params, X))
+    close(np.concatenate(outputs, axis=1), expected)
     assert cache["cache"]["cache_index"] == 6
     if length is None:
-        y, _ = decoder.apply({**params, **cache}, X[:, :1], mutable=["cache"])
-        assert jnp.isnan(y).all(), "more tokens than the cache holds must not look like numbers"
+        y, _ = step(decoder, {**variables, **cache}, np.asarray(X)[:, :1])
+        assert np.isnan(y).all(), "more tokens than the cache holds must not look like numbers"
 
 
 def test_linen_s_cache_step_by_step() -> None:
     ours, theirs = (n.MultiHeadAttention(2, decode=True) for n in (nn, flax.linen))
-    a, b = ours.init(KEY, X), theirs.init(KEY, X)
-    prefilled, _ = ours.apply(a, X, mutable=["cache"])
-    for t in range(X.shape[1]):
-        y, cache = ours.apply(a, X[:, t : t + 1], mutable=["cache"])
-        z, other = theirs.apply(b, X[:, t : t + 1], mutable=["cache"])
+    a, prefilled = started(ours)
+    b = jax.jit(theirs.init)(quick_key(0), X)
+    for t, tokens in enumerate(np.split(np.asarray(X), X.shape[1], axis=1)):
+        y, cache = step(ours, a, tokens)
+        z, other = step(theirs, b, tokens)
         a, b = {**a, **cache}, {**b, **other}
-        np.testing.assert_array_equal(y, z)
         jax.tree.map(np.testing.assert_array_equal, a, b)
+        close(y, z, 1e-6)
         close(prefilled[:, t : t + 1], y)
 
 
 def test_self_attention_is_flax_s() -> None:
     ours, theirs = nn.SelfAttention(2), flax.linen.SelfAttention(2)
-    variables = ours.init(KEY, X)
+    variables = jax.jit(ours.init)(quick_key(0), X)
+
+    def weighed(layer: Any) -> Any:
+        way = functools.partial(layer.apply, sow_weights=True, mutable=["intermediates"])
+        return jax.jit(way)(variables, X)
+
     with pytest.warns(DeprecationWarning):
-        expected = theirs.apply(variables, X, sow_weights=True, mutable=["intermediates"])
-    found = ours.apply(variables, X, sow_weights=True, mutable=["intermediates"])
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+        expected = weighed(theirs)
+    jax.tree.map(np.testing.assert_array_equal, weighed(ours), expected)
 
 
 def test_inputs_kv_is_deprecated() -> None:
     layer = nn.MultiHeadAttention(2)
     with pytest.warns(DeprecationWarning, match="inputs_kv"):
-        layer.init(KEY, X, inputs_kv=X)
+        jax.eval_shape(lambda: layer.init(KEY, X, inputs_kv=X))
 
 
 def test_rotary_scores_depend_on_distance_alone() -> None:
     q, k = floats(1, 1, 1, 8), floats(1, 1, 1, 8, seed=1)
 
-    def score(i: int, j: int) -> Any:
-        turned = nn.apply_rotary(q, jnp.array([[i]])), nn.apply_rotary(k, jnp.array([[j]]))
+    @jax.jit
+    def score(i: Any, j: Any) -> Any:
+        turned = nn.apply_rotary(q, i[None, None]), nn.apply_rotary(k, j[None, None])
         return jnp.sum(turned[0] * turned[1])
 
-    close(score(3, 1), score(12, 10))
-    assert abs(score(3, 1) - score(3, 2)) > 1e-3
+    scores = [score(*pair) for pair in np.array([[3, 1], [12, 10], [3, 2]])]
+    close(scores[0], scores[1])
+    assert abs(scores[0] - scores[2]) > 1e-3
 
 
 def test_rotary_is_complex_multiplication() -> None:
-    x, positions = floats(2, 6, 2, 8), jnp.arange(6)
-    y = nn.apply_rotary(x, positions, theta=100.0)
+    x, positions = np.asarray(floats(2, 6, 2, 8)), np.arange(6)
+    y = jax.jit(functools.partial(nn.apply_rotary, theta=100.0))(x, positions)
     z = x[..., :4] + 1j * x[..., 4:]
-    angles = positions[:, None] * 100.0 ** (-jnp.arange(4) / 4)
-    turned = z * jnp.exp(1j * angles)[None, :, None]
-    close(y, jnp.concatenate([turned.real, turned.imag], axis=-1))
-    assert nn.apply_rotary(x.astype(jnp.bfloat16), positions).dtype == jnp.bfloat16
+    angles = positions[:, None] * 100.0 ** (-np.arange(4) / 4)
+    turned = z * np.exp(1j * angles)[None, :, None]
+    close(y, np.concatenate([turned.real, turned.imag], axis=-1))
+    narrow = jax.ShapeDtypeStruct(x.shape, jnp.bfloat16)
+    assert jax.eval_shape(nn.apply_rotary, narrow, positions).dtype == jnp.bfloat16
 
 
 def test_masks_are_flax_s() -> None:
@@ -347,7 +379,7 @@ def test_dropout_of_everything() -> None:
     ]
 
     def run(x: Any) -> Any:
-        return [layer.init_with_output(KEY, x)[0].sum() for layer in layers]
+        return [layer.init_with_output(quick_key(0), x)[0].sum() for layer in layers]
 
     found = jax.jit(lambda x: (run(x), jax.grad(lambda x: sum(run(x)))(x)))(X)
     assert not any(jnp.any(leaf) for leaf in jax.tree.leaves(found))
@@ -359,11 +391,12 @@ def test_attention_with_bias_mask_and_dropout_is_flax_s(broadcast: bool) -> None
     kwargs: dict[str, Any] = {
         "bias": bias,
         "mask": bias > -1,
-        "dropout_rng": KEY,
+        "dropout_rng": quick_key(1),
         "dropout_rate": 0.5,
         "broadcast_dropout": broadcast,
     }
-    np.testing.assert_array_equal(
-        nn.dot_product_attention(q, q, q, **kwargs),
-        flax.linen.dot_product_attention(q, q, q, **kwargs),
+    ours, theirs = (
+        jax.jit(functools.partial(n.dot_product_attention, **kwargs))(q, q, q)
+        for n in (nn, flax.linen)
     )
+    np.testing.assert_array_equal(ours, theirs)
