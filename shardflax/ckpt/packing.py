@@ -2,8 +2,8 @@
 
 JAX needs some microseconds for each part of an array that it hands out: of 2,000 leaves on eight
 devices, there are 16,000.  So leaves of one shape, dtype and layout are put together by a program
-that copies them on their devices, where they are; starting it takes less time than handing out two
-of them.  It is compiled in the background, once a plan has shown that it is used again.
+that copies them on their devices, where they are: starting it takes about as long as handing out
+three of them.  It is compiled in the background, when a plan has shown that it is used again.
 """
 
 from __future__ import annotations
