@@ -60,11 +60,14 @@ def read_index(folder: Folder) -> dict[str, Value]:
 
 
 def merge_indices(folder: Folder, parts: Sequence[str]) -> dict[str, FileRecord]:
-    """Makes an index for a folder of those of its sub-folders; the files that are new."""
+    """Makes an index for a folder of those of its sub-folders; the files that are new.
+
+    What several have under one key is taken from the first.
+    """
     values: dict[str, Value] = {}
     for part in parts:
         for key, value in read_index(folder / part).items():
             if isinstance(value, Place):
                 value = dataclasses.replace(value, file=f"{part}/{value.file}")
-            values[key] = value
+            values.setdefault(key, value)
     return write_index(folder, values)

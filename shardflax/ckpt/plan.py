@@ -178,7 +178,9 @@ def _plan(tree: Tree, leaves: Sequence[Any]) -> Plan:
             continue
         shape, dtype = spec.stored
         parts = _parts(leaf, shape, cache)
-        owned, chunk = _share(parts, shape, dtype.itemsize, loads)
+        # What not all processes see alike must not change who of them writes the rest.
+        counted = loads.copy() if jax.process_count() > 1 and _apart(leaf) else loads
+        owned, chunk = _share(parts, shape, dtype.itemsize, counted)
         sharding = getattr(leaf, "sharding", None)
         mesh = mesh or dict(getattr(getattr(sharding, "mesh", None), "shape", {}))
         stored.append(
@@ -191,7 +193,7 @@ def _plan(tree: Tree, leaves: Sequence[Any]) -> Plan:
 
 
 def _parts(leaf: Any, shape: tuple[int, ...], cache: dict[Any, tuple[Part, ...]]) -> Any:
-    """The parts of a leaf; a value of the host, or of one process's devices, is process 0's."""
+    """The parts of a leaf; a value of the host, or of one device, is process 0's."""
     if isinstance(leaf, jax.Array):
         key = (leaf.shape, leaf.sharding)
         if key not in cache:
@@ -200,10 +202,21 @@ def _parts(leaf: Any, shape: tuple[int, ...], cache: dict[Any, tuple[Part, ...]]
         if is_key(leaf):
             words = key_words(str(jax.random.key_impl(leaf)))
             parts = tuple(dataclasses.replace(p, box=_with(p.box, words)) for p in parts)
-        if leaf.is_fully_addressable and jax.process_count() > 1:
+        if jax.process_count() > 1 and leaf.is_fully_addressable and not _apart(leaf):
             parts = tuple(dataclasses.replace(p, holders=(0,)) for p in parts)
         return parts
     return (Part(Box.whole(shape), (0,), (-1,)),)
+
+
+def _apart(leaf: Any) -> bool:
+    """True for an array on a mesh of one process's devices.
+
+    That process cannot tell whether the others have one of their own, of which process 0's counts
+    (`merge_indices`), or know that it alone has this one.  So it writes it in any case.
+    """
+    if not isinstance(getattr(leaf, "sharding", None), jax.sharding.NamedSharding):
+        return False
+    return len({device.process_index for device in leaf.sharding.device_set}) == 1
 
 
 def _with(box: Box, words: tuple[int, ...]) -> Box:

@@ -113,7 +113,8 @@ def restore_step(
         others = [(index, value) for index, value in said.items() if value]
         if restored is not None and not others:
             return restored
-        first = first or failure or _elsewhere(root, step, *others[0])
+        elsewhere = [_elsewhere(root, step, *one) for one in others]
+        first = first or failure or elsewhere[0]
     assert first is not None
     raise first
 

@@ -95,6 +95,8 @@ class _Leaf:
         words = key_words(saved.impl) if saved.kind == "key" else ()
         shape = (*taken.shape(saved.shape), *words)
         boxes = _boxes(self.target, shape)
+        if not boxes:  # all of it is on devices of other processes
+            return
         if taken.dim is None:
             self.reading = self.source.read_boxes(taken.paths[0], boxes)
         else:
@@ -126,7 +128,7 @@ class _Leaf:
                 if take.taken.dim is None
                 else np.zeros(take.taken.shape(take.saved.shape), take.saved.stored[1])
             )
-            return _placed([(None, value)], take, target)
+            return _placed([(None, self._cast(value))], take, target)
         read: list[tuple[Box | None, Any]] = [
             (box, self._cast(later())) for box, later in self.reading
         ]
@@ -231,7 +233,9 @@ def _on_device(read: list[tuple[Box | None, Any]], target: Any) -> jax.Array:
     if len(read) > 1 or outer is not None:
         shape = _shape(read, target)
         return jax.make_array_from_callback(shape, sharding, _Parts(read, shape))
-    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+    return jax.make_array_from_callback(
+        whole.shape, sharding, lambda index: whole[index], dtype=whole.dtype
+    )
 
 
 def _shape(read: list[tuple[Box | None, Any]], target: Any) -> tuple[int, ...]:
