@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -44,15 +45,24 @@ class History:
 
     @staticmethod
     def read(path: Path) -> list[dict[str, Any]]:
-        """The lines of a file; none if it is not there.  A line that a kill cut short is left out.
+        r"""The lines of a file; none if it is not there.
 
-        >>> History.read(Path("nowhere"))
-        []
+        What a kill cut short, or a crash of the machine damaged, is left out.
+
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "losses.jsonl")
+        >>> _ = path.write_text('{"step": 1}\n\0\0\n{"st')
+        >>> History.read(path), History.read(Path("nowhere"))
+        ([{'step': 1}], [])
         """
         if not path.exists():
             return []
-        whole = [line for line in path.read_text().splitlines(keepends=True) if line[-1:] == "\n"]
-        return [json.loads(line) for line in whole]
+        lines = path.read_text(errors="replace").split("\n")[:-1]  # the last has no end
+        found: list[dict[str, Any]] = []
+        for line in lines:
+            with contextlib.suppress(json.JSONDecodeError):
+                found.append(json.loads(line))
+        return found
 
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends a step."""

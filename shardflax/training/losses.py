@@ -39,6 +39,8 @@ def cross_entropy(
     >>> round(float(loss), 4), float(metrics["weight"])
     (2.0794, 6.0)
     """
+    logits, targets = jnp.asarray(logits), jnp.asarray(targets)
+    weights = None if weights is None else jnp.asarray(weights)
     _check(logits, targets, weights)
     if targets.dtype.itemsize < 4:  # the ids of a vocabulary may not fit
         targets = targets.astype(jnp.int32)

@@ -157,7 +157,8 @@ def global_norm(tree: Any) -> jax.Array:
     >>> float(global_norm({"a": jnp.array([3.0]), "b": jnp.array([4.0], jnp.bfloat16)}))
     5.0
     """
-    squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)]
+    sizes = [jnp.abs(x) if jnp.iscomplexobj(x) else x for x in jax.tree.leaves(tree)]
+    squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in sizes]
     return jnp.sqrt(sum(squares, jnp.zeros((), jnp.float32)))
 
 
@@ -175,9 +176,10 @@ def _split(batch: Any, parts: int) -> Any:
 
     def split(path: Any, x: Any) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if not x.shape or x.shape[0] % parts:
-            raise BatchSplitError(name, x.shape[0] if x.shape else 0, parts)
-        return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
+        shape = jnp.shape(x)
+        if not shape or shape[0] % parts:
+            raise BatchSplitError(name, shape[0] if shape else 0, parts)
+        return jnp.swapaxes(jnp.reshape(x, (shape[0] // parts, parts, *shape[1:])), 0, 1)
 
     return jax.tree_util.tree_map_with_path(split, batch)
 

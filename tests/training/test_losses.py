@@ -103,7 +103,8 @@ def test_masked_vocabulary_and_ignored_targets() -> None:
 def test_targets_in_eight_bits_of_a_larger_vocabulary() -> None:
     """Numbers up to 255 do not hold the ids that they are compared with."""
     logits = jnp.arange(300.0)[None]
-    found = [cross_entropy(logits, jnp.array([3], dtype))[0] for dtype in ("uint8", "int32")]
+    ids: list[Any] = [np.array([3], dtype) for dtype in ("uint8", "int64")]
+    found = [cross_entropy(logits, each)[0] for each in ids]
     assert found[0] == found[1] > 290
 
 

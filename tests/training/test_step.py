@@ -93,6 +93,10 @@ def test_what_is_overwritten_is_the_largest_of_all_microbatches_and_no_gradient(
     assert float(metrics["grad_norm"]) == 2.0
 
 
+def test_the_norm_of_complex_gradients() -> None:
+    assert float(global_norm({"a": jnp.array([3 + 4j]), "b": jnp.array([12.0])})) == 13.0
+
+
 def test_bf16_gradients_are_summed_in_f32() -> None:
     batch = new_batch(256)
     exact = jitted()(new_state(), batch)[0].opt_state[0].mu["kernel"]
