@@ -12,7 +12,7 @@ from launch.errors import TrainOptionError
 from launch.options import ModelOptions, RunOptions, TrainOptions
 from shardflax import partitioning
 from shardflax.models import Decoder, DecoderConfig, decoder_config
-from shardflax.partitioning import AxisRules, Layout
+from shardflax.partitioning import AxisRules, Layout, LayoutError
 from shardflax.programs import DecoderProgram, layout_of, traced_step
 from shardflax.training import data as text
 
@@ -76,7 +76,7 @@ def plan_run(options: TrainOptions) -> Plan:
         seed=options.run.seed,
     )
     layout = layout_of(program, mesh, rules)
-    layout.check()
+    _check(layout)
     plan = Plan(options, mesh, rules, program, windows, batches, layout)
     plan.train_step  # noqa: B018  tracing it finds the names and sizes that do not fit
     text.held_out_batches(windows, batches, options.run.eval_batches)  # raises if there is none
@@ -103,6 +103,15 @@ def _check_sample(options: RunOptions, config: DecoderConfig) -> None:
         longest = max(0, config.max_length - prompt)
         expected = f"at most {longest} bytes, after a prompt of {prompt}"
         raise TrainOptionError("sample", options.sample, expected)
+
+
+def _check(layout: Layout) -> None:
+    """Raises what is wrong with the layout, with options for a cure beside those of Python."""
+    try:
+        layout.check()
+    except LayoutError as error:
+        how = "Here, choose another --mesh, --preset or --model."
+        raise type(error)(f"{error}\n{how}", error.problems) from None
 
 
 def _model_config(options: ModelOptions) -> DecoderConfig:

@@ -33,7 +33,7 @@ from shardflax.models import generate
 from shardflax.training import Progress, TrainState, make_eval_step, mfu, model_flops
 from shardflax.training import data as text
 
-__all__ = ["main"]
+__all__ = ["main", "printable"]
 
 _TERMINATED = 128 + signal.SIGTERM
 _HELP = """Trains a decoder language model on text, sharded over a mesh of devices. Killed at any \
@@ -177,8 +177,18 @@ def _conclude(run: _Run) -> None:
         prompt = plan.options.run.prompt
         _say(f"a sample, after {prompt!r}:")
         for line in (prompt + _sample(run)).split("\n"):
-            _say(f"  | {line}")
+            _say(f"  | {printable(line)}")
     _say(f"checkpoint: {run.manager.directory / str(run.manager.latest_step())}")
+
+
+def printable(line: str) -> str:
+    """A line without what a terminal would obey; a model that has learnt little writes any byte.
+
+    >>> printable("x = 1\\t# \\x1b[2J")
+    'x = 1   # \ufffd[2J'
+    """
+    kept = (c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line.expandtabs())
+    return "".join(kept)
 
 
 def _evaluate(run: _Run) -> float:

@@ -38,7 +38,7 @@ WRONG = {
     "fewer": (["--mesh", "data=4"], ["Write data=8, or -1 for one of the axes (what is left)."]),
     "mesh-syntax": (["--mesh", "data:8"], ["data:8"]),
     "batch": (["--mesh", "data=8", "--batch", "12"], ["batch", "12", "8"]),
-    "heads": (["--mesh", "tensor=8"], ["heads", "4", "8", "tensor"]),
+    "heads": (["--mesh", "tensor=8"], ["heads", "4", "8", "tensor", "choose another --mesh"]),
     "model": (["--model", "smal"], ["smal", "did you mean 'small'"]),
     "remat": (["--remat", "dots_savable"], ["dots_savable", "did you mean"]),
     "accumulate": (["--accumulate", "3"], ["accumulate=3", "8"]),
