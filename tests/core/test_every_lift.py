@@ -159,14 +159,14 @@ def test_no_tracer_leaks(kind: str) -> None:
 def test_eager_is_compiled(kind: str) -> None:
     """The same numbers outside of jit, inside, and from shapes alone."""
     model = KINDS[kind](Body)()
-    variables = init(model, X)
-    compiled = jax.jit(functools.partial(init, model))(X)
-    shapes = jax.eval_shape(functools.partial(init, model), X)
-    close(variables, compiled)
-    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, variables)
-    close(
-        apply_both(model, variables, X), jax.jit(functools.partial(apply_both, model))(variables, X)
-    )
+
+    def run() -> Any:
+        variables = init(model, X)
+        return variables, apply_both(model, variables, X)
+
+    eager = run()
+    close(eager, jax.jit(run)())
+    assert jax.tree.map(jnp.shape, jax.eval_shape(run)) == jax.tree.map(jnp.shape, eager)
 
 
 def close(a: Any, b: Any) -> None:
