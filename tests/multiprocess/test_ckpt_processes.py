@@ -197,6 +197,33 @@ def run_orbax(folder: Path) -> None:
     logging.disable(logging.NOTSET)
 
 
+def run_apart(folder: Path) -> None:
+    """Arrays on devices of one process: the second's alone, and each its own; and none at all."""
+    import jax
+    import numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    from shardflax.ckpt import CheckpointManager
+
+    def on(devices: Any, value: Any) -> Any:
+        sharding = NamedSharding(Mesh(np.array(devices), ("a",)), PartitionSpec("a"))
+        index: Any = value.__getitem__
+        return jax.make_array_from_callback(value.shape, sharding, index, dtype=value.dtype)
+
+    value, second = np.arange(8.0, dtype=np.float32), [d for d in jax.devices() if d.process_index]
+    state = {
+        "second": on(second, value),
+        "large": on(second, np.ones((4, 1 << 17), np.float32)),
+        "own": on(jax.local_devices(), -value),
+        **placed((2, 4)),
+    }
+    with CheckpointManager(folder, timeout=60) as manager:
+        manager.save(1, state)
+        assert_identical(manager.restore(state).state, state)
+        manager.save(2, {"name": "nothing else"})
+        assert manager.restore().state == {"name": "nothing else"}
+
+
 def run_leave(folder: Path) -> None:
     """Ends right after `save`, without a wait or a close."""
     from shardflax.ckpt import CheckpointManager
@@ -205,7 +232,7 @@ def run_leave(folder: Path) -> None:
     manager.save(9, placed((2, 4)))
 
 
-PARTS = ("blind", "restore", "save", "damaged", "elastic", "orbax", "leave")
+PARTS = ("blind", "restore", "save", "damaged", "elastic", "orbax", "apart", "leave")
 
 
 def run_parts(folder: Path) -> None:
@@ -241,6 +268,17 @@ def test_each_process_checked_what_it_read(ran: Any) -> None:
     _, done = ran
     assert all(is_done(done, part) for part in PARTS), done.stdout
     assert "WARNING" not in done.stderr and "ERROR" not in done.stderr
+
+
+def test_what_the_second_process_has_alone_is_there(ran: Any) -> None:
+    import numpy as np
+
+    from shardflax import ckpt
+
+    assert ckpt.verify_checkpoint(ran[0] / "apart", 1).ok
+    state = ckpt.load_checkpoint(ran[0] / "apart" / "1").state
+    assert (state["second"] == np.arange(8)).all() and (state["own"] == -np.arange(8)).all()
+    assert state["large"].sum() == 4 << 17
 
 
 def test_written_by_two_processes_read_by_one(ran: Any) -> None:
