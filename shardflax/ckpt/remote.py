@@ -105,12 +105,13 @@ class StoreFolder(StepFolder):
     def clean(self) -> list[str]:
         """Removes what interrupted saves and deletes left; their names.
 
-        One run writes to a folder at a time, so what is unfinished was interrupted.
+        One run writes to a folder at a time, so what is unfinished was interrupted; if it was not,
+        that save fails.
         """
         found, marks = self._listing()
         for step, paths in marks.items():
             if not self._whole(step, found.get(step, set())):
-                self.step(step).remove()
+                self.discard(self.step(step))
             for path in paths:
                 path.unlink()
         return [path.name for paths in marks.values() for path in paths]
@@ -129,10 +130,19 @@ class StoreFolder(StepFolder):
         _, marks = self._listing()
         return any(time.time() - _began(mark) < _FRESH for mark in marks.get(int(path.name), ()))
 
-    def discard(self, path: Any) -> None:
-        """Removes what is left of a step, and what marks it."""
+    def discard(self, path: Any, mine: StorePath | None = None) -> None:
+        """Removes what is left of a step, and what marks it, but for the mark `mine`.
+
+        The marks of others go first: a save of theirs that goes on sees that, and commits nothing.
+        """
+        mark = mine or self.root / f"{path.name}{_DELETING}"
+        if mine is None:
+            mark.write_bytes(_now())
+        for other in self._listing()[1].get(int(path.name), ()):
+            if other != mark:
+                other.unlink()
         path.remove()
-        for mark in self._listing()[1].get(int(path.name), ()):
+        if mine is None:
             mark.unlink()
 
 
@@ -163,14 +173,23 @@ class StoreLanding:
         steps = StoreFolder(self.root)
         if steps.is_committed(self.step):
             raise CheckpointExistsError(self.root, self.step)
-        steps.discard(self.folder)
-        self._begun = True
         self._mark.write_bytes(_now())
+        self._begun = True
+        steps.discard(self.folder, self._mark)
 
     def commit(self, manifest: bytes) -> None:
-        """Writes the manifest."""
+        """Writes the manifest.
+
+        Raises CheckpointExistsError, or CheckpointFolderError if another run removed something.
+        """
         faults.at("manifest")
         faults.at("rename")
+        if not self._is_mine():
+            raise CheckpointFolderError(
+                self.root,
+                f"another run has removed what this one wrote of step {self.step}",
+                "Stores know no locks: two runs must not write to one folder.",
+            )
         if not (self.folder / NAME).create(manifest):
             raise CheckpointExistsError(self.root, self.step)
         faults.at("renamed")
@@ -179,10 +198,17 @@ class StoreLanding:
     def abandon(self) -> None:
         """Removes what was written, unless another program's step is there (Orbax's, say)."""
         try:
-            if self._begun and not (self.folder / NAME).is_file():
+            if self._begun and self._is_mine() and not (self.folder / NAME).is_file():
                 self.folder.remove()
         finally:
             self._mark.unlink()
+
+    def _is_mine(self) -> bool:
+        """True unless another run has begun to write, or to remove, the step."""
+        try:
+            return bool(self._mark.read_bytes())
+        except FileNotFoundError:
+            return False
 
 
 landing.register(StorePath, StoreLanding)
@@ -193,7 +219,9 @@ landing.register(StorePath, StoreLanding)
 
 @durable.write_file.register
 def _(path: StorePath, data: bytes) -> FileRecord:
-    path.write_bytes(data)
+    """What is there already is another run's, which goes before."""
+    if not path.create(data):
+        raise OSError(f"{path} is there already: two runs must not write to one folder")
     return len(data), checksum(data)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -312,6 +313,34 @@ def test_two_programs_save_one_step(url: str) -> None:
             manager.wait()
     end()
     assert manifest.read_bytes() == b"another's"
+
+
+@AMAZON
+@pytest.mark.parametrize("point", ["group", "rename"])
+def test_two_runs_in_one_folder_spoil_nothing(url: str, point: str) -> None:
+    """What one of them is writing is removed by the other: it fails, and says why."""
+    from shardflax import ckpt
+    from shardflax.ckpt import faults
+
+    there, gate = threading.Event(), threading.Event()
+    end = faults.listen(lambda now: now == point and (there.set() or gate.wait(60)))
+    with ckpt.CheckpointManager(url, keep=None) as first:
+        first.save(5, {"w": np.full(3, 1)})
+        assert there.wait(60)
+        end()
+        with ckpt.CheckpointManager(url, keep=None) as second:
+            second.save(5, {"w": np.full(3, 2)})
+            second.wait()
+            gate.set()
+            with pytest.raises(ckpt.CheckpointSaveError, match=r"two runs|already in"):
+                first.wait()
+        assert ckpt.verify_checkpoint(url).ok
+        assert ckpt.load_checkpoint(f"{url}/5").state["w"].tolist() == [2] * 3
+        first.save(6, {"w": np.full(3, 1)})
+        assert first.restore().step == 6
+        first.delete(5)
+        first.delete(6)
+    assert names(url) == []
 
 
 def test_a_bucket_that_is_not_there(bucket: str) -> None:
