@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from shardflax.ckpt.durable import FileRecord, sync_folder, write_file
 from shardflax.ckpt.ocdbt import MANIFEST, Place, Value, read_tree, write_tree
@@ -59,10 +59,13 @@ def read_index(folder: Folder) -> dict[str, Value]:
         raise ValueError(f"{folder / name}: {error}") from error
 
 
-def merge_indices(folder: Folder, parts: Sequence[str]) -> dict[str, FileRecord]:
+def merge_indices(
+    folder: Folder, parts: Sequence[str], wanted: Iterable[str] = ()
+) -> dict[str, FileRecord]:
     """Makes an index for a folder of those of its sub-folders; the files that are new.
 
-    What several have under one key is taken from the first.
+    What several have under one key is taken from the first.  Raises ValueError for a key that is
+    wanted, and that none of them has.
     """
     values: dict[str, Value] = {}
     for part in parts:
@@ -70,4 +73,6 @@ def merge_indices(folder: Folder, parts: Sequence[str]) -> dict[str, FileRecord]
             if isinstance(value, Place):
                 value = dataclasses.replace(value, file=f"{part}/{value.file}")
             values.setdefault(key, value)
+    if lost := next((key for key in wanted if key not in values), None):
+        raise ValueError(f"no process has written {lost}")
     return write_index(folder, values)

@@ -23,10 +23,12 @@ from shardflax.ckpt.orbax_files import STATE
 from shardflax.ckpt.paths import Path as LeafPath
 from shardflax.ckpt.paths import storage_names
 from shardflax.ckpt.plan import Plan, Stored
+from shardflax.ckpt.regions import Box, chunks_in
 from shardflax.ckpt.rendezvous import Rendezvous
 from shardflax.ckpt.staging import Group, Staged
 from shardflax.ckpt.worker import Worker
 from shardflax.ckpt.writing import check_there, writer
+from shardflax.ckpt.zarr import chunk_key
 
 __all__ = ["Save"]
 
@@ -203,9 +205,16 @@ class Save:
         files = {name: record for value in said.values() for name, record in value["files"].items()}
         if self.meeting.count > 1:
             parts = [name.split("/")[0] for name in files if name.endswith("manifest.ocdbt")]
-            files |= merge_indices(self.folder / STATE, sorted(parts))
+            files |= merge_indices(self.folder / STATE, sorted(parts), self._chunks())
         faults.at("merged")
         return files
+
+    def _chunks(self) -> Iterator[str]:
+        """The keys of all chunks, whoever writes them."""
+        for leaf in self.plan.stored:
+            if leaf is not None:
+                for index, _ in chunks_in(Box.whole(leaf.shape), leaf.chunk):
+                    yield f"{leaf.name}/{chunk_key(index)}"
 
     def _complete(self, files: dict[str, FileRecord]) -> bytes:
         """Writes everything but the arrays and the manifest, which is written last; that."""

@@ -22,7 +22,7 @@ from shardflax.ckpt import place as places
 from shardflax.ckpt.convert import _Heard, _plan
 from shardflax.ckpt.durable import checksum
 from shardflax.ckpt.folder import StepFolder
-from shardflax.ckpt.index import write_index
+from shardflax.ckpt.index import merge_indices, read_index, write_index
 from shardflax.ckpt.keeping import Note, Rules
 from shardflax.ckpt.landing import in_use, lock
 from shardflax.ckpt.manifest import Manifest
@@ -266,6 +266,16 @@ def test_damaged_extras_are_an_error_of_checkpoints(tmp_path: Path):
 
 def test_a_process_that_writes_nothing(tmp_path: Path):
     assert write_index(tmp_path / "ocdbt.process_0", {}) == {}
+
+
+def test_what_no_process_has_written_is_not_committed(tmp_path: Path):
+    for part, text in (("0", b"first"), ("1", b"second")):
+        (tmp_path / part).mkdir()
+        write_index(tmp_path / part, {"w/c/0": text, f"w/c/{part}": text})
+    merge_indices(tmp_path, ["0", "1"], ["w/c/0", "w/c/1"])
+    assert read_index(tmp_path) == {"w/c/0": b"first", "w/c/1": b"second"}
+    with pytest.raises(ValueError, match="no process has written w/c/2"):
+        merge_indices(tmp_path, ["0", "1"], ["w/c/2"])
 
 
 def test_many_small_leaves_are_packed_in_one_pass():
