@@ -34,7 +34,7 @@ def make_module_class(cls: type, kw_only: bool, assigning: Callable[..., None]) 
     >>> class Scale(nn.Module):
     ...     factor: int = 2
     >>> field_names(Scale)
-    ('name', 'factor')
+    ('factor', 'name')
     """
     annotations = inspect.get_annotations(cls)
     for reserved in _RESERVED:
@@ -49,6 +49,11 @@ def make_module_class(cls: type, kw_only: bool, assigning: Callable[..., None]) 
                 setattr(cls, name, wrapped)
     own = {name: name in cls.__dict__ for name in ("__hash__", "__eq__", "__init__")}
     dataclasses.dataclass(repr=False, unsafe_hash=not own["__hash__"], kw_only=kw_only)(cls)
+    every: dict[str, Any] = cls.__dict__["__dataclass_fields__"]
+    for (
+        reserved
+    ) in _RESERVED:  # inherited, so they came first; whoever lists fields finds them last
+        every[reserved] = every.pop(reserved)
     if not own["__init__"]:
         setattr(cls, "__init__", direct_init(cls, assigning))  # noqa: B010
     if not own["__hash__"]:

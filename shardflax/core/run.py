@@ -97,8 +97,8 @@ def apply(
     """`fn(module, *args)` as a pure function of `(variables, *args, rngs=None)`.
 
     Returns what `fn` returns; with `mutable`, also the collections that may change.
-    `capture_intermediates` stores what methods return in the collection `intermediates`: `True`
-    for every `__call__`, or a predicate of module and method name.
+    `capture_intermediates` stores what methods return in the collection `intermediates`, which may
+    then change: `True` for every `__call__`, or a predicate of module and method name.
 
     >>> import jax, jax.numpy as jnp, shardflax.nn as nn
     >>> dense = nn.Dense(2)
@@ -114,7 +114,8 @@ def apply(
         scope = bind(variables, rngs, names)
         with _running(module, scope, capture_intermediates) as bound:
             result = fn(bound, *args, **kwargs)
-        return (result, changeable(scope)) if mutable is not False else result
+        returned = mutable is not False or capture_intermediates
+        return (result, changeable(scope)) if returned else result
 
     return call
 

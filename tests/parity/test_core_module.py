@@ -690,8 +690,17 @@ def capture_intermediates(nn: Any) -> Any:
 
 @program
 def capture_without_mutable(nn: Any) -> Any:
-    model = nn.Sow()
-    return model.apply({}, X, capture_intermediates=True, mutable=["intermediates"])
+    """What was captured is returned, whatever `mutable` says."""
+    capture = {"capture_intermediates": True}
+    runs = [nn.Sow().apply({}, X, **capture, mutable=m) for m in (False, [], "state")]
+    none = nn.Sow().apply({}, X, capture_intermediates=lambda module, name: False)
+    return [
+        *runs,
+        none,
+        nn.Sow().apply({}, X, **capture),
+        nn.apply(lambda model, x: model(x), nn.Sow(), **capture)({}, X),
+        nn.Sow().init(KEY, X, **capture),
+    ]
 
 
 @program
