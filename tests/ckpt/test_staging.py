@@ -1,5 +1,9 @@
 """What blocks in a save: on the CPU, nothing is copied, and nothing that is donated is lost."""
 
+import io
+import os
+import threading
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,7 +12,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from shardflax.ckpt import CheckpointManager
 from shardflax.ckpt.plan import make_plan
+from shardflax.ckpt.rendezvous import Rendezvous
 from shardflax.ckpt.staging import Staged, stage
 
 
@@ -48,3 +54,40 @@ def test_arrays_of_numpy_are_copied() -> None:
     (staged,) = staged_of({"w": host})
     host[:] = -1
     assert staged.arrays()[0].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_save_calls_no_file_system_and_waits_for_no_other_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in the thread that calls it; that others do it shows that it is noticed."""
+    saving, here, elsewhere = [False], list[str](), list[str]()
+    caller = threading.get_ident()
+
+    def notice(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def noticed(*args: Any, **options: Any) -> Any:
+            if saving[0]:
+                (here if threading.get_ident() == caller else elsewhere).append(name)
+            return real(*args, **options)
+
+        monkeypatch.setattr(owner, name, noticed)
+
+    for name in ("open", "stat", "mkdir", "listdir", "scandir", "rename", "unlink", "fsync"):
+        notice(os, name)
+    notice(io, "open")
+    for name in ("tell", "hear", "peek", "gather"):
+        notice(Rendezvous, name)
+    state = {"w": spread(jnp.ones((64, 64)), "a", "b"), "host": np.ones(5), "step": 3}
+    with CheckpointManager(tmp_path) as manager:
+        for step in range(3):
+            saving[0] = True
+            manager.save(step, state)
+            saving[0] = False
+            manager.wait()
+        assert here == []
+        saving[0] = True
+        manager.save(3, state)
+        manager.wait()
+        saving[0] = False
+    assert {"open", "stat", "mkdir", "rename", "fsync", "tell"} <= set(elsewhere)

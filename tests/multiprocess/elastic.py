@@ -5,6 +5,8 @@ are, under every preset; it has nothing of the values but their paths.
 """
 
 import functools
+import math
+import os
 import sys
 import zlib
 from pathlib import Path
@@ -137,6 +139,34 @@ def write(folder: Path) -> None:
     with CheckpointManager(folder, timeout=60) as manager:
         for step, scan in SAVED.items():
             manager.save(step, filled(abstract("fsdp_tp", scan)), metrics={"loss": step})
+        manager.wait()
+        # Of what is cut over all devices, each process reads its own part and no more.
+        target = abstract("fsdp_tp", scan=True)
+        with pytest.MonkeyPatch.context() as patch:
+            taken = counted(patch)
+            check(manager.restore(target, step=1).state, target, "fsdp_tp")
+        needed, total = map(sum, zip(*map(sizes, jax.tree.leaves(target["train"])), strict=True))
+        assert needed < 0.9 * total and needed * 0.9 < sum(taken) < needed * 1.05, (needed, taken)
+
+
+def sizes(leaf: Any) -> tuple[int, int]:
+    """How many bytes of a leaf this process holds, each once, and how many there are."""
+    indices = leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
+    part = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return len(set(map(str, indices))) * part, leaf.size * leaf.dtype.itemsize
+
+
+def counted(patch: pytest.MonkeyPatch) -> list[int]:
+    """The bytes of each read of files with arrays from now on."""
+    taken: list[int] = []
+    preadv = os.preadv
+
+    def noted(*args: Any) -> int:
+        taken.append(preadv(*args))
+        return taken[-1]
+
+    patch.setattr(os, "preadv", noted)
+    return taken
 
 
 def read(folder: Path) -> None:
