@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import FunctionType, MappingProxyType, NoneType
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast, get_origin
 
 import jax
 
@@ -344,6 +344,7 @@ def lifted(
 
     @functools.wraps(factory)
     def transform(target: Any, *args: Any, methods: Any = None, **kwargs: Any) -> Any:
+        target = get_origin(target) or target  # of a generic module with its types
         if inspect.isclass(target) and issubclass(target, Crossable):
             return _lift_class(target, factory, prefix, methods, args, kwargs)
         if isinstance(target, Crossable) or not callable(target):

@@ -7,7 +7,7 @@ import re
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import cloudpickle
 import jax
@@ -21,6 +21,7 @@ from tests.core.harness import OURS as nn
 from tests.core.harness import THEIRS, quick_key
 
 KEY = quick_key(0)
+T = TypeVar("T")
 X = jnp.ones((2, 3))
 
 
@@ -333,6 +334,21 @@ def test_containers_cross_lifts() -> None:
     for lift in (nn.jit, nn.remat):
         assert (lift(Use)(parts).apply(variables, X) == y).all()
         assert jax.tree.structure(lift(Use)(parts).init(KEY, X)) == jax.tree.structure(variables)
+
+
+def test_a_generic_module_with_its_types_is_lifted() -> None:
+    """Linen takes the alias for a function, and fails."""
+
+    class Around(nn.Module, Generic[T]):
+        inner: T
+
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            return self.inner(x)  # type: ignore[operator]
+
+    made = nn.remat(Around[int])(nn.Lin())
+    assert type(made).__name__ == "CheckpointAround"
+    assert sorted(jax.eval_shape(made.init, KEY, X)["params"]) == ["inner"]
 
 
 def test_lazy_init_says_what_depends_on_a_value() -> None:
