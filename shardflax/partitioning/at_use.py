@@ -90,8 +90,7 @@ def with_weight(
     change = _change(weight, names, beside)
     if change is None:
         return fn(x, weight)
-    # The barrier is for the weight: or XLA would merge the two gathers, and keep their result.
-    return jx.checkpoint(_Product(fn, change), prevent_cse=(False, True))(x, weight)
+    return jx.checkpoint(_Product(fn, change), prevent_cse=False)(x, weight)
 
 
 def used_spec(
@@ -148,7 +147,16 @@ class _Product:
     change: _Change
 
     def __call__(self, x: Any, weight: Any) -> Any:
-        return self.fn(x, self.change(weight))
+        return self.fn(x, self.change(_apart(weight)))
+
+
+def _same(weight: Any) -> Any:
+    return weight
+
+
+# The barrier is for the weight alone: or XLA would merge the two gathers, and keep their result.
+# (`prevent_cse=(False, True)` says so too, and JAX trips over it inside of what saves everything.)
+_apart: Any = jx.checkpoint(_same, prevent_cse=True)
 
 
 def _change(weight: Any, names: Names | None, beside: tuple[str, ...]) -> _Change | None:
