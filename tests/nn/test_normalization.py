@@ -36,14 +36,20 @@ def trained(layer: Any, variables: Any, *batches: Any, **options: Any) -> Any:
     return outputs, variables["batch_stats"]
 
 
+@partial(jax.jit, static_argnums=0)
+def with_variables(layer: Any) -> tuple[Any, Any]:
+    """The variables of a layer, and what it gives and writes for all of `X`."""
+    variables = layer.init(KEY, X)
+    return variables, layer.apply(variables, X, mutable=WRITES)
+
+
 # --- the batch on a mesh
 
 
 @pytest.mark.parametrize("axis_types", ["auto", "explicit"])
 def test_statistics_are_those_of_the_whole_batch(axis_types: Any) -> None:
     layer = nn.BatchNorm(use_running_average=False)
-    variables = layer.init(KEY, X)
-    expected = layer.apply(variables, X, mutable=WRITES)
+    _, expected = with_variables(layer)
     mesh = make_mesh("data=2,fsdp=4", axis_types=axis_types)
     rules = preset("fsdp")
     state, _ = init_sharded(lambda: layer.init(KEY, X), mesh=mesh, rules=rules)
@@ -58,8 +64,7 @@ def test_statistics_are_those_of_the_whole_batch(axis_types: Any) -> None:
 def test_parts_of_a_batch_average_over_an_axis() -> None:
     """Under `shard_map`, `axis_name` gives the whole batch's statistics, none the part's."""
     whole = nn.BatchNorm(use_running_average=False)
-    variables = whole.init(KEY, X)
-    expected = whole.apply(variables, X, mutable=WRITES)
+    variables, expected = with_variables(whole)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def parts(layer: Any) -> Any:
@@ -71,10 +76,11 @@ def test_parts_of_a_batch_average_over_an_axis() -> None:
         return jax.jit(jax.shard_map(part, mesh=mesh, **specs))(variables, X)
 
     y, updates = parts(nn.BatchNorm(use_running_average=False, axis_name="data"))
-    every = jax.tree.map(lambda v: jnp.broadcast_to(v, (8, *v.shape)), expected[1])
+    every = jax.tree.map(lambda v: np.broadcast_to(v, (8, *v.shape)), expected[1])
     close((y, updates), (expected[0], every))
-    alone = [whole.apply(variables, x[None], mutable=WRITES) for x in X]
-    close(parts(whole)[0], jnp.concatenate([y for y, _ in alone]))
+    one = jax.jit(partial(whole.apply, mutable=WRITES))
+    alone = [one(variables, x[None])[0] for x in np.asarray(X)]
+    close(parts(whole)[0], np.concatenate(alone))
 
 
 @pytest.mark.parametrize("norm", ["BatchNorm", "LayerNorm", "InstanceNorm", "GroupNorm"])
@@ -88,10 +94,10 @@ def test_axis_names_and_groups_are_flax_s(norm: str) -> None:
             options["num_groups"] = 3
         make = partial(getattr(namespace, norm), **options)
         layer = make(axis_name="parts", axis_index_groups=axis_index_groups)
-        variables = make().init(KEY, X[0])
+        variables = jax.jit(make().init)(KEY, X[0])
         call = partial(layer.apply, mutable=WRITES)
         mapped = jax.pmap if axis_index_groups else jax.vmap
-        return mapped(call, in_axes=(None, 0), axis_name="parts")(variables, X)
+        return jax.jit(mapped(call, in_axes=(None, 0), axis_name="parts"))(variables, X)
 
     for given in (None, groups):
         same(run(nn, given), run(flax.linen, given))
@@ -108,22 +114,22 @@ def test_running_statistics_over_steps_are_flax_s() -> None:
         given = {**variables, "batch_stats": stats}
         return outputs, stats, layer.apply(given, X, use_running_average=True)
 
-    same(run(nn), run(flax.linen))
+    same(*[jax.jit(partial(run, namespace))() for namespace in (nn, flax.linen)])
 
 
 def test_statistics_that_may_not_change() -> None:
     layer = nn.BatchNorm(use_running_average=False)
-    variables = layer.init(KEY, X)
+    variables = jax.eval_shape(layer.init, KEY, X)
     with pytest.raises(ModifyScopeVariableError, match="batch_stats"):
-        layer.apply(variables, X)
+        jax.eval_shape(layer.apply, variables, X)
     with pytest.raises(FlaxError, match="'use_running_average' was given neither"):
-        nn.BatchNorm().init(KEY, X)
+        jax.eval_shape(nn.BatchNorm().init, KEY, X)
     with pytest.raises(FlaxError, match="'use_running_average' was given both"):
-        layer.init(KEY, X, use_running_average=True)
+        jax.eval_shape(lambda: layer.init(KEY, X, use_running_average=True))
 
 
 def test_init_does_not_count_as_a_step() -> None:
-    stats = nn.BatchNorm(use_running_average=False).init(KEY, X)["batch_stats"]
+    stats = with_variables(nn.BatchNorm(use_running_average=False))[0]["batch_stats"]
     same(stats, {"mean": jnp.zeros(6), "var": jnp.ones(6)})
 
 
@@ -133,15 +139,16 @@ def test_init_does_not_count_as_a_step() -> None:
 def test_a_mask_leaves_elements_out() -> None:
     layer = nn.BatchNorm(use_running_average=False, momentum=0.0)
     variables = layer.init(KEY, X)
-    y, stats = layer.apply(variables, X, mask=MASK, mutable=WRITES)
-    seen = X[MASK[..., 0]]
-    z, others = layer.apply(variables, seen, mutable=WRITES)
-    close((y[MASK[..., 0]], stats), (z, others))
+    call = jax.jit(partial(layer.apply, mutable=WRITES))
+    y, stats = call(variables, X, mask=MASK)
+    seen = np.asarray(X)[MASK[..., 0]]
+    close((np.asarray(y)[MASK[..., 0]], stats), call(variables, seen))
     # A mask of one feature is one of all, in GroupNorm too (Flax wants it written out).
     groups = nn.GroupNorm(num_groups=3)
     variables = groups.init(KEY, X)
-    whole = groups.apply(variables, X, mask=jnp.broadcast_to(MASK, X.shape))
-    same(groups.apply(variables, X, mask=MASK), whole)
+    call = jax.jit(groups.apply)
+    whole = call(variables, X, mask=np.broadcast_to(MASK, X.shape))
+    close(call(variables, X, mask=MASK), whole)
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -182,7 +189,7 @@ NORMS: dict[str, Callable[[Any], Any]] = {
 def test_statistics_of_half_precision_do_not_overflow(name: str) -> None:
     """Squares of these are beyond float16; statistics are float32."""
     x = (1000 * floats(8, 4, 6)).astype(jnp.float16)
-    y, variables = NORMS[name](nn).init_with_output(KEY, x)
+    y, variables = jax.jit(NORMS[name](nn).init_with_output)(KEY, x)
     assert y.dtype == jnp.float16 and np.isfinite(y).all() and 0.8 < float(jnp.std(y)) < 1.2
     assert all(v.dtype == jnp.float32 for v in jax.tree.leaves(variables))
 
@@ -206,10 +213,10 @@ def test_complex_inputs_are_flax_s() -> None:
             found[name] = variables, layer.apply(variables, x, mutable=WRITES)
         return found
 
-    found = run(nn)
-    same(found, run(flax.linen))
-    y = found["LayerNorm"][1][0]
-    close(jnp.mean(jnp.abs(y) ** 2, axis=-1), jnp.ones((8, 4)), tolerance=1e-3)
+    found, theirs = (jax.jit(partial(run, namespace))() for namespace in (nn, flax.linen))
+    same(found, theirs)
+    y = np.asarray(found["LayerNorm"][1][0])
+    close(np.mean(np.abs(y) ** 2, axis=-1), np.ones((8, 4)), tolerance=1e-3)
 
 
 # --- norms of weights
@@ -246,12 +253,12 @@ def test_weights_of_nested_layers_are_flax_s() -> None:
 
 def test_the_largest_singular_value_becomes_one() -> None:
     layer = nn.SpectralNorm(nn.Dense(5, use_bias=False))
-    variables = layer.init(KEY, X, update_stats=True)
+    variables = jax.jit(partial(layer.init, update_stats=True))(KEY, X)
     step = jax.jit(partial(layer.apply, update_stats=True, mutable=WRITES))
     for _ in range(30):
         variables = {**variables, **step(variables, jnp.eye(6))[1]}
-    kernel = layer.apply(variables, jnp.eye(6), update_stats=False)
-    assert float(jnp.linalg.norm(kernel, 2)) == pytest.approx(1.0, abs=1e-3)
+    kernel = jax.jit(partial(layer.apply, update_stats=False))(variables, jnp.eye(6))
+    assert float(np.linalg.norm(kernel, 2)) == pytest.approx(1.0, abs=1e-3)
 
 
 # --- nothing besides, and errors
@@ -263,7 +270,7 @@ def primitives(fn: Callable[..., Any], *args: Any) -> list[str]:
 
 def test_nothing_is_computed_besides_the_norm() -> None:
     layer = nn.BatchNorm(use_running_average=True)
-    variables = layer.init(KEY, X)
+    variables = jax.eval_shape(layer.init, KEY, X)
 
     def by_hand(variables: Any, x: Any) -> Any:
         params, stats = variables["params"], variables["batch_stats"]
@@ -282,7 +289,7 @@ def call(make: Callable[..., Any], **options: Any) -> Callable[[], Any]:
         def __call__(self, x: Any) -> Any:
             return make(name="inner")(x, **options)
 
-    return lambda: Model().init(KEY, X)
+    return lambda: jax.eval_shape(Model().init, KEY, X)
 
 
 ERRORS: list[tuple[Callable[[], Any], str]] = [
