@@ -308,8 +308,8 @@ def test_linen_s_cache_step_by_step() -> None:
         y, cache = step(ours, a, tokens)
         z, other = step(theirs, b, tokens)
         a, b = {**a, **cache}, {**b, **other}
-        jax.tree.map(np.testing.assert_array_equal, a, b)
-        close(y, z, 1e-6)
+        # In whole programs a newer XLA sums in another order here and there.
+        jax.tree.map(functools.partial(close, tolerance=1e-6), (y, a), (z, b))
         close(prefilled[:, t : t + 1], y)
 
 
