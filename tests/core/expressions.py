@@ -72,7 +72,7 @@ class Expressions:
         if kind in _SAME:
             return ins
         if kind in _LOOPS:
-            return _LOOPS[kind](self, eqn.params, ins)
+            return _LOOPS[kind](self, eqn, ins)
         body = next((eqn.params[name] for name in _BODIES if name in eqn.params), None)
         if body is not None and kind != "shard_map":
             return self._run(body, ins)
@@ -100,9 +100,12 @@ class Expressions:
 
     # --- loops and branches
 
-    def _scan(self, params: Any, ins: list[int]) -> list[int]:
+    def _scan(self, eqn: Any, ins: list[int]) -> list[int]:
         """Step after step: what a step does not change is the same expression in each."""
-        n_consts, n_carry = params["num_consts"], params["num_carry"]
+        params, body = eqn.params, eqn.params["jaxpr"].jaxpr
+        # What is scanned has one dim more outside; how parameters say it changes with JAX.
+        n_carry = _count_alike(eqn.outvars, body.outvars)
+        n_consts = _count_alike(eqn.invars, body.invars) - n_carry
         consts, xs = ins[:n_consts], ins[n_consts + n_carry :]
         carry = ins[n_consts : n_consts + n_carry]
         steps: dict[int, list[int]] = {}
@@ -122,17 +125,18 @@ class Expressions:
         parts = self._stacks.get(stacked)
         return self._number("at", i, stacked) if parts is None else parts[i]
 
-    def _cond(self, params: Any, ins: list[int]) -> list[int]:
+    def _cond(self, eqn: Any, ins: list[int]) -> list[int]:
         index, *operands = ins
-        branches = [self._run(branch, operands) for branch in params["branches"]]
+        branches = [self._run(branch, operands) for branch in eqn.params["branches"]]
         return [self._number("cond", index, *outs) for outs in zip(*branches, strict=True)]
 
-    def _while(self, params: Any, ins: list[int]) -> list[int]:
+    def _while(self, eqn: Any, ins: list[int]) -> list[int]:
         """What is carried is told apart by how it starts, what becomes of it, and when it ends.
 
         That says which of two loops' values are equal, once it is looked at for as many rounds as
         there are values: as with the states of two automata.
         """
+        params = eqn.params
         n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
         cond_consts, body_consts = ins[:n_cond], ins[n_cond : n_cond + n_body]
         carry = ins[n_cond + n_body :]
@@ -147,6 +151,11 @@ class Expressions:
             carry = [self._number("while", ends, old, new) for old, new in pairs]
         self._depth -= 1
         return carry
+
+
+def _count_alike(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+    pairs = zip(outside, inside, strict=True)
+    return sum(x.aval.shape == y.aval.shape for x, y in pairs)
 
 
 def _like_first(eqn: Any) -> bool:
