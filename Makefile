@@ -25,11 +25,12 @@ train: $(VENV)/.run.stamp ## train the small model on 2 processes x 4 emulated d
 	$(PY) -m launch.local --processes 2 --devices 4 -- \
 	  -m launch.train --mesh data=2,fsdp=2,tensor=2 --preset fsdp_tp $(ARGS)
 
-# The fast group runs in two workers; tests that start processes of their own run one by one.  What
-# compiles for TPUs runs where libtpu can be fetched: the line before says whether it was, or why not.
+# Two groups, each in two workers; tests that start processes keep the files together whose tests
+# share what they start.  What compiles for TPUs runs where libtpu can be fetched: the line before
+# says whether it was, or why not.
 test: $(VENV)/.test.stamp ## run all tests and every example in the docs
 	$(PY) -m pytest -q -n 2 --dist worksteal -m "not (multiprocess or gpu or tpu)" $(ARGS)
-	$(PY) -m pytest -q -m "multiprocess and not (gpu or tpu)" $(ARGS) tests
+	$(PY) -m pytest -q -n 2 --dist loadfile -m "multiprocess and not (gpu or tpu)" $(ARGS) tests
 	@$(PY) -m tests.tpu.fetch $(LIBTPU)
 	test ! -d $(LIBTPU) || PYTHONPATH="$(WITH_LIBTPU)" $(PY) -m pytest -q -m tpu $(ARGS) tests/tpu
 
