@@ -102,7 +102,7 @@ def field_options(nn: Any) -> Any:
 def fields_in_order(nn: Any) -> Any:
     """Who lists fields finds `parent` and `name` last, of classes that inherit, too."""
 
-    class Base(nn.Module, kw_only=True):
+    class Base(nn.Module, kw_only=True):  # pyright: ignore[reportGeneralTypeIssues, reportCallIssue]
         a: int
         b: int = 1
 
