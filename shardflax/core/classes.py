@@ -50,9 +50,8 @@ def make_module_class(cls: type, kw_only: bool, assigning: Callable[..., None]) 
     own = {name: name in cls.__dict__ for name in ("__hash__", "__eq__", "__init__")}
     dataclasses.dataclass(repr=False, unsafe_hash=not own["__hash__"], kw_only=kw_only)(cls)
     every: dict[str, Any] = cls.__dict__["__dataclass_fields__"]
-    for (
-        reserved
-    ) in _RESERVED:  # inherited, so they came first; whoever lists fields finds them last
+    # Inherited, so they came first; whoever lists fields finds them last.
+    for reserved in _RESERVED:
         every[reserved] = every.pop(reserved)
     if not own["__init__"]:
         setattr(cls, "__init__", direct_init(cls, assigning))  # noqa: B010
