@@ -175,10 +175,6 @@ PARAMS = {
 }
 
 
-# What the backward pass computes anew is not merged with what the forward pass did.
-_apart: Any = jax.checkpoint(lambda kernel: kernel, prevent_cse=True)
-
-
 @dataclass(frozen=True)
 class _Hand:
     """What one writes by hand around the products: where their operands and results lie."""
@@ -196,9 +192,9 @@ class _Hand:
 
         def product(multiply: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
             def gathered(x: jax.Array, kernel: jax.Array) -> jax.Array:
-                return multiply(x, self.put(self.put(_apart(kernel), stored), used))
+                return multiply(x, self.put(self.put(kernel, stored), used))
 
-            return jax.checkpoint(gathered, prevent_cse=False)(x, kernel)
+            return jax.checkpoint(gathered, prevent_cse=True)(x, kernel)
 
         return raw.dense(p, x, n_in, product)
 

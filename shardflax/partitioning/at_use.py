@@ -90,7 +90,9 @@ def with_weight(
     change = _change(weight, names, beside)
     if change is None:
         return fn(x, weight)
-    return jx.checkpoint(_Product(fn, change), prevent_cse=False)(x, weight)
+    # The barrier ties the weight to what comes back: or XLA would merge the two gathers, and keep
+    # their result.  `x` needs none, but JAX trips over `(False, True)` inside of what saves all.
+    return jx.checkpoint(_Product(fn, change), prevent_cse=True)(x, weight)
 
 
 def used_spec(
@@ -147,16 +149,7 @@ class _Product:
     change: _Change
 
     def __call__(self, x: Any, weight: Any) -> Any:
-        return self.fn(x, self.change(_apart(weight)))
-
-
-def _same(weight: Any) -> Any:
-    return weight
-
-
-# The barrier is for the weight alone: or XLA would merge the two gathers, and keep their result.
-# (`prevent_cse=(False, True)` says so too, and JAX trips over it inside of what saves everything.)
-_apart: Any = jx.checkpoint(_same, prevent_cse=True)
+        return self.fn(x, self.change(weight))
 
 
 def _change(weight: Any, names: Names | None, beside: tuple[str, ...]) -> _Change | None:
