@@ -273,7 +273,7 @@ def run(args: argparse.Namespace) -> Figures:
     large = make_state(args.leaves, LARGE)
     for where in ("disk", "tmpfs"):
         figures.tables["large", where] = measure(large, getattr(args, where), everyone, args.rounds)
-    figures.tables["training", "disk"] = training(large, args.disk, few, args.few - 1)
+    figures.tables["training", "disk"] = training(large, args.disk, few, args.few // 2)
     del large
     small = make_state(args.small, SMALL)
     figures.tables["small", "disk"] = measure_small(small, args.disk, everyone, args.rounds)
@@ -310,7 +310,9 @@ def main() -> None:
     """Measures, prints and writes the tables."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=4, help="of ours; others take half of them")
-    parser.add_argument("--few", type=int, default=3, help="rounds of what takes long")
+    parser.add_argument(
+        "--few", type=int, default=4, help="rounds of what takes long: an even number"
+    )
     parser.add_argument("--leaves", type=int, default=64, help="large leaves, of 8 MiB each")
     parser.add_argument("--small", type=int, default=2000, help="small leaves, of 2 KiB each")
     parser.add_argument("--disk", type=Path, default=Path(tempfile.gettempdir()))

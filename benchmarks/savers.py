@@ -16,11 +16,12 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 __all__ = [
-    "LARGE", "SMALL", "Contender", "Saver", "State", "abstract", "contenders", "forget",
-    "make_state", "plain_file", "renew", "timed",
+    "LARGE", "PLAIN", "SMALL", "Contender", "Saver", "State", "abstract", "contenders", "forget",
+    "make_state", "plain_file", "read_plain", "renew", "timed", "write_plain",
 ]  # fmt: skip
 
 State = dict[str, jax.Array]
+PLAIN = "raw"
 LARGE, SMALL = (1024, 2048), (16, 32)
 """Shapes of arrays: 8 MiB and 2 KiB."""
 
@@ -193,13 +194,22 @@ def timed(fn: Callable[[], Any]) -> tuple[float, float]:
 
 def plain_file(folder: Path, parts: Sequence[Any]) -> dict[str, float]:
     """What all others are measured by: a file of the same bytes, written and read."""
-    path = folder / "raw"
-    write, write_cpu = timed(lambda: write_durably(path, parts))
+    found = write_plain(folder, parts) | read_plain(folder)
+    (folder / PLAIN).unlink()
+    return found
+
+
+def write_plain(folder: Path, parts: Sequence[Any]) -> dict[str, float]:
+    """Writes the plain file; seconds."""
+    write, cpu = timed(lambda: write_durably(folder / PLAIN, parts))
+    return {"raw save": write, "raw save cpu": cpu}
+
+
+def read_plain(folder: Path) -> dict[str, float]:
+    """Reads the plain file, from a cold cache; seconds."""
     forget(folder)
-    read, read_cpu = timed(lambda: read_by_four(path))
-    path.unlink()
-    return {"raw save": write, "raw save cpu": write_cpu, "raw restore": read,
-            "raw restore cpu": read_cpu}  # fmt: skip
+    read, cpu = timed(lambda: read_by_four(folder / PLAIN))
+    return {"raw restore": read, "raw restore cpu": cpu}
 
 
 def write_durably(path: Path, parts: Sequence[Any]) -> None:
