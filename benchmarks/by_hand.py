@@ -149,7 +149,7 @@ def _fp8_backward(kept: Any, g: jax.Array) -> Any:
         jnp.einsum, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
     )
     to_x = product("blo,io->bli", q_g, q_k) * (of_k * of_g)
-    to_kernel = product("bli,blo->io", q_x, q_g) * (of_x * of_g)
+    to_kernel = product("blo,bli->oi", q_g, q_x).T * (of_x * of_g)  # as JAX differentiates it
     after = {
         "input_scale": of_x,
         "input_amax_history": of_input,
