@@ -194,7 +194,7 @@ class _Hand:
             def gathered(x: jax.Array, kernel: jax.Array) -> jax.Array:
                 return multiply(x, self.put(self.put(kernel, stored), used))
 
-            return jax.checkpoint(gathered, prevent_cse=True)(x, kernel)
+            return jax.checkpoint(gathered, prevent_cse=(False, True))(x, kernel)  # pyright: ignore[reportArgumentType]
 
         return raw.dense(p, x, n_in, product)
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from shardflax.core.remat import saves_all
 from shardflax.partitioning.call_site import located
 from shardflax.partitioning.defaults import DefaultNames, in_force
 from shardflax.partitioning.errors import Problem, raise_problems
@@ -90,9 +91,13 @@ def with_weight(
     change = _change(weight, names, beside)
     if change is None:
         return fn(x, weight)
+    if saves_all():
+        # What the caller wants to keep includes the gathered weight; and JAX trips over a barrier
+        # of parts inside of what keeps everything.
+        return fn(x, change(weight))
     # The barrier ties the weight to what comes back: or XLA would merge the two gathers, and keep
-    # their result.  `x` needs none, but JAX trips over `(False, True)` inside of what saves all.
-    return jx.checkpoint(_Product(fn, change), prevent_cse=True)(x, weight)
+    # their result.  `x` has none: what was sent for it need not be sent again.
+    return jx.checkpoint(_Product(fn, change), prevent_cse=(False, True))(x, weight)
 
 
 def used_spec(

@@ -22,7 +22,10 @@ class Net(nn.Module):
         return dense(8, use_bias=False, kernel_axes=("mlp", "embed"), name="down")(x)
 
 
-@pytest.mark.parametrize("policy", [None, "everything_saveable", "dots_saveable"])
+@pytest.mark.parametrize(
+    "policy",
+    [None, "everything_saveable", "dots_saveable", "save_anything_except_these_names(x)"],
+)
 def test_every_policy_goes_around_it(policy: str | None) -> None:
     """JAX trips over what is rematerialised in parts, inside of what saves everything."""
     x = jnp.ones((8, 8))
