@@ -236,4 +236,5 @@ def output_types(row: Row, layout: partitioning.Layout) -> list[str]:
 
 
 def with_sharding(x: Any, sharding: Any) -> Any:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    dtype = jax.dtypes.canonicalize_dtype(x.dtype)  # lengths of numpy have 64 bits
+    return jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding)
