@@ -184,4 +184,6 @@ def _put_together(kind: Kind, leaves: Sequence[jax.Array]) -> jax.Array | None:
     try:
         return kind.program([*leaves, *[leaves[-1]] * (MANY - len(leaves))])
     except (TypeError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError):
-        return None  # another layout in memory, say, or a device that is full
+        # Another layout in memory, say, which JAX does not support, or a device that is full: the
+        # leaves are then copied one by one, as those that are alone.
+        return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections import Counter
 from typing import Any
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.timing import calls_of
 from tests.core.harness import OURS as nn
 from tests.core.harness import quick_key
 
@@ -259,24 +259,8 @@ class Many(nn.Module):
         return x
 
 
-def python_calls(fn: Any) -> int:
-    """How many Python functions `fn` calls: a measure of work that no busy machine disturbs."""
-    count = 0
-
-    def profile(frame: Any, event: str, arg: Any) -> None:
-        nonlocal count
-        count += event == "call"
-
-    sys.setprofile(profile)
-    try:
-        fn()
-    finally:
-        sys.setprofile(None)
-    return count
-
-
 def test_many_submodules_are_linear() -> None:
-    small, large = (python_calls(lambda n=n: Many(n).apply({}, 0)) for n in (100, 1000))
+    small, large = (calls_of(lambda n=n: Many(n).apply({}, 0)) for n in (100, 1000))
     assert large < 10.5 * small
 
 
@@ -290,7 +274,7 @@ def test_deep_nesting_is_linear() -> None:
             return Deep(self.n - 1)(x) + w.value if self.n else x
 
     def cost(n: int) -> int:
-        return python_calls(lambda: Deep(n).apply({}, 0, mutable=True))
+        return calls_of(lambda: Deep(n).apply({}, 0, mutable=True))
 
     cost(2)
     assert cost(100) < 11 * cost(10)
