@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from shardflax.partitioning.boxes import Partitioned
 from shardflax.partitioning.paths import Path
 from shardflax.partitioning.rules import LogicalRules
 
@@ -27,13 +28,28 @@ Names = tuple[Any, ...]
 class Parameter:
     """A parameter: its path in the whole state, shape, names, and the rules for its names.
 
-    `rules` None says that the names are mesh axes.
+    `rules` None says that the names are mesh axes; `box` is the box around it, if there is one.
     """
 
     path: Path
     shape: tuple[int, ...]
     names: Names
     rules: LogicalRules | None = None
+    box: Any = None
+
+    def copied_to(self, box: Partitioned, rank: int) -> bool:
+        """True if `box`, around an array of that rank, is this parameter's, copied.
+
+        An optimizer that was given boxed parameters leaves their boxes around whatever it makes
+        of them.
+
+        >>> box = Partitioned(0.0, ("embed", "mlp"))
+        >>> Parameter(("w",), (4, 8), box.names, box=box).copied_to(box.replace(value=1.0), 2)
+        True
+        """
+        if len(box.names) != rank:
+            return True
+        return type(box) is type(self.box) and box.names == self.box.names
 
 
 @dataclass(frozen=True)

@@ -33,15 +33,15 @@ class StateLeaf:
 def state_leaves(state: Any) -> tuple[list[StateLeaf], Any]:
     """The leaves of a state, and the structure of the state without boxes.
 
-    A box is one leaf; a box around nothing, which `optax.masked` leaves of a boxed parameter, is
-    none.  Raises `LayoutError` for what is no array.
+    A box is one leaf; one around nothing, which `optax.masked` leaves of a boxed parameter, or
+    around several arrays (SM3), is what is in it.  Raises `LayoutError` for what is no array.
 
     >>> [leaf.path for leaf in state_leaves({"a": 1, "b": [2.0]})[0]]
     [('a',), ('b', 0)]
     """
     flat, structure = jx.tree_util.tree_flatten_with_path(state, is_leaf=_is_box)
-    if any(_is_empty_box(leaf) for _, leaf in flat):
-        state = jx.tree.map(_without_empty_box, state, is_leaf=_is_box)
+    if any(_is_tree_in_box(leaf) for _, leaf in flat):
+        state = jx.tree.map(_without_tree_in_box, state, is_leaf=_is_box)
         flat, structure = jx.tree_util.tree_flatten_with_path(state, is_leaf=_is_box)
     return [_opened(keys_of(path), leaf) for path, leaf in flat], structure
 
@@ -79,14 +79,21 @@ def _is_box_type(of: type[Any]) -> bool:
     return issubclass(of, AxisMetadata)
 
 
-def _is_empty_box(leaf: Any) -> bool:
-    """True for what `optax.masked` leaves of a boxed parameter: a box around nothing."""
-    return _is_box(leaf) and not jx.tree.leaves(leaf)
+def _is_tree_in_box(leaf: Any) -> bool:
+    """True for what optimizers that were given boxed parameters may leave of a box."""
+    return _is_box(leaf) and not jx.tree_util.all_leaves([_content(leaf)])
 
 
-def _without_empty_box(leaf: Any) -> Any:
-    """What is in an empty box; anything else as it is."""
-    return leaf.unbox() if _is_empty_box(leaf) else leaf
+def _without_tree_in_box(leaf: Any) -> Any:
+    """What is in such a box; anything else as it is."""
+    return _content(leaf) if _is_tree_in_box(leaf) else leaf
+
+
+def _content(leaf: Any) -> Any:
+    """What is in a box, or in boxes in a box."""
+    while _is_box(leaf):
+        leaf = leaf.value if isinstance(leaf, Partitioned) else leaf.unbox()
+    return leaf
 
 
 def _shape_of(path: Path, value: Any) -> Any:
@@ -112,9 +119,7 @@ def _said_root(root: str | Path, leaves: Iterable[StateLeaf]) -> Path:
 
 def _opened(path: Path, leaf: Any) -> StateLeaf:
     """A leaf with its outermost box, and the array or shape inside; Python numbers as shapes."""
-    value = leaf
-    while _is_box(value):
-        value = value.value if isinstance(value, Partitioned) else value.unbox()
+    value = _content(leaf)
     if not hasattr(value, "dtype"):
         value = _shape_of(path, value)
     return StateLeaf(path, leaf if value is not leaf else None, value)

@@ -77,7 +77,7 @@ class StateNames:
         if parameter:
             return parameter
         shape, box = tuple(leaf.value.shape), leaf.box
-        if isinstance(box, Partitioned) and (owner is None or len(box.names) == len(shape)):
+        if isinstance(box, Partitioned) and not (owner and owner.copied_to(box, len(shape))):
             return self._named(tuple(box.names), "its box", self._rules_of(box), kind)
         if owner is not None:
             found = derive(leaf.path, shape, owner)
@@ -146,7 +146,7 @@ class StateNames:
                 by_box = named.origin != _BY_PATH and isinstance(leaf.box, Partitioned)
                 rules = self._rules_of(leaf.box) if by_box else self._rules
                 below, shape = leaf.path[len(self._root) :], tuple(leaf.value.shape)
-                found[below] = Parameter(leaf.path, shape, named.names, rules)
+                found[below] = Parameter(leaf.path, shape, named.names, rules, leaf.box)
         for path, parameter in list(found.items()):
             if len(path) > 1 and path[0] in _WRAPPERS:
                 found.setdefault(path[1:], parameter)
