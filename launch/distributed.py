@@ -6,8 +6,9 @@ A launcher sets three variables for each process that it starts:
 - `SHARDFLAX_NUM_PROCESSES`: how many processes there are,
 - `SHARDFLAX_PROCESS_ID`: which of them this is, from 0.
 
-None of them is set where a process runs alone.  A fourth, `SHARDFLAX_PROGRESS`, says how to report
-progress: `bar` (draw one with carriage returns, at most `COLUMNS` wide) or `lines` (whole lines).
+None of them is set where a process runs alone.  A fourth, `SHARDFLAX_PROGRESS`, tells
+`shardflax.training.Progress` how to report progress: `bar` (draw one with carriage returns, at most
+`COLUMNS` wide) or `lines` (whole lines).
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
 
 __all__ = [
     "Cluster",
@@ -30,13 +30,11 @@ __all__ = [
     "initialize_from_env",
     "leave_together",
     "leaving_on_failure",
-    "progress_mode",
 ]
 
 _COORDINATOR = "SHARDFLAX_COORDINATOR"
 _NUM_PROCESSES = "SHARDFLAX_NUM_PROCESSES"
 _PROCESS_ID = "SHARDFLAX_PROCESS_ID"
-_PROGRESS = "SHARDFLAX_PROGRESS"
 
 
 @dataclass(frozen=True)
@@ -148,18 +146,6 @@ def leave_together(seconds: float = 5.0) -> bool:
     together.start()
     together.join(seconds)
     return not together.is_alive()
-
-
-def progress_mode() -> Literal["bar", "lines"]:
-    """How this process may report progress: as told by the launcher, else a bar on a terminal.
-
-    >>> progress_mode() in ("bar", "lines")
-    True
-    """
-    told = os.environ.get(_PROGRESS)
-    if told == "bar" or (told is None and sys.stdout.isatty()):
-        return "bar"
-    return "lines"
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import tyro
 from jax.experimental import multihost_utils
 
-from launch.distributed import initialize_from_env, leave_together, progress_mode
+from launch.distributed import initialize_from_env, leave_together
 from launch.history import History
 from launch.options import TrainOptions
 from launch.plan import Plan, plan_run
@@ -111,22 +111,24 @@ def _train(run: _Run) -> None:
         while run.step < steps:
             run.state, metrics = step_fn(run.state, next(run.loader))
             run.step += 1
-            stop = run.manager.reached_preemption(run.step)
-            _save(run, last=stop or run.step == steps)
             late.append((run.step, metrics))
-            if len(late) > 1:
+            stop = run.manager.reached_preemption(run.step)
+            last = stop or run.step == steps
+            saves = last or run.manager.is_due(run.step)
+            # What is saved is on record: a run that is killed and goes on from there lacks no step.
+            while len(late) > (not saves):
                 _report(*late.popleft(), history, progress)
+            if saves:
+                _save(run, last)
             if stop:
                 break
-        _report(*late.popleft(), history, progress)
     _say(_speed(plan, progress.tokens_per_second))
     run.manager.wait()
 
 
 def _save(run: _Run, last: bool) -> None:
-    if last or run.manager.is_due(run.step):
-        extras = {"data": run.loader.get_state(), "options": run.plan.options.identity()}
-        run.manager.save(run.step, run.state, extras=extras, force=last)
+    extras = {"data": run.loader.get_state(), "options": run.plan.options.identity()}
+    run.manager.save(run.step, run.state, extras=extras, force=last)
 
 
 def _report(step: int, metrics: Any, history: History, progress: Any) -> None:
@@ -141,7 +143,6 @@ def _progress(run: _Run) -> Any:
         run.plan.options.run.steps,
         start=run.step,
         tokens_per_step=shape[0] * shape[1],
-        mode=progress_mode(),
     )
 
 
@@ -174,6 +175,7 @@ def _conclude(run: _Run) -> None:
             f"held-out loss {loss:.3f} nats a byte; a unigram model of the same text: {unigram:.3f}"
         )
     if plan.options.run.sample > 0:
+        _stop_if_told(run, "the sample")
         prompt = plan.options.run.prompt
         _say(f"a sample, after {prompt!r}:")
         for line in (prompt + _sample(run)).split("\n"):
@@ -200,9 +202,8 @@ def _evaluate(run: _Run) -> float:
     with partitioning.use(plan.mesh, plan.rules, "eval"):
         losses: list[float] = []
         for batch in batches:
+            _stop_if_told(run, "the evaluation")
             losses.append(float(step(run.state, batch)["cross_entropy"]))
-            if run.manager.reached_preemption():
-                _stop(run)
     return sum(losses) / len(losses)
 
 
@@ -232,9 +233,18 @@ def _first() -> bool:
     return jax.process_index() == 0
 
 
-def _stop(run: _Run) -> NoReturn:
+def _stop_if_told(run: _Run, left: str) -> None:
+    """Between parts of what is `left` to do after the steps, equally often in all processes."""
+    if run.manager.reached_preemption():
+        _stop(run, left)
+
+
+def _stop(run: _Run, left: str = "") -> NoReturn:
     """Ends a run that was asked to stop."""
-    if run.step:
+    if left:
+        steps = run.plan.options.run.steps
+        _say(f"stopped: all {steps} steps are done and saved; the same command goes on with {left}")
+    elif run.step:
         _say(f"stopped after step {run.step}, which is saved: the same command goes on")
     else:
         _say("stopped before the first step")

@@ -6,9 +6,10 @@ import os
 
 import pytest
 
-from launch.distributed import Cluster, cluster_from_env, progress_mode
+from launch.distributed import Cluster, cluster_from_env
 from launch.errors import LaunchEnvironmentError
 from launch.local import _parse, child_environ
+from shardflax.training import Progress
 
 PLACE = Cluster("127.0.0.1:1234", num_processes=2, process_id=1)
 
@@ -59,7 +60,7 @@ def test_bars_only_where_the_launcher_says_so(
 ) -> None:
     for name, value in child_environ(PLACE, 4, columns).items():
         monkeypatch.setenv(name, value)
-    assert progress_mode() == mode
+    assert Progress(9, tokens_per_step=1, shown=True).mode == mode
     assert columns is None or os.environ["COLUMNS"] == str(columns)
 
 

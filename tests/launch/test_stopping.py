@@ -62,7 +62,8 @@ def test_in_an_evaluation_no_further_batch_is_looked_at(
     with pytest.raises(SystemExit) as stopped:
         train._evaluate(run)
     assert stopped.value.code == 143 and seen == [0, 1]
-    assert "stopped after step 10, which is saved" in capsys.readouterr().out
+    said = "all 10 steps are done and saved; the same command goes on with the evaluation"
+    assert said in capsys.readouterr().out
     with pytest.raises(SystemExit):
         train._stop(run_of(Manager(at=1), step=0, steps=10))
     assert "before the first step" in capsys.readouterr().out

@@ -223,9 +223,8 @@ def test_modules_run_as_main_with_their_arguments(run_local) -> None:
 def test_a_bar_on_a_terminal_and_none_in_a_log(start_local, tmp_path: Path) -> None:
     program = (
         "import os, sys\n"
-        "from launch.distributed import progress_mode\n"
-        "print(progress_mode(), os.environ.get('COLUMNS'))\n"
-        "if progress_mode() == 'bar':\n"
+        "print(os.environ['SHARDFLAX_PROGRESS'], os.environ.get('COLUMNS'))\n"
+        "if os.environ['SHARDFLAX_PROGRESS'] == 'bar':\n"
         "    sys.stdout.write('\\rhalf\\rwhole\\n')\n"
     )
     path = script(tmp_path, program)

@@ -39,6 +39,12 @@ def command(corpus: Path, run: Path, *more: str) -> tuple[str, ...]:
     return ("-m", "launch.train", "--data", str(corpus), "--run", str(run), *SMALL, *more)
 
 
+def paced(args: Sequence[str], step: int) -> tuple[str, ...]:
+    """The same command, which takes its time from a step on: what is done to it then is in time."""
+    assert args[:2] == ("-m", "launch.train")
+    return ("-m", "tests.multiprocess.paced", str(step), *args[2:])
+
+
 MESH = ("--mesh", "fsdp=2,tensor=2", "--preset", "fsdp_tp")
 
 
@@ -93,8 +99,8 @@ def undisturbed(
     return losses(run)
 
 
-KILLS = {6: "first", 9: "second", 12: "both", 15: "launcher"}
-"""After which step it is, and who is killed there."""
+KILLS = {6: "first", 8: "second", 10: "both", 11: "launcher"}
+"""After which step it is, and who is killed there.  Step 3 is saved when step 6 is done."""
 
 
 def test_a_run_killed_again_and_again_goes_on_as_if_nothing_had_been(
@@ -107,14 +113,15 @@ def test_a_run_killed_again_and_again_goes_on_as_if_nothing_had_been(
     args = command(corpus, tmp_path, *MESH, "--save-every", "3")
     before = 0
     for step, who in KILLS.items():
-        launcher = start_quick(2, 2, *args)
-        wait_for_step(tmp_path, max(step, before + 1), launcher)
+        after = max(step, before + 1)
+        launcher = start_quick(2, 2, *paced(args, after))
+        wait_for_step(tmp_path, after, launcher)
         pids = children(launcher.pid)
         assert len(pids) == 2
         chosen = {"first": pids[:1], "second": pids[1:], "both": pids, "launcher": [launcher.pid]}
         for pid in chosen[who]:
             os.kill(pid, signal.SIGKILL)
-        out, _ = launcher.communicate(timeout=60)
+        out, _ = launcher.communicate(timeout=300)
         assert launcher.returncode != 0
         assert not before or 3 <= went_on(out) <= before
         before = History.read(tmp_path / "losses.jsonl")[-1]["step"]
@@ -143,10 +150,10 @@ def went_on_and_stopped(
     step: int,
 ) -> int:
     """Asks a run to stop after some step, and returns the step that it saved then."""
-    launcher = start_quick(processes, devices, *args)
+    launcher = start_quick(processes, devices, *paced(args, step))
     wait_for_step(run, step, launcher)
     launcher.send_signal(signal.SIGTERM)
-    out, err = launcher.communicate(timeout=120)
+    out, err = launcher.communicate(timeout=300)
     stopped = re.search(r"stopped after step (\d+), which is saved", out)
     assert stopped and step <= int(stopped[1]) < STEPS, out + err
     assert launcher.returncode != 0
