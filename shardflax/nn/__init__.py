@@ -24,6 +24,7 @@ from shardflax.core import (
     AxisMetadata,
     CollectionFilter,
     DenyList,
+    FrozenDict,
     In,
     Module,
     Out,
@@ -66,9 +67,17 @@ from shardflax.core.run import apply, init, init_with_output
 # Layers, activations and what else takes time to import are imported when they are first used.
 # Type checkers read the imports, Python the table: tests/nn/test_namespace.py holds them together.
 if TYPE_CHECKING:
-    from shardflax.nn import activations as activation
-    from shardflax.nn import dtypes, fp8_ops, initializers, meta, recurrent, transforms
-    from shardflax.nn.activations import (
+    from shardflax.nn import (
+        activation,
+        dtypes,
+        fp8_ops,
+        initializers,
+        meta,
+        recurrent,
+        spmd,
+        transforms,
+    )
+    from shardflax.nn.activation import (
         PReLU,
         celu,
         elu,
@@ -171,7 +180,7 @@ else:
     __getattr__, __dir__ = lazily(
         __name__,
         {
-            "shardflax.nn.activations": """
+            "shardflax.nn.activation": """
                 PReLU celu elu gelu glu hard_sigmoid hard_silu hard_swish hard_tanh identity
                 leaky_relu log_sigmoid log_softmax logsumexp mish normalize one_hot relu relu6
                 selu sigmoid silu soft_sign softmax softplus squareplus standardize swish tanh
@@ -217,12 +226,13 @@ else:
             """,
         },
         modules={
-            "activation": "shardflax.nn.activations",
+            "activation": "shardflax.nn.activation",
             "dtypes": "shardflax.nn.dtypes",
             "fp8_ops": "shardflax.nn.fp8_ops",
             "initializers": "shardflax.nn.initializers",
             "meta": "shardflax.nn.meta",
             "recurrent": "shardflax.nn.recurrent",
+            "spmd": "shardflax.nn.spmd",
             "transforms": "shardflax.nn.transforms",
         },
     )
@@ -250,6 +260,7 @@ __all__ = [
     "Fp8DotGeneralBase",
     "Fp8DotGeneralOp",
     "Fp8Einsum",
+    "FrozenDict",
     "GRUCell",
     "GroupNorm",
     "GroupedQueryAttention",
@@ -357,6 +368,7 @@ __all__ = [
     "soft_sign",
     "softmax",
     "softplus",
+    "spmd",
     "squareplus",
     "standardize",
     "summary",

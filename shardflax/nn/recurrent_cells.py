@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from shardflax.core import compact, nowrap
 from shardflax.nn import _names as names
 from shardflax.nn import initializers
-from shardflax.nn.activations import sigmoid, tanh
+from shardflax.nn.activation import sigmoid, tanh
 from shardflax.nn.errors import CarryShapeError, InputRankError, where
 from shardflax.nn.linear import Dense
 from shardflax.nn.policy import LayerBase

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from shardflax.core import compact, nowrap
 from shardflax.nn import initializers
 from shardflax.nn._windows import BATCH_FIRST
-from shardflax.nn.activations import sigmoid, tanh
+from shardflax.nn.activation import sigmoid, tanh
 from shardflax.nn.conv import Conv
 from shardflax.nn.errors import CarryShapeError, InputRankError, where
 from shardflax.nn.recurrent_cells import RNNCellBase

@@ -15,7 +15,7 @@ from shardflax.core import Module, compact, nowrap
 from shardflax.nn import _names as names
 from shardflax.nn import _weights as weights
 from shardflax.nn import dtypes, initializers
-from shardflax.nn.activations import sigmoid, tanh
+from shardflax.nn.activation import sigmoid, tanh
 from shardflax.nn.recurrent_cells import VectorCell, check_state, dense_pair, state_like
 from shardflax.nn.types import Array, Dtype, Initializer, Names
 from shardflax.partitioning import default_names

@@ -61,6 +61,10 @@ space = {}
 exec("from shardflax.nn import *", space)
 assert set(nn.__all__) <= set(space)
 from shardflax.nn import masks, recurrent_cells
+import shardflax
+assert "shardflax.training" not in sys.modules and shardflax.training.TrainState
+assert set(shardflax.__all__) <= set(dir(shardflax))
+assert {getattr(shardflax, n).__name__ for n in shardflax.__all__} <= sys.modules.keys()
 """
 
 
