@@ -64,7 +64,10 @@ def resolve_padding(
         return padding.upper()
     if isinstance(padding, INTEGERS):
         return ((padding, padding),) * ndim
-    pairs = tuple((p, p) if isinstance(p, INTEGERS) else tuple(p) for p in padding)
+    try:
+        pairs = tuple((p, p) if isinstance(p, INTEGERS) else tuple(p) for p in padding)
+    except TypeError:  # of `None`, say
+        raise PaddingError(place, padding, strings, ndim) from None
     if len(pairs) != ndim or any(len(p) != 2 for p in pairs):
         raise PaddingError(place, padding, strings, ndim)
     return tuple((low, high) for low, high in pairs)

@@ -15,6 +15,7 @@ from shardflax.core import compact, nowrap
 from shardflax.nn import _names as names
 from shardflax.nn import initializers
 from shardflax.nn._cache import KVCache, open_cache, over_keys
+from shardflax.nn._sizes import check_sizes
 from shardflax.nn.dot_product import DotProduct, dot_product_attention
 from shardflax.nn.errors import (
     AttentionOptionsError,
@@ -111,6 +112,7 @@ class MultiHeadDotProductAttention(LayerBase):
     ) -> Array:
         inputs_k, inputs_v = self._sources(inputs_q, inputs_k, inputs_v, inputs_kv)
         width = inputs_q.shape[-1] if self.qkv_features is None else self.qkv_features
+        check_sizes(self, num_heads=self.num_heads, qkv_features=width)
         if self.num_heads < 1 or width % self.num_heads:
             raise HeadsError(where(self), qkv_features=width, num_heads=self.num_heads)
         query = self._project("query", inputs_q, width, "length")

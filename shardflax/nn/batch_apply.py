@@ -20,7 +20,8 @@ class BatchApply:
     """Calls `f`, a module or a function, with the first `num_dims` dims of its arguments merged.
 
     All arrays among the arguments, positional and by keyword, that have as many dims are reshaped;
-    others go in as they are.  All arrays that come out get the dims back: their first dim must be
+    others go in as they are.  Arrays whose leading dims merge to one size, but are of different
+    sizes, are an `InputShapeError`: their elements would meet at random.  All arrays that come out get the dims back: their first dim must be
     the merged one (else an `InputShapeError`).  No array of so many dims is an `InputRankError`.
 
     >>> import jax.numpy as jnp
@@ -39,8 +40,23 @@ class BatchApply:
             wanted = f"at least one of {self.num_dims} dims or more (num_dims)"
             raise InputRankError("BatchApply", "inputs", wanted, max(ranks, key=len, default=()))
         leading = jnp.shape(merged[0])[: self.num_dims]
+        for x in merged[1:]:
+            self._check(leading, jnp.shape(x)[: self.num_dims])
         args, kwargs = jax.tree.map(self._merge, (args, kwargs))
         return jax.tree.map(lambda y: self._split(y, leading), self.f(*args, **kwargs))
+
+    def _check(self, first: tuple[int, ...], other: tuple[int, ...]) -> None:
+        if first == other or prod(first) != prod(other):
+            return
+        dim = next(d for d, (a, b) in enumerate(zip(first, other, strict=True)) if a != b)
+        raise InputShapeError(
+            "BatchApply",
+            "an array",
+            dim=dim,
+            expected=first[dim],
+            found=other[dim],
+            why=f"leading dims {first} and {other} would be merged to one size",
+        )
 
     def _merge(self, x: Any) -> Any:
         if jnp.ndim(x) < self.num_dims:

@@ -18,6 +18,7 @@ from shardflax.nn import _names as names
 from shardflax.nn import _weights as weights
 from shardflax.nn import _windows as windows
 from shardflax.nn import dtypes, initializers
+from shardflax.nn._sizes import check_sizes
 from shardflax.nn.errors import GroupsError, KernelMaskError, WindowError, where
 from shardflax.nn.policy import LayerBase
 from shardflax.nn.types import Array, Dtype, Initializer, Names, Padding, Precision
@@ -130,6 +131,7 @@ class _Conv(LayerBase):
 
     @compact
     def __call__(self, inputs: Array) -> Array:
+        check_sizes(self, features=self.features)
         place, window = where(self), self.window()
         x, batch = windows.fold_batch(place, jnp.asarray(inputs), len(window.size))
         self.check_groups(place, x.shape[-1])

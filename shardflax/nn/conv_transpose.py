@@ -16,6 +16,7 @@ from shardflax.nn import _names as names
 from shardflax.nn import _weights as weights
 from shardflax.nn import _windows as windows
 from shardflax.nn import dtypes, initializers
+from shardflax.nn._sizes import check_sizes
 from shardflax.nn.conv import channels_last, masked
 from shardflax.nn.errors import where
 from shardflax.nn.policy import LayerBase
@@ -83,6 +84,7 @@ class ConvTranspose(LayerBase):
 
     @compact
     def __call__(self, inputs: Array) -> Array:
+        check_sizes(self, features=self.features)
         place = where(self)
         size = windows.sizes(place, "kernel_size", self.kernel_size)
         ndim = len(size)

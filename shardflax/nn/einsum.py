@@ -15,6 +15,7 @@ from shardflax.core import compact
 from shardflax.nn import _names as names
 from shardflax.nn import _weights as weights
 from shardflax.nn import dtypes, initializers
+from shardflax.nn._sizes import check_sizes
 from shardflax.nn.errors import EinsumError, InputRankError, InputShapeError, where
 from shardflax.nn.policy import LayerBase
 from shardflax.nn.types import Array, Dtype, Initializer, Names, Precision
@@ -116,6 +117,8 @@ class Einsum(LayerBase):
 
     @compact
     def __call__(self, inputs: Array, einsum_str: str | None = None) -> Array:
+        for size in self.shape:
+            check_sizes(self, shape=size)
         text = self._equation(einsum_str)
         equation = _parse(where(self), text, jnp.shape(inputs), len(self.shape))
         equation.check(self, jnp.shape(inputs), self.shape)

@@ -13,6 +13,7 @@ from shardflax import partitioning
 from shardflax.nn import _names as names
 from shardflax.nn import _weights as weights
 from shardflax.nn import dtypes, initializers
+from shardflax.nn._sizes import check_sizes
 from shardflax.nn.errors import (
     EmbedLookupError,
     InputDtypeError,
@@ -67,6 +68,7 @@ class Embed(LayerBase):
     )
 
     def setup(self) -> None:
+        check_sizes(self, num_embeddings=self.num_embeddings, features=self.features)
         self.embedding = self.param(
             "embedding",
             partitioning.named(self.embedding_init, self.embedding_axes),

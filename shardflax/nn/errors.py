@@ -21,6 +21,7 @@ __all__ = [
     "DtypeError",
     "EinsumError",
     "EmbedLookupError",
+    "EmptyParameterError",
     "GroupsError",
     "HeadsError",
     "InputDtypeError",
@@ -34,6 +35,7 @@ __all__ = [
     "PolicyError",
     "RotaryError",
     "SequenceError",
+    "SizeError",
     "WindowError",
     "where",
 ]
@@ -95,6 +97,38 @@ class InputShapeError(NNError):
         self.dim, self.expected, self.found = dim, expected, found
         super().__init__(
             place, f"dim {dim} of {what} has size {found}, expected {expected} ({why})."
+        )
+
+
+class SizeError(NNError, TypeError):
+    """A number of features, heads or rows is no whole number, or below zero.
+
+    >>> raise SizeError("Dense 'mlp/up'", "features", None)
+    Traceback (most recent call last):
+    shardflax.nn.errors.SizeError: Dense 'mlp/up': features=None, expected a whole number of at ...
+    """
+
+    def __init__(self, place: str, field: str, found: Any):
+        self.field, self.found = field, found
+        super().__init__(place, f"{field}={found!r}, expected a whole number of at least 0.")
+
+
+class EmptyParameterError(NNError, ZeroDivisionError):
+    """A parameter without elements has an initializer that divides by one of its sizes.
+
+    >>> raise EmptyParameterError("Dense 'mlp/up'", "kernel", (0, 4))
+    Traceback (most recent call last):
+    shardflax.nn.errors.EmptyParameterError: Dense 'mlp/up': parameter 'kernel' has shape (0, 4)...
+    """
+
+    def __init__(self, place: str, name: str, shape: Sequence[int]):
+        self.shape = tuple(shape)
+        empty = ", ".join(f"dim {d}" for d, size in enumerate(self.shape) if size == 0)
+        super().__init__(
+            place,
+            f"parameter {name!r} has shape {self.shape}, and its initializer divides by the size "
+            f"of {empty or 'a dim'}, 0. Give inputs and layer at least one feature, or an "
+            "initializer that does not, `zeros` say.",
         )
 
 

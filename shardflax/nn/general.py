@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import field
 from functools import cached_property, lru_cache, partial
 from math import prod
@@ -18,6 +19,7 @@ from shardflax.core.variable import is_array
 from shardflax.nn import _names as names
 from shardflax.nn import _weights as weights
 from shardflax.nn import dtypes, initializers
+from shardflax.nn._sizes import check_sizes
 from shardflax.nn.errors import AxesError
 from shardflax.nn.linear import choose_dot_general
 from shardflax.nn.policy import LayerBase
@@ -170,6 +172,15 @@ def _counted(dims: tuple[int, ...], ndim: int) -> tuple[int, ...] | str:
     return counted if len(set(counted)) == len(counted) else "a dim is given twice"
 
 
+def _as_tuple(given: Any) -> tuple[Any, ...]:
+    """The numbers of features, where they are not one plain number."""
+    try:
+        return (operator.index(given),)  # an array without dims, say
+    except TypeError:
+        several = isinstance(given, Iterable) and not isinstance(given, str)
+        return tuple(given) if several else (given,)
+
+
 class DenseGeneral(LayerBase):
     """A linear map that contracts the dims `axis` of its input into the dims `features`.
 
@@ -224,8 +235,10 @@ class DenseGeneral(LayerBase):
 
     @nowrap
     def _plan(self, shape: tuple[int, ...]) -> _Plan:
-        given: Any = self.features
-        features = (given,) if isinstance(given, INTEGERS) else tuple(given)
+        given = self.features
+        features = (given,) if isinstance(given, INTEGERS) else _as_tuple(given)
+        for size in features:
+            check_sizes(self, features=size)
         batch = canonical_dims(self, "batch_dims", self.batch_dims, shape)
         if batch != tuple(range(len(batch))):
             raise AxesError(

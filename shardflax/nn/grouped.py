@@ -12,6 +12,7 @@ from shardflax.nn import _names as names
 from shardflax.nn import initializers
 from shardflax.nn._cache import KVCache, open_cache
 from shardflax.nn._grouped import Attention, as_window, both, check_mask, near
+from shardflax.nn._sizes import check_sizes
 from shardflax.nn.errors import CacheShapeError, HeadsError, InputRankError, where
 from shardflax.nn.general import DenseGeneral
 from shardflax.nn.normalization import RMSNorm
@@ -152,9 +153,11 @@ class GroupedQueryAttention(LayerBase):
         if jnp.ndim(x) not in (2, 3):
             raise InputRankError(place, "inputs", "(batch, length, features)", jnp.shape(x))
         kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+        check_sizes(self, num_heads=self.num_heads, num_kv_heads=kv_heads)
         if kv_heads < 1 or self.num_heads < 1 or self.num_heads % kv_heads:
             raise HeadsError(place, num_heads=self.num_heads, num_kv_heads=kv_heads)
         if self.head_dim is not None:
+            check_sizes(self, head_dim=self.head_dim)
             return kv_heads, self.head_dim
         if x.shape[-1] % self.num_heads:
             raise HeadsError(place, features=x.shape[-1], num_heads=self.num_heads)

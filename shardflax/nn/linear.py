@@ -13,6 +13,7 @@ from shardflax.core import compact, nowrap
 from shardflax.nn import _names as names
 from shardflax.nn import _weights as weights
 from shardflax.nn import dtypes, initializers
+from shardflax.nn._sizes import check_sizes
 from shardflax.nn.errors import InputRankError, where
 from shardflax.nn.policy import LayerBase
 from shardflax.nn.types import Array, DotGeneral, Dtype, Initializer, Names, Precision
@@ -92,6 +93,7 @@ class Dense(LayerBase):
         shape = jnp.shape(inputs)
         if not shape:
             raise InputRankError(where(self), "inputs", "at least 1 dim", ())
+        check_sizes(self, features=self.features)
         plan = _plan(len(shape), self.kernel_axes, self.bias_axes, self.out_axes)
         kernel = self.param(
             "kernel",

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from shardflax.core import Module
-from shardflax.nn.errors import PolicyError
+from shardflax.core import Module, nowrap
+from shardflax.nn.errors import EmptyParameterError, PolicyError, where
 from shardflax.nn.types import Dtype
 
 __all__ = ["LayerBase", "Policy"]
@@ -160,3 +160,14 @@ class LayerBase(Module):
                 if name in fields:
                     fields[name] = policy.reduce.itemsize >= 4
         super().__post_init__()
+
+    @nowrap
+    def param(self, name: str, init_fn: Any, *init_args: Any, **kwargs: Any) -> Any:
+        """`Module.param`; an initializer that divides by an empty dim is an
+        `EmptyParameterError`.
+        """
+        try:
+            return super().param(name, init_fn, *init_args, **kwargs)
+        except ZeroDivisionError as error:
+            shape = init_args[0] if init_args else ()
+            raise EmptyParameterError(where(self), name, shape) from error

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from shardflax.core import compact, nowrap
 from shardflax.nn import _names as names
 from shardflax.nn import initializers
+from shardflax.nn._sizes import check_sizes
 from shardflax.nn.activation import sigmoid, tanh
 from shardflax.nn.errors import CarryShapeError, InputRankError, where
 from shardflax.nn.linear import Dense
@@ -93,6 +94,7 @@ def state_like(cell: Any, rng: Array, input_shape: tuple[int, ...]) -> Array:
     >>> state_like(nn.GRUCell(3), jax.random.key(0), (2, 5)).shape
     (2, 3)
     """
+    check_sizes(cell, features=cell.features)
     state = cell.carry_init(rng, (*input_shape[:-1], cell.features), cell.param_dtype)
     return names.output(state, cell.out_axes, cell.kernel_axes[1:])
 
@@ -103,6 +105,7 @@ def check_state(cell: Any, what: str, state: Any, inputs: Array) -> None:
     >>> import shardflax.nn as nn
     >>> check_state(nn.GRUCell(3), "the carry", jnp.ones((2, 3)), jnp.ones((2, 5)))
     """
+    check_sizes(cell, features=cell.features)
     shape = jnp.shape(inputs)
     if not shape:
         raise InputRankError(where(cell), "inputs", "at least 1 dim", shape)

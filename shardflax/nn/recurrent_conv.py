@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from shardflax.core import compact, nowrap
 from shardflax.nn import initializers
+from shardflax.nn._sizes import check_sizes
 from shardflax.nn._windows import BATCH_FIRST
 from shardflax.nn.activation import sigmoid, tanh
 from shardflax.nn.conv import Conv
@@ -62,6 +63,7 @@ class ConvLSTMCell(RNNCellBase):
         self, carry: tuple[Array, Array], inputs: Array
     ) -> tuple[tuple[Array, Array], Array]:
         c, h = carry
+        check_sizes(self, features=self.features)
         self._check(c, h, inputs)
         layer = partial(
             Conv,
@@ -108,6 +110,7 @@ class ConvLSTMCell(RNNCellBase):
 
     @nowrap
     def initialize_carry(self, rng: Array, input_shape: tuple[int, ...]) -> tuple[Array, Array]:
+        check_sizes(self, features=self.features)
         shape = (*input_shape[:-1], self.features)
         of_c, of_h = jax.random.split(rng)
         return (

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from shardflax import partitioning
-from shardflax.core import Module, compact, nowrap
+from shardflax.core import compact, nowrap
 from shardflax.nn import _names as names
 from shardflax.nn import _weights as weights
 from shardflax.nn import dtypes, initializers
 from shardflax.nn.activation import sigmoid, tanh
+from shardflax.nn.policy import LayerBase
 from shardflax.nn.recurrent_cells import VectorCell, check_state, dense_pair, state_like
 from shardflax.nn.types import Array, Dtype, Initializer, Names
 from shardflax.partitioning import default_names
@@ -93,7 +94,7 @@ class LSTMCell(VectorCell):
         return state_like(self, of_c, input_shape), state_like(self, of_h, input_shape)
 
 
-class _Gate(Module):
+class _Gate(LayerBase):
     """The parameters of one `Dense` layer, which are used together with those of others."""
 
     features: int

@@ -60,6 +60,24 @@ def einsum(*args: Any) -> Callable[..., Any]:
 
 CASES: list[tuple[Any, str]] = [
     (run(lambda **k: nn.Dense(3, **k), 1.0), r"Dense 'inner': inputs have shape \(\) \(0 dims\)"),
+    (run(lambda **k: nn.Dense(None, **k), X), "Dense 'inner': features=None, expected a whole"),
+    (run(general(features=(2, -1)), X), "General 'inner': features=-1, expected a whole"),
+    (run(conv(2.0, 3), X), "Conv 'inner': features=2.0, expected a whole"),
+    (run(lambda **k: nn.ConvTranspose(None, 3, **k), X), "Transpose 'inner': features=None"),
+    (run(lambda **k: nn.Embed(-1, 3, **k), X), "Embed 'inner': num_embeddings=-1"),
+    (run(einsum((8, None), "...a,ab->...b"), X), "Einsum 'inner': shape=None, expected"),
+    (run(lambda **k: nn.RNN(nn.GRUCell(-1), **k), X), "GRUCell '.*': features=-1"),
+    (run(lambda **k: nn.RNN(nn.ConvLSTMCell(None, (3,)), **k), X[None]), "features=None"),
+    (run(mha(num_heads=None), X), "MultiHeadAttention 'inner': num_heads=None, expected"),
+    (run(heads(num_heads=2, head_dim=-2), X), "Attention 'inner': head_dim=-2, expected"),
+    (
+        run(lambda **k: nn.Dense(3, **k), X[..., :0]),
+        r"Dense 'inner': parameter 'kernel' has shape \(0, 3\), .* the size of dim 0, 0",
+    ),
+    (
+        run(mha(num_heads=2, out_features=0), X),
+        r"DenseGeneral 'inner/out': parameter 'kernel' has shape \(2, 4, 0\), .* of dim 2",
+    ),
     (run(general(features=3, axis=7), X), r"axis=\(7,\) .* \(2, 3, 8\): dim 7 does not exist"),
     (run(general(features=3, axis=(2, -1)), X), "a dim is given twice"),
     (run(general(features=3, batch_dims=(1,)), X), "must be the leading dims"),

@@ -110,6 +110,8 @@ def test_errors_of_merging() -> None:
         nn.BatchApply(lambda x: x, num_dims=5)(X)
     with pytest.raises(FlaxError, match=r"dim 0 .* size 7, expected 14 \(the merged dims \(2, 7\)"):
         nn.BatchApply(lambda x: x[:7])(X)
+    with pytest.raises(FlaxError, match=r"dim 0 .* size 7, expected 2 \(leading dims \(2, 7\)"):
+        nn.BatchApply(jnp.add)(X, jnp.swapaxes(X, 0, 1))
 
 
 def test_activations_are_jax_s() -> None:
