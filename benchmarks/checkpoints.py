@@ -206,8 +206,8 @@ def memory(root: Path, name: str, leaves: int) -> dict[str, float]:
 
 def death(root: Path, timeout: float) -> dict[str, Any]:
     """How long one process waits for another that was killed."""
-    address = f"127.0.0.1:{free_port()}"
-    with tempfile.TemporaryDirectory(dir=root) as folder:
+    with tempfile.TemporaryDirectory(dir=root) as folder, free_port() as port:
+        address = f"127.0.0.1:{port}"
         processes = [
             subprocess.Popen(
                 [sys.executable, _CHILD, "death", folder, str(timeout)], cwd=ROOT,

@@ -13,12 +13,13 @@ launcher, however that dies.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 from launch.chatter import GlooChatter
@@ -37,15 +38,22 @@ _PATIENCE = {
 }
 
 
-def free_port() -> int:
-    """A TCP port of the loopback interface that nobody uses at the moment.
+@contextlib.contextmanager
+def free_port() -> Iterator[int]:
+    """A TCP port of the loopback interface that nobody else uses, nor gets until the block ends.
 
-    >>> 0 < free_port() < 65536
+    >>> with free_port() as port:
+    ...     0 < port < 65536
     True
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    with socket.socket() as held:
+        if sys.platform == "linux":  # JAX's service says the same, and so may listen there
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
+        if sys.platform != "linux":
+            held.close()
+        yield port
 
 
 def _xla_flags(inherited: str, devices: int) -> str:
@@ -147,9 +155,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     options, command = _parse(sys.argv[1:] if argv is None else argv)
     console = Console(options.processes, noise=GlooChatter)
-    start = partial(_start, command, options.processes, options.devices, free_port(), console)
     try:
-        return Supervisor(console, options.grace).run(options.processes, start)
+        with free_port() as port:
+            start = partial(_start, command, options.processes, options.devices, port, console)
+            return Supervisor(console, options.grace).run(options.processes, start)
     except BrokenPipeError:  # whoever read our output has gone, and so have the processes now
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141

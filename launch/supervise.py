@@ -1,7 +1,8 @@
 """Keeps watch over the processes of a run: their output, their deaths, and our signals.
 
 One thread, one `select`: output arrives through pipes, signals (also "a child has died") through
-the interpreter's wakeup descriptor.
+the interpreter's wakeup descriptor.  On Linux each process has a descriptor that tells of its
+death: they become ready in the order in which processes die, however late that is looked at.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import selectors
 import signal
 import socket
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO
 
@@ -117,6 +119,7 @@ class Supervisor:
         self._grace = grace
         self._running: dict[int, subprocess.Popen[bytes]] = {}
         self._selector = selectors.DefaultSelector()
+        self._deaths: dict[int, int] = {}  # descriptors of processes that have not been buried
         self._deadline: float | None = None  # when SIGKILL follows
         self._signalled = False
         self._status = 0
@@ -133,28 +136,39 @@ class Supervisor:
                     started = start(index)
                     self._running[index] = started.process
                     self._guard.add(started.process.pid)
-                    self._watch(index, started.pipes)
+                    self._watch(index, started)
                 while self._running:
                     self._step(arrived)
                 self._drain()
             finally:
                 self._kill_all()
+                for descriptor in self._deaths:
+                    os.close(descriptor)
         for index in range(count):
             self._console.close(index)
         return self._status
 
-    def _watch(self, index: int, pipes: Mapping[Stream, IO[bytes]]) -> None:
-        for name, pipe in pipes.items():
+    def _watch(self, index: int, started: Started) -> None:
+        for name, pipe in started.pipes.items():
             os.set_blocking(pipe.fileno(), False)
             self._selector.register(pipe, selectors.EVENT_READ, (index, name))
+        if sys.platform == "linux":
+            with contextlib.suppress(OSError):  # an old kernel, or a container that forbids it
+                descriptor = os.pidfd_open(started.process.pid)
+                self._deaths[descriptor] = index
+                self._selector.register(descriptor, selectors.EVENT_READ)
 
     def _step(self, arrived: socket.socket) -> None:
         """Waits for something to happen, and answers it."""
         wait = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
         ready = [key for key, _ in self._selector.select(wait)]
-        for key in (k for k in ready if k.fileobj is not arrived):
+        for key in (k for k in ready if k.data):
             self._read(key)
-        if any(k.fileobj is arrived for k in ready):  # last: it may close what is ready
+        # Last: these may close what is ready.
+        died = [self._deaths[k.fd] for k in ready if k.fd in self._deaths]
+        if died:
+            self._reap(died)
+        if any(k.fileobj is arrived for k in ready):
             self._answer(arrived.recv(4096))
         if self._deadline is not None and time.monotonic() >= self._deadline:
             self._deadline = None
@@ -196,13 +210,17 @@ class Supervisor:
         for process in self._running.values():
             process.send_signal(number)
 
-    def _reap(self) -> None:
-        """Takes notice of the processes that have ended."""
+    def _reap(self, order: Sequence[int] = ()) -> None:
+        """Takes notice of the processes that have ended; of some, the order is known."""
         ended = [(i, p.poll()) for i, p in self._running.items()]
         # Of several found dead at once, one that aborted most likely did so because of another:
         # that is how JAX answers the loss of a peer.
         gone = [(i, code) for i, code in ended if code is not None]
-        for index, code in sorted(gone, key=lambda x: (x[1] == -signal.SIGABRT, x[0])):
+        place = {index: number for number, index in enumerate(order)}
+        last = len(place)
+        for index, code in sorted(
+            gone, key=lambda x: (x[1] == -signal.SIGABRT, place.get(x[0], last), x[0])
+        ):
             self._bury(index, code)
 
     def _bury(self, index: int, code: int) -> None:
@@ -210,6 +228,7 @@ class Supervisor:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)  # what it left behind
         self._guard.remove(process.pid)
+        self._forget(index)
         self._read_rest(index)
         if not self._running:
             self._deadline = None
@@ -220,6 +239,13 @@ class Supervisor:
             self._status = exit_status(code)
             if self._running:
                 self._stop_others()
+
+    def _forget(self, index: int) -> None:
+        """Closes what told of the death of a process."""
+        for descriptor in [d for d, i in self._deaths.items() if i == index]:
+            del self._deaths[descriptor]
+            self._selector.unregister(descriptor)
+            os.close(descriptor)
 
     def _stop_others(self) -> None:
         if not self._signalled:

@@ -76,7 +76,7 @@ def run_local(start_local: Callable[..., subprocess.Popen[str]]):
     Gives a `subprocess.CompletedProcess` with the output as text; `timeout` in seconds.
     """
 
-    def run(*args: object, timeout: float = 120.0, **kw: object) -> subprocess.CompletedProcess:
+    def run(*args: object, timeout: float = 600.0, **kw: object) -> subprocess.CompletedProcess:
         launcher = start_local(*args, **kw)
         out, err = launcher.communicate(timeout=timeout)
         return subprocess.CompletedProcess(launcher.args, launcher.returncode, out, err)

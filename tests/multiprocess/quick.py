@@ -48,7 +48,9 @@ class Launcher:
     def wait(self, timeout: float | None = None) -> int:
         """Its exit status, as `Popen` gives it."""
         if self.returncode is None:
-            if not select.select([self._said], [], [], timeout)[0]:
+            poll = select.poll()  # `select` cannot wait for a descriptor of a large number
+            poll.register(self._said, select.POLLIN)
+            if not poll.poll(None if timeout is None else 1000 * timeout):
                 raise subprocess.TimeoutExpired(self.args, timeout or 0)
             self.returncode = os.waitstatus_to_exitcode(int(self._said.readline() or b"9"))
             self._said.close()
@@ -77,7 +79,7 @@ class Launcher:
             self.kill()
             raise
         for thread, stream in zip(reading, streams, strict=True):
-            thread.join(10)
+            thread.join(300)
             stream.close()
         return said.get(self.stdout, ""), said.get(self.stderr, "")
 
@@ -120,7 +122,7 @@ class Nursery:
             os.close(writing)
         return Launcher(args, *(reading for reading, _ in pipes))
 
-    def run(self, *args: Any, timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
+    def run(self, *args: Any, timeout: float = 600.0) -> subprocess.CompletedProcess[str]:
         """The same to its end."""
         launcher = self.start(*args)
         out, err = launcher.communicate(timeout)
@@ -129,7 +131,7 @@ class Nursery:
     def close(self) -> None:
         """Ends it, and what it started."""
         self._socket.close()
-        self._process.wait(60)
+        self._process.wait(300)
 
 
 # --- the process

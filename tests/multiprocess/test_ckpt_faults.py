@@ -25,9 +25,10 @@ if __name__ != "__main__":
     pytestmark = pytest.mark.multiprocess
 
 ROOT = Path(__file__).parents[2]
+HANG = 300.0
+"""Seconds that nobody needs, however slow the machine is."""
 TIMEOUT = 1.0
-LATE = 2.5
-"""Seconds for which a process hangs, longer than the others wait, before it goes on."""
+"""Seconds that are waited for who does not come."""
 BEFORE = faults.POINTS[: faults.POINTS.index("rename") + 1]
 """The points at which nothing is committed yet."""
 PEER = ("staged", "folder", "group", "written")
@@ -46,6 +47,10 @@ CASES = [
 
 
 FIRST = ("lead", "stuck")
+WAITED_FOR = {("die", point) for point in (*PEER, "reading")} | {
+    ("hang", "written"), ("hang", "reading"), ("late", "written"), ("stuck", "written"),
+}  # fmt: skip
+"""The cases of which one hears by waiting; of the others, at once."""
 
 
 def steps_after(role: str, point: str) -> list[int]:
@@ -134,15 +139,30 @@ def pair(folder: Path, index: int, port: int, role: str, point: str) -> int:
         made = jax.make_array_from_callback(w.shape, sharding, lambda index: w[index])
         return {**state, "w": made}
 
-    timeout = {"fail": 60, "late": LATE - 0.5}.get(role, TIMEOUT)
-    manager = ckpt.CheckpointManager(folder, keep=2, timeout=timeout)
+    manager = ckpt.CheckpointManager(folder, keep=2, timeout=HANG)
+    there = folder.with_suffix(".there")
+    reports = [folder.with_suffix(f".{i}.json") for i in range(2)]
+
+    def happens() -> None:
+        """To the one whom the case is about; "late" waits until the other one has given up."""
+        there.touch()
+        if role == "late":
+            wait_until(reports[1 - index].exists)
+        else:
+            {"die": die, "lead": die, "fail": lambda: 1 / 0}.get(role, hang)()
+
+    def waits() -> None:
+        """The other one, whom nothing kept waiting so far, however slow both of them are."""
+        wait_until(there.exists)
+        be_patient(manager, TIMEOUT)
+
     manager.save(1, spread(1))
     manager.wait()
     target, end = spread(2), int
     if index == (role not in FIRST):
-        does = {"die": die, "lead": die, "fail": lambda: 1 / 0, "late": lambda: time.sleep(LATE)}
-        end = when(point, does.get(role, lambda: time.sleep(60)))
-    began = time.monotonic()
+        end = when(point, happens)
+    elif (role, point) in WAITED_FOR:
+        end = when(point if point == "reading" else ("written", "reported")[index], waits)
     try:
         if point == "reading":
             manager.restore(target)
@@ -150,16 +170,32 @@ def pair(folder: Path, index: int, port: int, role: str, point: str) -> int:
             manager.save(2, target)
             manager.wait()
     except ckpt.CheckpointError as error:
-        seconds = time.monotonic() - began
         left = sorted(p.name for p in folder.iterdir())
-        report = {"error": str(error), "kind": type(error).__name__, "seconds": seconds}
+        report = {"error": str(error), "kind": type(error).__name__}
         report |= {"steps": manager.all_steps(), "left": left}
-        (folder.parent / f"{folder.name}.{index}.json").write_text(json.dumps(report))
+        partial = reports[index].with_suffix(".partial")
+        partial.write_text(json.dumps(report))
+        partial.rename(reports[index])
     if role in ("late", "fail"):  # the next step is none the worse for it
         end()
+        be_patient(manager, HANG)
         manager.save(3, spread(3))
         manager.close()
     return 0
+
+
+def hang() -> None:
+    time.sleep(12 * HANG)
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    while not true():
+        time.sleep(0.01)
+
+
+def be_patient(manager: ckpt.CheckpointManager, seconds: float) -> None:
+    """Changes for how long a manager waits from now on."""
+    object.__setattr__(manager._meeting, "timeout", seconds)
 
 
 def wait_for(pids: list[int], seconds: float) -> dict[int, int]:
@@ -182,7 +218,7 @@ def run_alone(root: Path) -> None:
     """Every point, one child each."""
     for point in faults.POINTS:
         pid = forked(lambda point=point: save_and_die(root / point, point))
-        status = wait_for([pid], 60)[pid]
+        status = wait_for([pid], HANG)[pid]
         assert status == -signal.SIGKILL, (point, status)
 
 
@@ -191,18 +227,18 @@ def run_pairs(root: Path) -> None:
     from launch.local import free_port
 
     for role, point in CASES:
-        port = free_port()
         folder = root / f"{role}-{point}"
-        pids = [
-            forked(lambda i=i: pair(folder, i, port, role, point))  # noqa: B023
-            for i in range(2)
-        ]
-        if role in FIRST:
-            pids.reverse()
-        first = wait_for(pids[:1], 60)
-        if role not in ("fail", "late"):
-            os.kill(pids[1], signal.SIGKILL)
-        wait_for(pids[1:], 30)
+        with free_port() as port:
+            pids = [
+                forked(lambda i=i: pair(folder, i, port, role, point))  # noqa: B023
+                for i in range(2)
+            ]
+            if role in FIRST:
+                pids.reverse()
+            first = wait_for(pids[:1], HANG)
+            if role not in ("fail", "late"):
+                os.kill(pids[1], signal.SIGKILL)
+            wait_for(pids[1:], HANG)
         # JAX ends a process whose coordination service is gone, if it is faster than we are.
         assert first[pids[0]] in ((0, -signal.SIGABRT) if role == "lead" else (0,)), (role, point)
 
@@ -217,7 +253,7 @@ def leave(folder: Path, way: str) -> None:
     manager.save(1, state_of(1))
     manager.wait()
     writing = threading.Event()
-    long = 60 if way == "os._exit while writing" else 0.2  # it is still at work when we leave
+    long = HANG if way == "os._exit while writing" else 0.2  # it is still at work when we leave
     if way != "os._exit":
         when("written", lambda: writing.set() or time.sleep(long))
     manager.save(2, state_of(2))
@@ -226,7 +262,7 @@ def leave(folder: Path, way: str) -> None:
     if way == "exception":
         raise LookupError("raised on purpose")
     if way == "os._exit while writing":
-        assert writing.wait(60)
+        assert writing.wait(HANG)
     if way.startswith("os._exit"):
         os._exit(4)
 
@@ -242,7 +278,7 @@ def run_ways(root: Path) -> None:
             os.dup2(said, 2)
             leave(root / way, way)
             return
-        found[way] = wait_for([pid], 60)[pid]
+        found[way] = wait_for([pid], HANG)[pid]
     (root / "statuses.json").write_text(json.dumps(found))
 
 
@@ -266,7 +302,7 @@ def rival(folder: Path, index: int) -> int:
 def run_rivals(root: Path) -> None:
     """Two jobs that know nothing of each other."""
     pids = [forked(lambda i=i: rival(root / "run", i)) for i in range(2)]
-    assert set(wait_for(pids, 120).values()) == {0}
+    assert set(wait_for(pids, HANG).values()) == {0}
 
 
 # --- the tests
@@ -280,7 +316,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
     done = subprocess.run(
         [sys.executable, __file__, str(root)],
-        cwd=ROOT, env=env, text=True, capture_output=True, timeout=300, check=False,
+        cwd=ROOT, env=env, text=True, capture_output=True, timeout=12 * HANG, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return root
@@ -301,7 +337,7 @@ def test_killed_at_every_point(ran: Path) -> None:
 
 
 def test_a_peer_that_dies_hangs_or_fails(ran: Path) -> None:
-    """The other one hears of it two seconds after the timeout at the latest."""
+    """The other one says which, and for how long it waited."""
     root = ran / "pairs"
     reports = {path.name[:-7]: json.loads(path.read_text()) for path in root.glob("*.0.json")}
     assert set(reports) == {
@@ -313,10 +349,9 @@ def test_a_peer_that_dies_hangs_or_fails(ran: Path) -> None:
         if case.startswith("fail"):
             assert "process 1: ZeroDivisionError" in report["error"]
         else:
-            assert "Process 1 did not answer for" in report["error"], (case, report)
-        limit = (LATE if case.startswith("late") else TIMEOUT) + 2
+            assert "Process 1 did not answer for 1 s (" in report["error"], (case, report)
         kind = "CheckpointPeerError" if case.endswith("reading") else "CheckpointSaveError"
-        assert report["kind"] == kind and report["seconds"] < limit, (case, report)
+        assert report["kind"] == kind, (case, report)
         assert report["steps"] == [1] and report["left"] == ["1"], (case, report)
     for case, why in (("fail-group", "ZeroDivisionError"), ("late-written", "Process 1 did not")):
         other = json.loads((root / f"{case}.1.json").read_text())
@@ -330,10 +365,9 @@ def test_a_first_process_that_dies_or_hangs(ran: Path) -> None:
         report = json.loads(path.read_text())
         assert "Process 0 did not answer" in report["error"], report
         assert "coordination service" in report["error"], report
-        assert report["seconds"] < TIMEOUT + 2, report
     report = json.loads((root / "stuck-written.1.json").read_text())
     assert "Process 0 did not answer for 2 s (committing step 2)" in report["error"], report
-    assert report["seconds"] < TIMEOUT + 2 and report["steps"] == [1], report
+    assert report["steps"] == [1], report
 
 
 def test_whatever_happened_to_a_process_what_was_committed_is_there(ran: Path) -> None:

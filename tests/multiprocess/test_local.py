@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import re
@@ -13,6 +14,9 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.multiprocess
+
+HANG = 300.0
+"""Seconds after which something has stopped for good, on the slowest machine."""
 
 SUM = """
 import jax, numpy as np
@@ -79,22 +83,22 @@ def alive(pid: int) -> bool:
         return False
 
 
-def wait_until_gone(pids: list[int], seconds: float = 5.0) -> list[int]:
-    end = time.monotonic() + seconds
+def wait_until_gone(pids: list[int]) -> list[int]:
+    end = time.monotonic() + HANG
     while any(alive(p) for p in pids) and time.monotonic() < end:
         time.sleep(0.02)
     return [p for p in pids if alive(p)]
 
 
 def pids_of(launcher: subprocess.Popen[str], processes: int) -> list[int]:
-    """Reads the launcher's output until each process has said its pids."""
+    """Reads the launcher's output until each process has said its pids; in their order."""
     assert launcher.stdout is not None
-    found: list[int] = []
-    while len(found) < 2 * processes:
-        words = launcher.stdout.readline().split()
-        assert words[1] == "pids", words
-        found += map(int, words[2:])
-    return found
+    found: dict[str, list[int]] = {}
+    while len(found) < processes:
+        index, word, *pids = launcher.stdout.readline().split()
+        assert word == "pids"
+        found[index] = [int(pid) for pid in pids]
+    return [pid for index in sorted(found) for pid in found[index]]
 
 
 @pytest.mark.parametrize(
@@ -131,13 +135,11 @@ def test_one_that_fails_stops_all(
     words: str,
     start: str,
 ) -> None:
-    began = time.monotonic()
     run = request.getfixturevalue(start)
-    done = run(2, 1, script(tmp_path, FAIL), how, str(who), timeout=60)
+    done = run(2, 1, script(tmp_path, FAIL), how, str(who))
     assert done.returncode == status, done.stderr
     said = [line for line in done.stderr.splitlines() if line.startswith("launch: ")]
     assert said[:2] == [f"launch: process {who} {words}", f"launch: stopping process {1 - who}"]
-    assert time.monotonic() - began < 30  # most of it is the start
     if how == "raise":
         assert f"[{who}] ValueError: broken on purpose" in done.stderr
     if start == "run_local":
@@ -152,7 +154,7 @@ def test_signals_are_forwarded(
     launcher = start_local(2, 1, script(tmp_path, LINGER), manner)
     pids = pids_of(launcher, 2)
     launcher.send_signal(number)
-    out, _ = launcher.communicate(timeout=20)
+    out, _ = launcher.communicate(timeout=HANG)
     assert sorted(out.splitlines()) == [f"[0] got {number.name}", f"[1] got {number.name}"]
     assert launcher.returncode == status
     assert wait_until_gone(pids) == []
@@ -162,7 +164,7 @@ def test_a_default_program_dies_of_sigterm(start_local, tmp_path: Path) -> None:
     launcher = start_local(2, 1, script(tmp_path, LINGER), "plain")
     pids = pids_of(launcher, 2)
     launcher.send_signal(signal.SIGTERM)
-    _, err = launcher.communicate(timeout=20)
+    _, err = launcher.communicate(timeout=HANG)
     assert launcher.returncode == 143
     assert "process 0 was killed by SIGTERM" in err
     assert wait_until_gone(pids) == []
@@ -175,7 +177,7 @@ def test_a_second_signal_kills_the_stubborn(start_local, tmp_path: Path) -> None
     assert "SIGINT; waiting up to 30 s" in launcher.stderr.readline()
     assert all(alive(p) for p in pids)
     launcher.send_signal(signal.SIGINT)
-    launcher.communicate(timeout=20)
+    launcher.communicate(timeout=HANG)
     assert launcher.returncode == 137
     assert wait_until_gone(pids) == []
 
@@ -183,13 +185,30 @@ def test_a_second_signal_kills_the_stubborn(start_local, tmp_path: Path) -> None
 def test_a_dead_peer_ends_the_stubborn_too(start_local, tmp_path: Path) -> None:
     launcher = start_local(2, 1, script(tmp_path, LINGER), "stubborn")
     pids = pids_of(launcher, 2)
-    start = time.monotonic()
     os.kill(pids[0], signal.SIGKILL)
-    _, err = launcher.communicate(timeout=20)
+    _, err = launcher.communicate(timeout=HANG)
     assert launcher.returncode == 137
-    assert time.monotonic() - start < 10
     assert "did not stop in time; killing it" in err
     assert wait_until_gone(pids) == []
+
+
+def test_who_died_first_is_known_though_nobody_looked(start_local, tmp_path: Path) -> None:
+    """The launcher is held meanwhile: it finds both dead at once."""
+    launcher = start_local(2, 1, script(tmp_path, LINGER), "stubborn")
+    pids = pids_of(launcher, 2)
+    launcher.send_signal(signal.SIGSTOP)
+    for pid, number in ((pids[2], signal.SIGKILL), (pids[0], signal.SIGUSR1)):
+        os.kill(pid, number)
+        assert wait_until_gone([pid]) == []
+    launcher.send_signal(signal.SIGCONT)
+    _, err = launcher.communicate(timeout=HANG)
+    said = [line for line in err.splitlines() if line.startswith("launch: ")]
+    assert said == [
+        "launch: process 1 was killed by SIGKILL",
+        "launch: stopping process 0",
+        "launch: process 0 was killed by SIGUSR1",
+    ]
+    assert launcher.returncode == 137
 
 
 def test_nobody_outlives_a_killed_launcher(start_local, tmp_path: Path) -> None:
@@ -208,7 +227,7 @@ def test_nobody_outlives_a_killed_launcher(start_local, tmp_path: Path) -> None:
 def test_remains_of_a_finished_process_are_killed(run_local, tmp_path: Path) -> None:
     sleeper = "[sys.executable, '-c', 'import time; time.sleep(600)']"
     program = f"import subprocess, sys\nprint(subprocess.Popen({sleeper}).pid)"
-    done = run_local(1, 1, script(tmp_path, program), timeout=20)
+    done = run_local(1, 1, script(tmp_path, program), timeout=HANG)
     assert done.returncode == 0
     pid = int(done.stdout.split()[-1])
     assert wait_until_gone([pid]) == []
@@ -229,18 +248,26 @@ def test_a_bar_on_a_terminal_and_none_in_a_log(start_local, tmp_path: Path) -> N
     )
     path = script(tmp_path, program)
     launcher = start_local(2, 1, path, env=_terminal())
-    out, _ = launcher.communicate(timeout=20)
+    out, _ = launcher.communicate(timeout=HANG)
     assert sorted(out.splitlines()) == ["[0] lines 70", "[1] lines 70"]
 
     ours, theirs = pty.openpty()
     launcher = start_local(2, 1, path, stdout=theirs, stderr=theirs, env=_terminal())
-    launcher.wait(timeout=20)
+    launcher.wait(timeout=HANG)
     os.close(theirs)
-    shown = os.read(ours, 1 << 16).decode()
-    os.close(ours)
+    shown = read_all(ours).decode()
     assert "[0] bar 65" in shown  # 70, the prefix, and one left free so that nothing wraps
     assert "[1] lines 70" in shown
     assert "[0] whole" in re.sub(r"\x1b\[K", "", shown)
+
+
+def read_all(terminal: int) -> bytes:
+    """What was written to a terminal that nobody writes to any more; it may come in parts."""
+    parts: list[bytes] = []
+    with open(terminal, "rb", buffering=0) as stream, contextlib.suppress(OSError):
+        while part := stream.read(1 << 16):
+            parts.append(part)
+    return b"".join(parts)
 
 
 def test_native_output_stays_out_of_a_bar(start_local, tmp_path: Path) -> None:
@@ -253,7 +280,7 @@ def test_native_output_stays_out_of_a_bar(start_local, tmp_path: Path) -> None:
         "print('\\rwhole')\n"
     )
     launcher = start_local(1, 1, script(tmp_path, program))
-    out, _ = launcher.communicate(timeout=20)
+    out, _ = launcher.communicate(timeout=HANG)
     assert sorted(out.splitlines()) == ["[0] from elsewhere", "[0] whole"]
 
 
