@@ -136,7 +136,7 @@ def check(state: Any, target: Any, where: Any) -> None:
 def write(folder: Path) -> None:
     """Two steps under fsdp_tp: scanned layers, and single ones."""
     assert set(AXES) == set(PRESETS)
-    with CheckpointManager(folder, timeout=60) as manager:
+    with CheckpointManager(folder, timeout=300) as manager:
         for step, scan in SAVED.items():
             manager.save(step, filled(abstract("fsdp_tp", scan)), metrics={"loss": step})
         manager.wait()
@@ -171,7 +171,7 @@ def counted(patch: pytest.MonkeyPatch) -> list[int]:
 
 def read(folder: Path) -> None:
     """Every preset reads one of the steps, as it is or with its layers stacked or cut, in turn."""
-    with CheckpointManager(folder, read_only=True, timeout=60) as manager:
+    with CheckpointManager(folder, read_only=True, timeout=300) as manager:
         for number, preset in enumerate(AXES):
             step, restack = 1 + number // 2 % 2, bool(number % 2)
             target = abstract(preset, scan=SAVED[step] ^ restack)

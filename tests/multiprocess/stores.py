@@ -27,8 +27,8 @@ __all__ = ["google", "s3"]
 @contextlib.contextmanager
 def s3(bucket: str) -> Iterator[dict[str, str]]:
     """A server with one bucket; the variables that lead programs to it."""
-    port = _free_port()
-    with _server([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], port):
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p"]
+    with _server(command) as port:
         url = f"http://127.0.0.1:{port}"
         with urllib.request.urlopen(urllib.request.Request(f"{url}/{bucket}", method="PUT")):
             pass
@@ -42,15 +42,11 @@ def s3(bucket: str) -> Iterator[dict[str, str]]:
 @contextlib.contextmanager
 def google(bucket: str) -> Iterator[dict[str, str]]:
     """The same for Google's."""
-    port = _free_port()
     command = str(Path(sys.executable).with_name("gcp-storage-emulator"))
     if not Path(command).exists():
         command = shutil.which("gcp-storage-emulator") or command
-    options = ["start", "--host", "127.0.0.1", "--port", str(port), "--in-memory"]
-    with (
-        _server([command, *options, "--default-bucket", bucket], port),
-        _Proxy(port) as front,
-    ):
+    options = ["start", "--host", "127.0.0.1", "--in-memory", "--default-bucket", bucket, "--port"]
+    with _server([command, *options]) as port, _Proxy(port) as front:
         yield {
             "TENSORSTORE_GCS_HTTP_URL": f"http://127.0.0.1:{front}",
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "anybody",
@@ -64,24 +60,37 @@ def _free_port() -> int:
 
 
 @contextlib.contextmanager
-def _server(command: list[str], port: int) -> Iterator[None]:
-    """A process that serves HTTP, from when it answers on."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 60
-        while not _answers(port):
-            assert process.poll() is None, f"{command} ended"
-            assert time.monotonic() < deadline, f"{command} does not answer"
-            time.sleep(0.02)
-        yield
-    finally:
-        process.kill()
-        process.wait()
+def _server(command: list[str]) -> Iterator[int]:
+    """A process that serves HTTP on the port that ends its command, from when it answers on."""
+    for left in reversed(range(5)):  # somebody else may get the port before it does
+        port = _free_port()
+        process = subprocess.Popen(
+            [*command, str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            if _is_up(process, port):
+                yield port
+                return
+            assert left, f"{command} ended"
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _is_up(process: subprocess.Popen[bytes], port: int) -> bool:
+    """Waits until it answers; false if it has ended, and whatever answers is another."""
+    deadline = time.monotonic() + 300
+    while not _answers(port):
+        if process.poll() is not None:
+            return False
+        assert time.monotonic() < deadline, f"{process.args} does not answer"
+        time.sleep(0.02)
+    return process.poll() is None
 
 
 def _answers(port: int) -> bool:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5):
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=60):
             return True
     except urllib.error.HTTPError:
         return True
@@ -114,7 +123,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _pass_on(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        behind = http.client.HTTPConnection("127.0.0.1", self.behind, timeout=60)
+        behind = http.client.HTTPConnection("127.0.0.1", self.behind, timeout=300)
         try:
             behind.request(self.command, self.path, body, dict(self.headers))
             answer = behind.getresponse()

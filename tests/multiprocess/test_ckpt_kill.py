@@ -1,7 +1,7 @@
 """SIGKILL at any moment of a loop of saves: the last complete step is always there, and whole.
 
-This file is also the script that is killed: `test_ckpt_kill.py FOLDER LOG SECONDS`; with "many"
-for the seconds, it forks one child after the other, which is killed after some time.
+This file is also the script that is killed: `test_ckpt_kill.py FOLDER LOG HOW`; with "many", it
+forks one child after the other, with "second" it is one of two processes.
 """
 
 import importlib
@@ -48,15 +48,20 @@ def check(manager: Any) -> int:
     return restored.step
 
 
-def save_until_killed(folder: Path, log: Path, seconds: float) -> None:
-    """Goes on from the latest step, and notes each step that was seen committed."""
+def save_until_killed(folder: Path, log: Path, seconds: float, sure: int) -> None:
+    """Goes on from the latest step, and notes each step that was seen committed.
+
+    It is killed some seconds after it has committed `sure` steps.
+    """
     from shardflax.ckpt import CheckpointManager
 
-    manager = CheckpointManager(folder, keep=2, timeout=60)
-    step = check(manager)
+    manager = CheckpointManager(folder, keep=2, timeout=300)
+    first = step = check(manager)
     state_of(step)  # compiled before the clock starts
-    threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
     while True:
+        if step == first + sure:
+            manager.wait()
+            threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
         step += 1
         manager.save(step, state_of(step), extras={"step": step})
         if step % 3 == 0:
@@ -88,24 +93,24 @@ def test_one_process(run_quick: Any, tmp_path: Path) -> None:
     folder, log = tmp_path / "run", tmp_path / "log"
     done = run_quick(1, 2, __file__, folder, log, "many")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert check_folder(folder, log) > 3
+    assert check_folder(folder, log) >= 3
 
 
 def test_one_of_two_processes(run_quick: Any, tmp_path: Path) -> None:
     folder, log = tmp_path / "run", tmp_path / "log"
-    done = run_quick(2, 2, __file__, folder, log, "2.0")
+    done = run_quick(2, 2, __file__, folder, log, "second")
     assert done.returncode != 0, done.stdout + done.stderr
-    assert check_folder(folder, log) > 1
+    assert check_folder(folder, log) >= 2
 
 
 def kill_many(folder: Path, log: Path) -> None:
     """Each child goes on from what the one before it left, once it has found nothing amiss."""
     rng = random.Random(1)
-    for _ in range(6):
+    for child in range(6):
         seconds, pid = rng.uniform(0.1, 1.5), os.fork()
         if pid == 0:
             check_folder(folder, log)
-            save_until_killed(folder, log, seconds)
+            save_until_killed(folder, log, seconds, sure=child % 2)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
 
 
@@ -121,5 +126,5 @@ if __name__ == "__main__":
     import jax
 
     # Of two processes, the second one is killed; the launcher then stops the first.
-    delay = float(sys.argv[3]) if jax.process_index() == jax.process_count() - 1 else 1e6
-    save_until_killed(Path(sys.argv[1]), Path(f"{sys.argv[2]}"), delay)
+    delay = 1.0 if jax.process_index() == jax.process_count() - 1 else 1e6
+    save_until_killed(Path(sys.argv[1]), Path(sys.argv[2]), delay, sure=2)

@@ -106,7 +106,7 @@ def run_restore(folder: Path) -> None:
     from shardflax.ckpt import CheckpointManager, CheckpointMismatchError
 
     want = placed((2, 4), transposed=True)
-    with CheckpointManager(folder, timeout=60) as manager:
+    with CheckpointManager(folder, timeout=300) as manager:
         assert_identical(manager.restore(zeros_like(want)).state, want)
         with pytest.raises(CheckpointMismatchError, match="missing  more"):
             manager.restore({**zeros_like(want), "more": 1})
@@ -121,7 +121,7 @@ def run_save(folder: Path) -> None:
     from shardflax.ckpt import CheckpointManager
 
     mine = {"me": jax.process_index()}
-    with CheckpointManager(folder, keep=2, timeout=60) as manager:
+    with CheckpointManager(folder, keep=2, timeout=300) as manager:
         for step in (1, 2, 3):
             state = placed((2, 4))
             assert manager.save(step, state, extras={"step": step}, process_extras=mine)
@@ -139,7 +139,7 @@ def run_damaged(folder: Path) -> None:
 
     from shardflax.ckpt import CheckpointManager, CheckpointReadError
 
-    with CheckpointManager(folder, timeout=60) as manager:
+    with CheckpointManager(folder, timeout=300) as manager:
         for step in (1, 2):
             manager.save(step, placed((2, 4)))
         manager.wait()
@@ -181,7 +181,7 @@ def run_orbax(folder: Path) -> None:
     logging.disable(logging.WARNING)
     state = global_arrays(placed((2, 4)))
     want = global_arrays(placed((4, 2), transposed=True))
-    with CheckpointManager(folder / "ours", timeout=60) as manager:
+    with CheckpointManager(folder / "ours", timeout=300) as manager:
         manager.save(7, state, extras={"seen": 1})
     with ocp.StandardCheckpointer() as checkpointer:
         assert_identical(checkpointer.restore(folder / "ours/7/state", zeros_like(want)), want)
@@ -192,7 +192,7 @@ def run_orbax(folder: Path) -> None:
     with ocp.Checkpointer(plain) as checkpointer:
         checkpointer.save(folder / "zarr2" / "7", state)
     for kind in ("standard", "v1", "zarr2"):
-        with CheckpointManager(folder / kind, read_only=True, timeout=60) as manager:
+        with CheckpointManager(folder / kind, read_only=True, timeout=300) as manager:
             assert_identical(manager.restore(zeros_like(want)).state, want)
     logging.disable(logging.NOTSET)
 
@@ -217,7 +217,7 @@ def run_apart(folder: Path) -> None:
         "own": on(jax.local_devices(), -value),
         **placed((2, 4)),
     }
-    with CheckpointManager(folder, timeout=60) as manager:
+    with CheckpointManager(folder, timeout=300) as manager:
         manager.save(1, state)
         assert_identical(manager.restore(state).state, state)
         manager.save(2, {"name": "nothing else"})
@@ -228,7 +228,7 @@ def run_leave(folder: Path) -> None:
     """Ends right after `save`, without a wait or a close."""
     from shardflax.ckpt import CheckpointManager
 
-    manager = CheckpointManager(folder, timeout=60)
+    manager = CheckpointManager(folder, timeout=300)
     manager.save(9, placed((2, 4)))
 
 
@@ -253,7 +253,7 @@ def ran(nursery: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("run")
     with CheckpointManager(folder / "restore") as manager:
         manager.save(1, placed((4, 2)))
-    done = nursery.run(2, 4, __file__, folder, timeout=300)
+    done = nursery.run(2, 4, __file__, folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, done
 

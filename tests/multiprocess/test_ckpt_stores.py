@@ -70,7 +70,7 @@ def run_together(url: str) -> None:
     """Two processes save, restore in another layout, and keep one step."""
     from shardflax.ckpt import CheckpointManager
 
-    with CheckpointManager(url, keep=1, timeout=60) as manager:
+    with CheckpointManager(url, keep=1, timeout=300) as manager:
         for step in (1, 2):
             manager.save(step, sharded(host_state(step), (2, 2), "a", "b"))
         want = sharded(host_state(2), (4, 1), None, "a")
@@ -323,10 +323,10 @@ def test_two_runs_in_one_folder_spoil_nothing(url: str, point: str) -> None:
     from shardflax.ckpt import faults
 
     there, gate = threading.Event(), threading.Event()
-    end = faults.listen(lambda now: now == point and (there.set() or gate.wait(60)))
+    end = faults.listen(lambda now: now == point and (there.set() or gate.wait(300)))
     with ckpt.CheckpointManager(url, keep=None) as first:
         first.save(5, {"w": np.full(3, 1)})
-        assert there.wait(60)
+        assert there.wait(300)
         end()
         with ckpt.CheckpointManager(url, keep=None) as second:
             second.save(5, {"w": np.full(3, 2)})

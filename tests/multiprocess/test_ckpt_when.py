@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import sys
-import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ def main(folder: Path) -> dict[str, Any]:
     )
     seen: dict[str, Any] = {"index": jax.process_index(), "saved": []}
     with CheckpointManager(
-        folder, save_every=100, temporary_every=60, preemptible=True, timeout=60
+        folder, save_every=100, temporary_every=60, preemptible=True, timeout=300
     ) as manager:
         # Process 0's clock goes on by 7 s a step, the other one stands still.
         step = 0
@@ -47,14 +47,15 @@ def main(folder: Path) -> dict[str, Any]:
         manager._timer = None
 
         # One of them evaluates when it is told; the other one compiles.
-        if first:
-            jax.jit(lambda x: sum(jnp.sin(x * i) for i in range(100))).lower(1.0).compile()
-        else:
-            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
-        batches = 0
+        batches, evaluate = 0, jax.jit(lambda x: x.sum())
         while not manager.reached_preemption():
             batches += 1
-            jax.block_until_ready(jax.jit(lambda x: x.sum())(state))  # keeps them in step
+            jax.block_until_ready(evaluate(state))  # keeps them in step
+            if batches == 1 and first:
+                jax.jit(lambda x: sum(jnp.sin(x * i) for i in range(100))).lower(1.0).compile()
+            elif batches == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.02)
         seen["batches"] = batches
         assert manager.save(41, {"w": state}) is not None
         assert manager.reached_preemption(41)
