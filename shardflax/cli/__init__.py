@@ -1,7 +1,7 @@
 """The command line `shardflax`: a table of commands, each imported when it is asked for.
 
 A command is a module with `main(args) -> int`, where the int is the exit status: 0 if all is well,
-1 if the command found something wrong, 2 if it was asked wrongly.
+1 if the command found something wrong, 2 if it was asked wrongly or came to no result.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import importlib
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +28,8 @@ def main(args: Sequence[str] | None = None) -> int:
     """Runs one command, and returns the exit status.
 
     An error of the library is one line on stderr, and status 2.  Wrong options raise SystemExit,
-    also with status 2.
+    also with status 2; what else goes wrong, in a model of the user's for instance, is shown with
+    its traceback, and has that status too.
 
     >>> main(["--help"])
     usage: shardflax COMMAND ...
@@ -72,6 +74,9 @@ def _run(module: str, args: list[str]) -> int:
         # Who reads has closed the pipe (`| head`); the interpreter's last flush must not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except Exception:  # 1 would say that something was found, and nothing was
+        traceback.print_exc()
+        return 2
     return status
 
 

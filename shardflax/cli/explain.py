@@ -17,7 +17,7 @@ from shardflax.cli.subject import SubjectOptions, rules_of
 from shardflax.partitioning import DEFAULT_RULES, PRESETS, Comparison, Explanation
 from shardflax.partitioning.compare import costs_on
 from shardflax.partitioning.explain_text import problem_lines
-from shardflax.programs import layout_of
+from shardflax.programs import DecoderProgram, abstract_batch, layout_of
 
 __all__ = ["ExplainOptions", "comparison_of", "explanation_of", "main"]
 
@@ -66,12 +66,17 @@ gradients send."""
 def explanation_of(options: ExplainOptions) -> Explanation:
     """The explanation that options ask for.
 
+    Raises a `LayoutError` for the batch of a decoder that the mesh does not divide.
+
     >>> len(explanation_of(ExplainOptions("tiny", "fsdp=4,tensor=2")).leaves)
     39
     """
     rules = rules_of(options.preset)
     mesh, dcn = _placed(options, options.mesh)
-    layout = layout_of(options.subject(options.model).program(mesh, rules), mesh, rules)
+    program = options.subject(options.model).program(mesh, rules)
+    if isinstance(program, DecoderProgram):
+        abstract_batch(program, mesh, rules)  # raises where that of the options does not fit
+    layout = layout_of(program, mesh, rules)
     return Explanation(layout, options.model, dcn)
 
 
@@ -84,8 +89,9 @@ def comparison_of(options: ExplainOptions) -> Comparison:
     """
     meshes = [_placed(options, spec) for spec in (options.mesh, *options.also)]
     rows = options.batch or max(mesh.size for mesh, _ in meshes)
-    subject = dataclasses.replace(options, batch=rows).subject(options.model)
-    program = subject.program(meshes[0][0], DEFAULT_RULES)
+    if ":" not in options.model:
+        options = dataclasses.replace(options, batch=rows)
+    program = options.subject(options.model).program(meshes[0][0], DEFAULT_RULES)
     about = (jax.eval_shape(lambda: jax.random.key(0)),), {}, program.batch, program.batch_names
     presets = [*PRESETS, rules_of(options.preset)]
     found = (costs_on(mesh, dcn, presets, program.init, *about) for mesh, dcn in meshes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from shardflax.cli.errors import CommandError
 from shardflax.mesh_options import MeshOptions, options_for_a_cure
 from shardflax.partitioning.explained import mesh_of_spec
 
@@ -25,7 +26,8 @@ class AbstractMeshOptions(MeshOptions):
     def read(self, spec: str) -> tuple[Any, dict[str, int]]:
         """The mesh, without devices, and the size of each axis across slices.
 
-        Raises `MeshSpecError` or `UnknownAxisError`, with options for a cure.
+        Raises `MeshSpecError` or `UnknownAxisError`, with options for a cure, or `CommandError`
+        for no devices.
 
         >>> AbstractMeshOptions().read("fsdp=-1")
         Traceback (most recent call last):
@@ -33,5 +35,7 @@ class AbstractMeshOptions(MeshOptions):
         shardflax.partitioning.errors.MeshSpecError: mesh 'fsdp=-1': nothing says how many devices
         there are, of which -1 is what is left. Write the size, or --devices 256.
         """
+        if self.devices is not None and self.devices < 1:
+            raise CommandError(f"--devices {self.devices}: there is at least one.")
         with options_for_a_cure():
             return mesh_of_spec(spec, self.devices, **self.said)

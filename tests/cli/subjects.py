@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import jax
@@ -49,6 +50,26 @@ def model_alone() -> Any:
 def broken() -> Any:
     """A function with a fault of its own."""
     raise RuntimeError("a fault of the user's")
+
+
+def given(key: Any) -> Any:
+    """An init, which wants a key."""
+    return MLP().init(key, jnp.ones((8, 16)))
+
+
+def forgot() -> Any:
+    """A function that forgets to return its state."""
+    made()
+
+
+def text() -> Any:
+    """A function that returns something else."""
+    return {"a": "no array"}
+
+
+def leaves() -> Any:
+    """A function that ends the process, as one that parses options may."""
+    sys.exit(0)
 
 
 def _program(width: int) -> Program:

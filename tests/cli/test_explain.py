@@ -87,7 +87,16 @@ WRONG = {
     "page": (["tiny", "--mesh", "fsdp=4", "--html", "-"], "such as --html layout.html"),
     "batch": (["tiny", "--mesh", "fsdp=4", "--batch", "0"], "--batch 0: there is at least one"),
     "preset": (["tiny", "--mesh", "fsdp=4", "--preset", "fsdp_pt"], "did you mean 'fsdp_tp'?"),
-    "model": (["tinny", "--mesh", "fsdp=4"], "did you mean 'tiny'?"),
+    "model": (["tinny", "--mesh", "fsdp=4"], "did you mean 'tiny'? A model of yours is package."),
+    "rows": (["tiny", "--mesh", "fsdp=4", "--batch", "6"], "batch: dim 0 'batch' of size 6"),
+    "none": (["tiny", "--mesh", "fsdp=-1", "--devices", "0"], "--devices 0: there is at least one"),
+    "file": ([f"{SUBJECTS}.py:pair", "--mesh", "fsdp=4"], f"Write its module, {SUBJECTS}:pair."),
+    "nameless": ([f"{SUBJECTS}:", "--mesh", "fsdp=4"], "write package.module:name"),
+    "arguments": ([f"{SUBJECTS}:given", "--mesh", "fsdp=4"], "'key'): write one that calls it"),
+    "no-return": ([f"{SUBJECTS}:forgot", "--mesh", "fsdp=4"], "it returns None without arrays"),
+    "text": ([f"{SUBJECTS}:text", "--mesh", "fsdp=4"], "it returns a str at ['a']"),
+    "leaves": ([f"{SUBJECTS}:leaves", "--mesh", "fsdp=4"], "calling it ends the process"),
+    "layers": ([f"{SUBJECTS}:pair", "--mesh", "fsdp=4", "--layers", "2"], "--layers is for decod"),
     "module": (["no.such:thing", "--mesh", "fsdp=4"], "there is no module 'no'"),
     "submodule": ([f"{SUBJECTS}.x:thing", "--mesh", "fsdp=4"], f"no module '{SUBJECTS}.x'"),
     "name": ([f"{SUBJECTS}:pear", "--mesh", "fsdp=4"], "did you mean 'pair'?"),
@@ -124,9 +133,38 @@ def test_what_a_spec_does_not_say_is_an_option(capsys: pytest.CaptureFixture[str
         assert (status, out.startswith(f"{MLP[1]} {heading} under fsdp_tp")) == (0, True), out
 
 
-def test_faults_of_the_model_are_not_ours() -> None:
-    with pytest.raises(RuntimeError, match="a fault of the user's"):
-        main(["explain", f"{SUBJECTS}:broken", "--mesh", "fsdp=4"])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("import no_such_package", "ModuleNotFoundError: No module named 'no_such_package'"),
+        ("raise ValueError('a fault')", "ValueError: a fault"),
+        ("def broken(:", "SyntaxError: invalid syntax"),
+        ("import sys; sys.exit(0)", "SystemExit: 0"),
+    ],
+)
+def test_modules_that_cannot_be_imported(
+    text: str,
+    expected: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No status of success, and none of problems that were found: in one line, with the place."""
+    monkeypatch.syspath_prepend(tmp_path)
+    Path(tmp_path, "their_module.py").write_text(text)
+    for asked in (["their_module:x"], ["tiny", "--preset", "their_module:x"]):
+        status, out, err = said(capsys, "explain", *asked, "--mesh", "fsdp=4")
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert f"'their_module:x': importing their_module fails: {expected}" in err
+        assert "their_module.py, line 1)" in err
+
+
+def test_faults_of_the_model_are_not_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    """They have a traceback, and the status of no result."""
+    assert main(["explain", f"{SUBJECTS}:broken", "--mesh", "fsdp=4"]) == 2
+    err = capsys.readouterr().err
+    assert "subjects.py" in err and err.rstrip().splitlines()[0].startswith("Traceback")
+    assert "RuntimeError: a fault of the user's" in err
 
 
 def test_wrong_options_are_status_two(capsys: pytest.CaptureFixture[str]) -> None:
