@@ -3,6 +3,7 @@
 import gc
 import os
 import re
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -28,9 +29,10 @@ WORDS = 4096
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A folder in memory where there is one: forcing files to the disk costs nothing there."""
+    """A folder in memory where there is enough: forcing files to the disk costs nothing there."""
     memory = Path("/dev/shm")
-    where = memory if os.access(memory, os.W_OK) else None
+    there = os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 2 << 30
+    where = memory if there else None
     with tempfile.TemporaryDirectory(dir=where) as folder:
         yield Path(folder)
 

@@ -265,7 +265,7 @@ def test_only_committed_steps_are_visible(folder: Path, monkeypatch: pytest.Monk
 
     def held(source: Any, target: Any, *args: Any, **kwargs: Any) -> None:
         if str(target).endswith("/7"):
-            gate.wait(30)
+            gate.wait(300)
         rename(source, target, *args, **kwargs)
 
     with ckpt.CheckpointManager(folder) as manager:

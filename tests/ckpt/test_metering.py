@@ -1,6 +1,7 @@
 """How far a long save, restore or check is: a bar, or lines, or nothing."""
 
 import io
+import re
 import sys
 import threading
 from pathlib import Path
@@ -22,31 +23,45 @@ class Screen(io.StringIO):
         return True
 
 
-def shown(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, mode: Any, **times: float) -> str:
-    """What is on a stream when half of something took a while, and then the rest."""
+def until(stream: Any, text: str) -> None:
+    """Waits until something is shown, as it is while one waits long enough."""
+    for _ in range(30_000):
+        if text in stream.getvalue():
+            return
+        threading.Event().wait(0.01)
+    raise AssertionError(f"{text!r} was never shown")
+
+
+def shown(
+    monkeypatch: pytest.MonkeyPatch,
+    stream: io.StringIO,
+    mode: Any,
+    text: str = "",
+    patience: float = 0.01,
+) -> str:
+    """What is on a stream when half of something took so long that a text was shown."""
     monkeypatch.setattr(sys, "stderr", stream)
     meter = Meter("restoring step 3", 4 << 20)
-    with showing(meter, mode, **times):
+    with showing(meter, mode, patience=patience, period=0.1):
         meter.advance(2 << 20)
-        threading.Event().wait(0.3)
+        until(stream, text)
         meter.advance(2 << 20)
     return stream.getvalue()
 
 
 def test_a_bar_on_a_terminal_and_nothing_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = shown(monkeypatch, Screen(), "auto", patience=0.01)
-    assert "restoring step 3" in text and "2.0/4.0 MiB" in text
-    assert shown(monkeypatch, io.StringIO(), "auto", patience=0.01) == ""
-    assert shown(monkeypatch, Screen(), None, patience=0.01) == ""
-    assert shown(monkeypatch, Screen(), "auto", patience=60) == "", "it was quick"
+    assert "restoring step 3" in shown(monkeypatch, Screen(), "auto", "2.0/4.0 MiB")
+    assert shown(monkeypatch, io.StringIO(), "auto") == ""
+    assert shown(monkeypatch, Screen(), None) == ""
+    assert shown(monkeypatch, Screen(), "auto", patience=600) == "", "it was quick"
 
 
 def test_lines_for_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = shown(monkeypatch, io.StringIO(), "lines", patience=0.05, period=0.1)
-    first, *_, last = text.splitlines()
-    assert first == "restoring step 3: 50 % of 4.0 MiB"
-    assert last.startswith("restoring step 3: 100 % of 4.0 MiB in 0.")
-    assert shown(monkeypatch, io.StringIO(), "lines", patience=60) == ""
+    half = "restoring step 3: 50 % of 4.0 MiB"
+    first, *_, last = shown(monkeypatch, io.StringIO(), "lines", half).splitlines()
+    assert first == half
+    assert re.fullmatch(r"restoring step 3: 100 % of 4\.0 MiB in \d+\.\d s", last)
+    assert shown(monkeypatch, io.StringIO(), "lines", patience=600) == ""
 
 
 def test_a_program_that_ends_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +69,7 @@ def test_a_program_that_ends_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> N
         raise RuntimeError("can't create new thread at interpreter shutdown")
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    assert shown(monkeypatch, Screen(), "auto", patience=0.01) == ""
+    assert shown(monkeypatch, Screen(), "auto") == ""
 
 
 def test_saves_and_restores_count_what_they_do(
@@ -89,13 +104,12 @@ def test_who_waits_for_a_save_sees_it(tmp_path: Path, monkeypatch: pytest.Monkey
     screen = Screen()
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setitem(ckpt.CheckpointManager.save.__globals__, "showing", _quickly)
-    end = faults.listen(lambda point: point == "written" and threading.Event().wait(0.4))
+    end = faults.listen(lambda point: point == "written" and until(screen, "saving step 1"))
     with ckpt.CheckpointManager(tmp_path) as manager:
         manager.save(1, {"w": np.ones(1000)})
     end()
-    assert "saving step 1" in screen.getvalue()
     with ckpt.CheckpointManager(tmp_path / "log", progress="lines") as manager:
-        end = faults.listen(lambda point: point == "written" and threading.Event().wait(0.4))
+        end = faults.listen(lambda point: point == "written" and until(screen, "saving step 2"))
         handle = manager.save(2, {"w": np.ones(1000)})
         assert handle is not None and handle.committed.result() is None
         end()
@@ -116,7 +130,7 @@ def test_commands_say_it_where_that_is_asked_for(
     read = verify.damage
 
     def slow(*args: Any, **options: Any) -> Any:
-        threading.Event().wait(0.05)
+        until(sys.stderr, "verifying: " if mode == "lines" else "")
         return read(*args, **options)
 
     monkeypatch.setattr("shardflax.ckpt.verify.damage", slow)

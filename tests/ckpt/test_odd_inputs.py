@@ -11,6 +11,7 @@ import signal
 import threading
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -133,11 +134,16 @@ def test_restores_leave_nothing_behind_in_the_place_where_processes_meet(tmp_pat
         assert {key.split("/")[1] for key in told if key.startswith("save/")} == {"3"}
 
 
-def test_who_looks_at_a_lock_does_not_keep_it_from_being_taken(tmp_path: Path):
+def test_who_looks_at_a_lock_does_not_keep_it_from_being_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     looking = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(looking, fcntl.LOCK_EX)
-    threading.Timer(0.03, os.close, [looking]).start()
+    waits = iter([lambda: None, lambda: None, lambda: os.close(looking)])
+    sleeper = SimpleNamespace(sleep=lambda seconds: next(waits)())
+    monkeypatch.setattr("shardflax.ckpt.landing.time", sleeper)
     descriptor = lock(tmp_path)
+    assert next(waits, None) is None
     assert in_use(tmp_path)
     os.close(descriptor)
     assert not in_use(tmp_path)

@@ -236,7 +236,7 @@ def hold() -> Iterator[Callable[[str], tuple[threading.Event, threading.Event]]]
         def wait(now: str) -> None:
             if now == point and not gate.is_set():
                 there.set()
-                gate.wait(60)
+                gate.wait(300)
 
         ends.append(faults.listen(wait))
         gates.append(gate)
@@ -257,7 +257,7 @@ def test_a_committed_step_is_read_while_the_next_one_is_saved(
         manager.wait()
         there, gate = hold(point)
         manager.save(2, {"w": jnp.zeros(4)})
-        assert there.wait(30)
+        assert there.wait(300)
         assert manager.restore({"w": jnp.zeros(4)}, step=1).state["w"].tolist() == [1] * 4
         assert manager.pending_step == 2 and manager.all_steps() == [1]
         gate.set()
@@ -295,12 +295,12 @@ def test_a_step_that_is_about_to_be_deleted_is_not_read(
 
         def held() -> None:
             there.set()
-            gate.wait(30)
+            gate.wait(300)
             expire()
 
         shelf.expire = held  # type: ignore[method-assign]
         manager.save(2, STATE)
-        assert there.wait(30)
+        assert there.wait(300)
         with pytest.raises(ckpt.CheckpointNotFoundError, match="step 1; it has: 2"):
             manager.restore(STATE, step=1)
         gate.set()

@@ -160,7 +160,7 @@ diff {run} --model tests.cli.subjects:pair
         env={**os.environ, "JAX_PLATFORMS": "none_such"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0 and not done.stderr, done.stderr
     ends = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith(">>>")]

@@ -46,7 +46,7 @@ class Noop(nn.Module):
 
 def test_threads_share_no_state() -> None:
     """Two threads take turns inside of init, apply and interceptors, and see only their own."""
-    barrier = threading.Barrier(2, timeout=60)
+    barrier = threading.Barrier(2, timeout=300)
 
     def work(width: int) -> Any:
         seen: list[Any] = []
@@ -76,7 +76,7 @@ def test_override_of_names_holds_in_its_thread() -> None:
     inside, done = threading.Event(), threading.Event()
 
     def other() -> set[str]:
-        assert inside.wait(60)
+        assert inside.wait(300)
         names = op_names(compiled(Block(), X))
         done.set()
         return names
@@ -85,7 +85,7 @@ def test_override_of_names_holds_in_its_thread() -> None:
         found = pool.submit(other)
         with nn.override_named_call(False):
             inside.set()
-            assert done.wait(60)
+            assert done.wait(300)
             assert op_names(compiled(Block(), X)) == set()
         assert found.result() == {"Block/Lin_0"}
 

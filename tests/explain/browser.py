@@ -21,7 +21,7 @@ __all__ = ["NAMES", "VARIABLE", "Browser", "find_browser"]
 
 VARIABLE = "SHARDFLAX_BROWSER"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-_DEADLINE = 30.0  # seconds for one answer, on a loaded machine
+_DEADLINE = 300.0  # seconds for one answer, on a loaded machine
 
 # Puts two descriptors where the browser looks for them, and becomes the browser.
 _CODE = """

@@ -165,7 +165,7 @@ def check_themes(browser: Browser) -> None:
 
 def check_narrow(browser: Browser) -> None:
     browser.resize(400, 800)
-    assert browser("document.documentElement.scrollWidth") <= 400
+    browser.wait_for("document.documentElement.scrollWidth <= 400")
 
 
 def check_two_thousand(browser: Browser) -> None:

@@ -278,10 +278,10 @@ def test_threads_get_the_notes_of_their_own_programs() -> None:
 
     def run(word: str) -> None:
         with listen() as lines:
-            both.wait(10)
+            both.wait(300)
             os.write(2, note(threading.get_native_id(), word))
             os.write(2, note(0, "nobody"))
-            both.wait(10)
+            both.wait(300)
         got[word] = [line.rpartition(" ")[2] for line in lines]
 
     threads = [threading.Thread(target=run, args=(word,)) for word in ("a", "b")]
@@ -308,7 +308,7 @@ def test_last_words_are_heard(tmp_path: Path) -> None:
     with (tmp_path / "err").open("wb+") as err:
         done = subprocess.run([sys.executable, "-c", program], stderr=err, check=False)
         assert done.returncode == 7
-        for _ in range(100):
+        for _ in range(6000):
             err.seek(0)
             if b"last words" in (text := err.read()):
                 break

@@ -251,5 +251,5 @@ def test_close_ends_the_thread() -> None:
     assert mine
     reader.close()
     for thread in mine:
-        thread.join(timeout=5)
+        thread.join(timeout=300)
     assert not any(thread.is_alive() for thread in mine)
