@@ -44,6 +44,7 @@ from shardflax.core.module_errors import (
     ReservedModuleAttributeError,
     SetAttributeFrozenModuleError,
     SetAttributeInModuleSetupError,
+    UnboundModuleError,
     UnhashableFieldError,
 )
 from shardflax.core.transform_errors import (
@@ -158,6 +159,7 @@ __all__ = [
     "TransformTargetError",
     "TransformedMethodReturnValueError",
     "TreeMismatchError",
+    "UnboundModuleError",
     "UnhashableFieldError",
     "UnknownAxisError",
     "UnknownNameError",

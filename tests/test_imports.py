@@ -63,7 +63,7 @@ CORE = [
     },
     {"checkpoint_errors", "module_errors", "node", "shapes", "transform_errors"},
     {"scope", "variable"},
-    {"boundary", "functional", "nn"},
+    {"boundary", "calls", "functional", "nn"},
     {"transforms"},
     {"remat"},
     {"mapping"},
@@ -71,7 +71,6 @@ CORE = [
     {"control", "derivatives", "pack"},
     {
         "module",
-        "calls",
         "run",
         "classes",
         "construct",

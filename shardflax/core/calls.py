@@ -27,6 +27,7 @@ __all__ = [
     "intercept_methods",
     "override_named_call",
     "run_setup",
+    "trace_key",
     "wrap_method",
 ]
 
@@ -137,6 +138,17 @@ def intercept_methods(interceptor: Callable[..., Any]) -> Generator[None]:
         yield
     finally:
         context.interceptors.pop()
+
+
+def trace_key() -> Any:
+    """What the tracing of a method depends on besides the module, to be compared by equality.
+
+    >>> with intercept_methods(print):
+    ...     trace_key() == trace_key(), trace_key()[0] == (print,)
+    (True, True)
+    """
+    named = context.named
+    return tuple(context.interceptors), _Defaults.named if named is None else named
 
 
 def _intercepted(fn: Callable[..., Any], module: Any, /, *args: Any, **kwargs: Any) -> Any:

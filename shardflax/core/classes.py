@@ -23,6 +23,7 @@ from shardflax.core.module_errors import (
 __all__ = ["field_names", "init_field_names", "make_module_class", "represent"]
 
 _RESERVED = ("parent", "name")
+_TYPES_OF_NAME = (str, "str", str | None)  # a field of this type may be declared, to no effect
 
 
 def make_module_class(cls: type, kw_only: bool, assigning: Callable[..., None]) -> None:
@@ -37,8 +38,11 @@ def make_module_class(cls: type, kw_only: bool, assigning: Callable[..., None]) 
     ('factor', 'name')
     """
     annotations = inspect.get_annotations(cls)
+    if "name" in annotations and annotations["name"] in _TYPES_OF_NAME:
+        cls.name = dataclasses.field(default=None, kw_only=True)  # as it is anyway
+        annotations.pop("name")
     for reserved in _RESERVED:
-        if reserved in annotations:
+        if reserved in annotations or isinstance(cls.__dict__.get(reserved), property):
             raise ReservedModuleAttributeError(cls.__name__, reserved)
     _check_compact(cls)
     fields = {*annotations, *getattr(cls, "__dataclass_fields__", ())}
@@ -66,14 +70,13 @@ def _wrapped(name: str, value: Any) -> Any:
         if name == "setup":
             return _guarded_setup(value)
         return wrap_method(value) if _is_method(name, value) else value
-    if isinstance(value, property):
-        fget = value.fget and _explained(value.fget)
-        return property(fget, value.fset, value.fdel, value.__doc__)
-    if name.startswith("__") or isinstance(value, _OF_PYTHON):
-        return value
+    if type(value) is property and value.fget is not None:
+        return property(_explained(value.fget), value.fset, value.fdel, value.__doc__)
     kind: Any = value.__class__
-    reads = hasattr(kind, "__get__") and not hasattr(kind, "__set__")
-    return _Descriptor(name, value) if reads else value
+    if name.startswith("__") or isinstance(value, _OF_PYTHON) or not hasattr(kind, "__get__"):
+        return value
+    sets = hasattr(kind, "__set__") or hasattr(kind, "__delete__")
+    return (_DataDescriptor if sets else _Descriptor)(name, value)
 
 
 _OF_PYTHON: Any = (staticmethod, classmethod, type, functools.partialmethod)
@@ -124,6 +127,16 @@ class _Descriptor:
             return self.wrapped.__get__(module, owner)
         except AttributeError as error:
             raise DescriptorAttributeError(type(module).__name__, self.name, error) from error
+
+
+class _DataDescriptor(_Descriptor):
+    """One that can, such as what is derived from `property`."""
+
+    def __set__(self, module: Any, value: Any) -> None:
+        self.wrapped.__set__(module, value)
+
+    def __delete__(self, module: Any) -> None:
+        self.wrapped.__delete__(module)
 
 
 # --- methods that every class gets
@@ -225,6 +238,12 @@ def represent(module: Any, children: Mapping[str, Any]) -> str:
 
 
 def _rows(title: str, values: Mapping[str, Any]) -> list[str]:
-    texts = {name: repr(value).replace("\n", "\n    ") for name, value in values.items()}
+    texts = {name: _text(value).replace("\n", "\n    ") for name, value in values.items()}
     rows = [f"    {name} = {text}" for name, text in texts.items()]
     return [f"    # {title}", *rows] if rows else []
+
+
+def _text(value: Any) -> str:
+    """Functions and classes by their names, everything else as it says itself."""
+    name = getattr(value, "__name__", None) if callable(value) else None
+    return name if isinstance(name, str) else repr(value)

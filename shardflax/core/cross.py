@@ -46,9 +46,6 @@ class Crossable:
         """`fn`, to be called on the module inside; `outer` is what was called outside."""
         raise AssertionError("overridden by Module")
 
-    def _before_crossing(self) -> None:
-        """Called before the module crosses."""
-
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
@@ -175,7 +172,6 @@ class _Unbinder:
             return _ScopeRecipe(_Place(-1, ()))
         if x.scope is None:
             return _Constant(x)
-        x._before_crossing()
         fields, progress = x._recipe()
         values = tuple((name, self.slots(value)) for name, value in fields.items())
         return _ModuleRecipe(type(x), values, progress, _Place(-1, ()))

@@ -221,13 +221,16 @@ class ApplyScopeInvalidVariablesTypeError(FlaxError):
     apply takes a dict of collections, {'params': {...}}; got list.
     >>> print(ApplyScopeInvalidVariablesTypeError({"params": 3}))
     apply takes a dict of collections, {'params': {...}}; got int for the collection 'params'.
+    >>> print(ApplyScopeInvalidVariablesTypeError({0: {}}))
+    apply takes a dict of collections, {'params': {...}}; got dict for the collection 0.
     """
 
     def __init__(self, variables: Any) -> None:
         found = type(variables).__name__
         if isinstance(variables, Mapping):
-            items = cast("Mapping[str, Any]", variables).items()
-            col, value = next((c, v) for c, v in items if not isinstance(v, Mapping))
+            items = cast("Mapping[Any, Any]", variables).items()
+            good = [isinstance(c, str) and isinstance(v, Mapping) for c, v in items]
+            col, value = [*items][good.index(False)]
             found = f"{type(value).__name__} for the collection {col!r}"
         super().__init__(f"apply takes a dict of collections, {{'params': {{...}}}}; got {found}.")
 

@@ -42,11 +42,25 @@ def find(value: Any, is_item: Callable[[Any], bool]) -> list[Any]:
         return [value]
     if not is_holder(value):
         return []
-    try:
-        leaves = jx.tree.leaves(value, is_leaf=is_item)
-    except (TypeError, ValueError):  # a dict whose keys have no order: no pytree, so no container
-        return []
+    leaves = _leaves(value, is_item)
+    if leaves is None:
+        return [x for _, item in _items(value) for x in find(item, is_item)]
     return [x for x in leaves if is_item(x)]
+
+
+def _leaves(value: Any, is_item: Callable[[Any], bool]) -> list[Any] | None:
+    """The leaves of `value`; None if it has a dict whose keys have no order: that is no pytree."""
+    try:
+        return jx.tree.leaves(value, is_leaf=is_item)
+    except (TypeError, ValueError):
+        return None
+
+
+def _items(value: Any) -> list[tuple[Any, Any]]:
+    """The keys and values of a dict or sequence."""
+    if isinstance(value, dict | FrozenDict):
+        return [*cast("dict[Any, Any]", value).items()]
+    return [*enumerate(cast("list[Any]", value))] if isinstance(value, list | tuple) else []
 
 
 def replace(
@@ -61,6 +75,9 @@ def replace(
         return fn(name, value)
     if not find(value, is_item):
         return value
+    if _leaves(value, is_item) is None:
+        new = {key: replace(x, is_item, fn, f"{name}_{key}") for key, x in _items(value)}
+        return new if isinstance(value, dict | FrozenDict) else tuple(new.values())
 
     def visit(path: Any, x: Any) -> Any:
         return fn("_".join([name, *map(_key, path)]), x) if is_item(x) else x

@@ -117,6 +117,7 @@ class Module(Stateful, _Typed):
             parent._adopt_new(self)
         elif isinstance(parent, Scope):
             self.__dict__["scope"] = parent
+            self._adopt_fields()
         elif parent is not None:
             raise InvalidParentError(type(self).__name__, parent)
 
@@ -146,18 +147,17 @@ class Module(Stateful, _Typed):
         if progress.children is None:
             progress.children = {}
         progress.children[name] = child
+        child._adopt_fields()
 
-    # --- preparation: fields are adopted, then setup runs, at the first call of a method
+    # --- fields are adopted when the module is bound, setup runs at the first call of a method
 
     def _prepare(self) -> None:
-        """Adopts the modules in fields, and runs `setup` if the module is bound."""
+        """Runs `setup` if the module is bound."""
         progress = self.__dict__.get("_progress")
         if progress is None:
             raise IncorrectPostInitOverrideError(type(self).__name__)
         if self.scope is None or progress.ready or progress.setup:
             return
-        if not _LEAVES.issuperset(map(type, self.__dict__.values())):  # seldom
-            self._adopt_fields()
         if self.__class__.setup is not Module.setup:
             progress.setup = True
             reserved = self.scope.node.names()
@@ -173,6 +173,8 @@ class Module(Stateful, _Typed):
 
     def _adopt_fields(self) -> None:
         attrs = self.__dict__
+        if _LEAVES.issuperset(map(type, attrs.values())):  # seldom not so
+            return
         for name in field_names(type(self)):
             value: Any = attrs.get(name)
             kind: Any = type(value)  # pyright: ignore[reportUnknownVariableType]
@@ -356,9 +358,7 @@ class Module(Stateful, _Typed):
         """
         if not is_module(self):
             raise InvalidInstanceModuleError(self)
-        module = self._bind_root(bind(variables, rngs, mutable))
-        module._adopt_fields()
-        return module
+        return self._bind_root(bind(variables, rngs, mutable))
 
     def _bind_root(self: M, scope: Scope) -> M:
         """The module of a new run; what is in its fields takes no part in any other run."""
@@ -425,10 +425,6 @@ class Module(Stateful, _Typed):
         return summary.module_paths(self, rngs, args, kwargs, show_repeated, mutable)
 
     # --- crossing a lift
-
-    def _before_crossing(self) -> None:
-        if not self._progress.ready:
-            self._adopt_fields()
 
     def _recipe(self) -> tuple[dict[str, Any], Any]:
         return {n: self.__dict__[n] for n in init_field_names(type(self))}, self._progress.compact

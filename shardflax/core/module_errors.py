@@ -25,6 +25,7 @@ __all__ = [
     "ReservedModuleAttributeError",
     "SetAttributeFrozenModuleError",
     "SetAttributeInModuleSetupError",
+    "UnboundModuleError",
     "UnhashableFieldError",
 ]
 
@@ -68,6 +69,21 @@ class CallCompactUnboundModuleError(FlaxError):
         super().__init__(
             f"{cls} is bound to no variables, so its compact method cannot be called. Write "
             f"module.init(key, x), module.apply(variables, x) or module.bind(variables)."
+        )
+
+
+class UnboundModuleError(CallCompactUnboundModuleError, ValueError):
+    """State, keys or the place of a module are asked for that is bound to no run.
+
+    >>> print(UnboundModuleError("Dense"))
+    Dense is bound to no variables, so it has no state, no keys and no path. Write ...
+    """
+
+    def __init__(self, cls: str) -> None:
+        FlaxError.__init__(
+            self,
+            f"{cls} is bound to no variables, so it has no state, no keys and no path. Write "
+            f"module.init(key, x), module.apply(variables, x) or module.bind(variables).",
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,29 +14,7 @@ from shardflax.core.names import CollectionFilter
 from shardflax.core.transform_errors import RematNameError, RematPolicyError
 from shardflax.core.transforms import argnums
 
-__all__ = ["remat", "remat_policy", "saves_all"]
-
-
-class _Inside(threading.local):
-    """What is known of the `remat`s whose bodies this thread is tracing."""
-
-    saves_all = False
-
-
-_inside = _Inside()
-
-
-def saves_all() -> bool:
-    """True in the body of a lifted `remat` whose policy keeps whatever has no name.
-
-    >>> import jax.numpy as jnp, shardflax.nn as nn
-    >>> class Asking(nn.Module):
-    ...     def __call__(self, x):
-    ...         return x + saves_all()
-    >>> nn.remat(Asking, policy="everything_saveable")().apply({}, jnp.zeros(())).item()
-    1.0
-    """
-    return _inside.saves_all
+__all__ = ["remat", "remat_policy"]
 
 
 def remat_policy(policy: Any) -> Callable[..., bool] | None:
@@ -96,16 +73,12 @@ def remat(
         )
     nums = argnums(static_argnums, before=0)
     policy = remat_policy(policy)
-    named, keeps = staging.policy_names(policy), _keeps_unnamed(policy)
+    named = staging.policy_names(policy)
 
     def run(pure: Pure, state: State, *args: Any, **kwargs: Any) -> tuple[Any, Groups]:
         # JAX caches what it traced by the function, equal ones included: a lambda equals no other.
         def body(*args: Any, **kwargs: Any) -> Any:
-            before, _inside.saves_all = _inside.saves_all, keeps
-            try:
-                return _checked(pure, named, args, kwargs) if named else pure(*args, **kwargs)
-            finally:
-                _inside.saves_all = before
+            return _checked(pure, named, args, kwargs) if named else pure(*args, **kwargs)
 
         checkpointed = staging.jx.checkpoint(
             body, prevent_cse=prevent_cse, static_argnums=nums, policy=policy
@@ -113,15 +86,6 @@ def remat(
         return checkpointed(state, *args, **kwargs)
 
     return Lift.whole(run, variables, rngs)
-
-
-def _keeps_unnamed(policy: Callable[..., Any] | None) -> bool:
-    if policy is None:
-        return False
-    try:
-        return policy(jax.lax.mul_p) is True
-    except (TypeError, ValueError, IndexError, KeyError):  # it looks at operands
-        return False
 
 
 def _checked(pure: Pure, named: frozenset[str], args: Any, kwargs: Any) -> Any:

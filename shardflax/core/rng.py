@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from shardflax.core.errors import InvalidRngError
-from shardflax.core.staging import fold_in
+from shardflax.core.staging import fold_in, jx
 
 __all__ = ["Stream", "fold", "is_key", "is_keyless", "open_streams"]
 
@@ -39,6 +39,10 @@ class Stream(NamedTuple):
     def draw(self, path: tuple[Part, ...]) -> jax.Array:
         """The key at `path`: a module path followed by a count."""
         return fold(self.key, self.suffix + path)
+
+    def as_jax_rng(self) -> jax.Array:
+        """The key itself, of which those drawn are descendants."""
+        return self.draw(())
 
 
 def fold(key: jax.Array, path: tuple[Part, ...]) -> jax.Array:
@@ -92,7 +96,12 @@ def is_key(x: Any) -> bool:
         return False
     if jnp.issubdtype(dtype, jax.dtypes.prng_key):
         return x.shape == ()
-    return dtype == jnp.uint32 and len(x.shape) == 1
+    return dtype == jnp.uint32 and (x.shape == (2,) or x.shape == _raw_shape())
+
+
+def _raw_shape() -> tuple[int, ...]:
+    """The shape of raw keys of the default implementation: (2,), if JAX is not told otherwise."""
+    return jx.eval_shape(jax.random.PRNGKey, 0).shape
 
 
 def open_streams(rngs: Any) -> dict[str, Stream]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from shardflax.core.calls import context, intercept_methods
@@ -69,7 +70,7 @@ def _running(module: Any, scope: Scope, capture: Any) -> Generator[Any]:
     try:
         bound = module._bind_root(scope)
         keep = _is_call if capture is True else capture
-        with intercept_methods(functools.partial(_capture, keep)) if capture else _NOTHING:
+        with intercept_methods(_Capture(keep)) if capture else _NOTHING:
             bound._prepare()
             yield bound
     finally:
@@ -81,11 +82,17 @@ def _is_call(module: Any, method_name: str) -> bool:
     return method_name == "__call__"
 
 
-def _capture(keep: Callable[..., bool], call: Any, args: Any, kwargs: Any, told: Any) -> Any:
-    result = call(*args, **kwargs)
-    if keep(told.module, told.method_name):
-        told.module.sow("intermediates", told.method_name, result)
-    return result
+@dataclass(frozen=True)
+class _Capture:
+    """The interceptor that stores results: equal ones share what `jit` compiled."""
+
+    keep: Callable[..., bool]
+
+    def __call__(self, call: Any, args: Any, kwargs: Any, told: Any) -> Any:
+        result = call(*args, **kwargs)
+        if self.keep(told.module, told.method_name):
+            told.module.sow("intermediates", told.method_name, result)
+        return result
 
 
 def apply(

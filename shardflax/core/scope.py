@@ -118,8 +118,8 @@ def open_store(
 def _check_variables(given: Any) -> None:
     if not isinstance(given, Mapping):
         raise ApplyScopeInvalidVariablesTypeError(given)
-    variables = cast("Mapping[str, Any]", given)
-    if not all(isinstance(tree, Mapping) for tree in variables.values()):
+    variables = cast("Mapping[Any, Any]", given)
+    if not all(isinstance(c, str) and isinstance(t, Mapping) for c, t in variables.items()):
         raise ApplyScopeInvalidVariablesTypeError(variables)
     if isinstance(variables.get("params", {}).get("params"), Mapping):
         raise ApplyScopeInvalidVariablesStructureError(variables)
@@ -352,6 +352,17 @@ class Scope:
         return f"{prefix}_{count}"
 
     # --- rngs
+
+    @property
+    def rngs(self) -> dict[str, Stream]:
+        """The RNG streams at this path, each with a method `as_jax_rng`; none of them is counted.
+
+        >>> stream = Scope({}, rngs=jax.random.key(0)).rngs["params"]
+        >>> bool(stream.as_jax_rng() == jax.random.key(0))
+        True
+        """
+        streams = self.store.streams.items()
+        return {name: Stream(s.key, s.suffix + self.below) for name, s in streams}
 
     def has_rng(self, stream: str) -> bool:
         return stream in self.store.streams

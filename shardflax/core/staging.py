@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -30,6 +31,7 @@ __all__ = [
     "known",
     "needed",
     "policy_names",
+    "regions",
     "run_equation",
     "run_simple",
     "show_frames",
@@ -86,6 +88,33 @@ def is_tracing() -> bool:
     (False, (2,))
     """
     return _tracing.trace is not _eagerly
+
+
+def regions() -> list[str]:
+    """What the code that is running is traced for, innermost first: `remat`, `scan`, `jit`, ...
+
+    Maps over a dim are left out: what runs under them is part of what is around them.
+
+    >>> regions(), jax.eval_shape(jax.checkpoint(lambda: jax.numpy.ones(len(regions())))).shape
+    ([], (2,))
+    """
+    trace, found = _tracing.trace, list[str]()
+    while trace is not None and trace is not _eagerly:
+        kind = getattr(getattr(getattr(trace, "frame", None), "debug_info", None), "traced_for", "")
+        if not (trace in _seen_through.traces or type(trace).__name__ == "BatchTrace"):
+            found.append("remat" if "remat" in kind else kind)
+        trace = getattr(trace, "parent_trace", None)
+    return found
+
+
+class _SeenThrough(threading.local):
+    """Traces of this thread that end up in the one around them."""
+
+    def __init__(self) -> None:
+        self.traces: list[Any] = []
+
+
+_seen_through = _SeenThrough()
 
 
 def entered_mesh() -> Any:
@@ -357,7 +386,15 @@ def with_checkpoint_names(fn: Callable[[], Any]) -> tuple[Any, set[str]]:
     >>> float(y), names
     (1.0, {'one'})
     """
-    closed, shapes = jx.make_jaxpr(fn, return_shape=True)()
+
+    def traced() -> Any:
+        _seen_through.traces.append(_tracing.trace)
+        try:
+            return fn()
+        finally:
+            _seen_through.traces.pop()
+
+    closed, shapes = jx.make_jaxpr(traced, return_shape=True)()
     leaves = jx.core.eval_jaxpr(closed.jaxpr, closed.consts)
     return jx.tree.unflatten(jx.tree.structure(shapes), leaves), set(_names_in(closed.jaxpr))
 

@@ -10,9 +10,9 @@ import jax
 from shardflax.core.cross import Crossable
 from shardflax.core.errors import NameInUseError
 from shardflax.core.module_errors import (
-    CallCompactUnboundModuleError,
     DeclareOutsideOfCompactError,
     PerturbationNotFoundError,
+    UnboundModuleError,
 )
 from shardflax.core.scope import Scope
 from shardflax.core.staging import jx
@@ -49,7 +49,7 @@ class Stateful(Crossable):
 
     def _bound(self) -> Scope:
         if self.scope is None:
-            raise CallCompactUnboundModuleError(type(self).__name__)
+            raise UnboundModuleError(type(self).__name__)
         return self.scope
 
     @property

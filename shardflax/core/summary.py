@@ -127,7 +127,7 @@ def module_paths(
     ['']
     """
     found, _ = rows(module, rngs, args, kwargs, mutable, _Costs())
-    return {row.title: row.module for row in reversed(_shown(found, None, show_repeated))}
+    return {row.title: row.module for row in _shown(found, None, show_repeated)}
 
 
 # --- how variables lie on a mesh
@@ -317,15 +317,14 @@ def _flops(fn: Callable[..., Any], *shapes: Any) -> int:
 
 
 def _shown(found: list[Row], depth: int | None, show_repeated: bool) -> list[Row]:
-    """The rows to show; the first of each path is by `__call__`, if there is one such call."""
+    """The rows to show: all, or the first of each path."""
     if depth is not None:
         found = [row for row in found if len(row.path) <= depth]
     if show_repeated:
         return found
     first: dict[tuple[str, ...], Row] = {}
     for row in found:
-        if row.method == "__call__":
-            first.setdefault(row.path, row)
+        first.setdefault(row.path, row)
     return list(first.values())
 
 

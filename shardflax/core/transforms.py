@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from shardflax.core import staging
 from shardflax.core.boundary import Group, Groups, Lift, Pure, State
+from shardflax.core.calls import trace_key
 from shardflax.core.names import NONE, CollectionFilter, Names
 from shardflax.core.transform_errors import LoopVariantBroadcastError, TransformAxisError
 
@@ -483,7 +484,7 @@ def jit(
     # nodes come back in the tree structure too, so a cache hit brings them as tracing did.
     def entry(static: staging.Static, state: State, *args: Any, **kwargs: Any) -> Any:
         nodes: list[Any] = []
-        pure = replace(cast("Pure", static.value), traced=nodes.append)
+        pure = replace(cast("tuple[Pure, Any]", static.value)[0], traced=nodes.append)
         result = pure(state, *args, **kwargs)
         return result, staging.Static(nodes[-1])
 
@@ -498,7 +499,7 @@ def jit(
 
     def run(pure: Pure, state: State, *args: Any, **kwargs: Any) -> tuple[Any, Groups]:
         # The compilation outlives this call: it must not keep the scopes outside alive.
-        key = staging.Static(replace(pure, traced=_ignore))
+        key = staging.Static((replace(pure, traced=_ignore), trace_key()))
         result, nodes = jitted(key, state, *args, **kwargs)
         pure.traced(nodes.value)
         return result

@@ -53,6 +53,11 @@ def missing_parameter(nn: Any) -> None:
     model.apply({"params": {"Lin_0": {"bias": jnp.ones(3)}}}, X)
 
 
+@raises("ApplyScopeInvalidVariablesTypeError", "dict for the collection 1")
+def collections_without_names(nn: Any) -> None:
+    nn.Lin().apply({1: {}}, X)
+
+
 @raises("ScopeCollectionNotFound", "'params'", "'kernel'")
 def no_parameters_at_all(nn: Any) -> None:
     nn.Lin().apply({}, X)

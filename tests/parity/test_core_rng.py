@@ -222,3 +222,32 @@ def test_draws_in_nested_transforms(inner: str, outer: str) -> None:
         return y, variables, model.apply(variables, jnp.ones((2, 4, 3)), rngs=KEYS)
 
     same_arrays(program)
+
+
+@program
+def streams_of_a_scope(nn: Any) -> Any:
+    class Inner(nn.Module):
+        def __call__(self) -> Any:
+            streams = self.scope.rngs
+            return {name: streams[name].as_jax_rng() for name in sorted(streams)}
+
+    class M(nn.Module):
+        @nn.compact
+        def __call__(self) -> Any:
+            drawn = self.make_rng("dropout")
+            return drawn, Inner()(), nn.remat(Inner)()(), nn.jit(Inner)()(), Inner()()
+
+    return M().apply({}, rngs=KEYS)
+
+
+@program
+def shapes_of_raw_keys(nn: Any) -> Any:
+    def outcome(shape: Any, dtype: Any = jnp.uint32) -> Any:
+        try:
+            return nn.Lin().init(jnp.ones(shape, dtype), jnp.ones((2, 3)))
+        except Exception as error:
+            return type(error).__name__
+
+    return [outcome(shape) for shape in ((2,), (), (3,), (4,), (2, 2), (0,))], outcome(
+        (2,), "int32"
+    )

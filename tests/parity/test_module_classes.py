@@ -113,6 +113,24 @@ def fields_in_order(nn: Any) -> Any:
 
 
 @program
+def name_declared_as_it_is(nn: Any) -> Any:
+    """A field `name` may be declared if it is a text; the default is that of every module."""
+
+    def declared(kind: Any) -> Any:
+        class M(nn.Module):
+            width: int = 1
+            name: kind = "given"  # pyright: ignore[reportGeneralTypeIssues]
+
+            def __call__(self) -> Any:
+                return self.width, self.name
+
+        return M(2).apply({}), M(2, name="own").name, outcome(lambda: M(2, "own"))
+
+    kinds = (str, str | None, "str", int, str | int)
+    return [outcome(lambda kind=kind: declared(kind)) for kind in kinds]
+
+
+@program
 def required_field_is_missing(nn: Any) -> Any:
     class M(nn.Module):
         a: int
@@ -325,10 +343,10 @@ def representation(nn: Any) -> Any:
         pass
 
     model = M(3, nn.Lin(kernel_init=None), (nn.Lin(2, None),))
-    init = str(nn.uniform)
     bound = model.bind({})
-    texts = [repr(model), repr(Empty()), repr(Empty(name="a")), repr(bound), str(model)]
-    return [t.replace(init, "uniform") for t in texts]
+    values = (nn.uniform, jnp.float32, jnp.sin, int, functools.partial(max, 1), {"fn": max})
+    texts = [repr(M(3, x)) for x in values]
+    return [*texts, repr(model), repr(Empty()), repr(Empty(name="a")), repr(bound), str(model)]
 
 
 @program
@@ -398,6 +416,56 @@ def descriptor_as_default_of_a_field(nn: Any) -> Any:
             return self.width
 
     return M(3).width, M(3).apply({})
+
+
+@program
+def property_of_a_class_of_its_own(nn: Any) -> Any:
+    class Tagged(property):
+        tag = "of the class"
+
+        def __get__(self, module: Any, cls: Any = None) -> Any:
+            return self if module is None else ("got", super().__get__(module, cls))
+
+    class M(nn.Module):
+        width: int = 2
+
+        @Tagged
+        def double(self) -> Any:
+            return 2 * self.width
+
+        @double.setter
+        def double(self, value: Any) -> None:
+            object.__setattr__(self, "width", value / 2)
+
+        @Tagged
+        def missing(self) -> Any:
+            return self.nothing
+
+        unreadable = property(None)
+
+    model: Any = M(3)
+    model.double = 8
+    seen: Any = M
+    found = [model.double, seen.double.tag, outcome(lambda: M().missing)]
+    return [*found, outcome(lambda: M().unreadable), outcome(lambda: setattr(model, "missing", 1))]
+
+
+@program
+def descriptor_that_can_be_set(nn: Any) -> Any:
+    class Kept:
+        def __get__(self, module: Any, cls: Any = None) -> Any:
+            return self if module is None else module.__dict__.get("_kept") or module.nothing
+
+        def __set__(self, module: Any, value: Any) -> None:
+            module.__dict__["_kept"] = value
+
+    class M(nn.Module):
+        kept = Kept()
+
+    model = M()
+    before = outcome(lambda: model.kept)
+    model.kept = 3
+    return before, model.kept, type(M.kept).__name__
 
 
 @program

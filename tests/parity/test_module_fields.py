@@ -551,3 +551,48 @@ def attributes_by_name_from_outside(nn: Any) -> Any:
             return self.inner.layer(self.layer(x)) if self.inner else self.layer(x)
 
     return M(M(None)).init_with_output(KEY, X)
+
+
+@program
+def fields_of_a_child_that_was_not_called(nn: Any) -> Any:
+    class Stack(nn.Module):
+        layers: Any
+
+        def __call__(self, x: Any) -> Any:
+            return self.layers[0](x)
+
+    class M(nn.Module):
+        given: Any
+
+        def setup(self) -> None:
+            self.made = Stack([nn.Lin(2), {"a": [1]}])
+            self.first = self.made.layers[0]
+
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            here = Stack([nn.Lin(4)])
+            kinds = [type(v).__name__ for v in (self.made.layers, self.made.layers[1], here.layers)]
+            layers = (self.given.layers[0], self.first, here.layers[0])
+            return kinds, [(layer.name, layer.path, layer(x)) for layer in layers], self.made(x)
+
+    model = M(Stack([nn.Lin()]))
+    variables = model.init(KEY, X)
+    return variables, model.apply(variables, X), model.bind(variables).given.layers[0](X)
+
+
+@program
+def dicts_with_keys_of_all_kinds(nn: Any) -> Any:
+    class M(nn.Module):
+        given: Any
+
+        def setup(self) -> None:
+            self.made = [{None: nn.Lin(1), "a": {(1, 2): nn.Lin(2), 0: (nn.Lin(), 3)}}]
+
+        def __call__(self, x: Any) -> Any:
+            made = self.made[0]
+            layers = (self.given[1], self.given["b"], made[None], made["a"][1, 2], made["a"][0][0])
+            return [(layer.name, layer(x)) for layer in layers]
+
+    model = M({"b": nn.Lin(2), 1: nn.Lin()})
+    variables = model.init(KEY, X)
+    return variables, model.bind(variables)(X), model.clone(_deep_clone=True).apply(variables, X)

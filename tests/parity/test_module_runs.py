@@ -332,10 +332,15 @@ def state_of_unbound_modules(nn: Any) -> Any:
         "call": lambda: layer(X),
         "scope": lambda: layer.scope is None,
     }
-    found = {name: outcome(fn) for name, fn in calls.items()}
-    # Linen has bare assertions and ValueErrors in most places.
-    unbound = "CallCompactUnboundModuleError"
-    return {n: unbound if v in ("AssertionError", "ValueError") else v for n, v in found.items()}
+    found: dict[str, Any] = {}
+    for name, fn in calls.items():
+        try:
+            found[name] = fn()
+        except (ValueError, AssertionError):  # Linen has bare assertions at `param`
+            found[name] = "unbound"
+        except Exception as error:
+            found[name] = type(error).__name__
+    return found
 
 
 # --- methods and collections
@@ -567,6 +572,34 @@ def interceptors_see_lifted_calls(nn: Any) -> Any:
     with nn.intercept_methods(interceptor):
         M().init(KEY, X)
     return sorted(set(seen) - {None}) == ["a", "b"]
+
+
+@program
+def interceptors_change_what_is_jitted(nn: Any) -> Any:
+    def doubled(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        y = next_fun(*args, **kwargs)
+        return y * 2 if context.method_name == "__call__" else y
+
+    def of(cls: Any) -> Any:
+        return lambda module, name: isinstance(module, cls)
+
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            return nn.Lin()(x)
+
+    class M(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            return nn.jit(Block)(name="block")(x)
+
+    variables = M().init(KEY, X)
+    filters = (True, of(nn.Lin), of(Block), True)
+    captured = [M().apply(variables, X, capture_intermediates=f)[1] for f in filters]
+    plain = M().apply(variables, X)
+    with nn.intercept_methods(doubled):
+        intercepted = M().apply(variables, X)
+    return captured, plain, intercepted, M().apply(variables, X)
 
 
 # --- shared scopes

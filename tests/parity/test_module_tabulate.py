@@ -155,3 +155,31 @@ def test_module_paths() -> None:
     assert found == program(OURS)[0]
     assert program(OURS)[1] and all(program(OURS)[2])
     assert network(OURS).module_paths(KEY, X)["shared"].name is None
+
+
+def test_methods_other_than_call_count() -> None:
+    def program(nn: Any) -> Any:
+        class Pair(nn.Module):
+            def setup(self) -> None:
+                self.layer = nn.jit(nn.Lin)()
+
+            def encode(self, x: Any) -> Any:
+                return self.layer(x)
+
+        class M(nn.Module):
+            def setup(self) -> None:
+                self.a, self.b = Pair(), Pair()
+
+            def both(self, x: Any) -> Any:
+                return self.b.encode(self.a.encode(x))
+
+            def __call__(self, x: Any) -> Any:
+                return self.both(x)
+
+        def shown(**options: Any) -> list[Any]:
+            text = M().tabulate(KEY, X, **PLAIN, **options)
+            return re.findall(r"^│ (\S*) +│ (\w+(?: \(\w+\))?) ", text, re.M)
+
+        return shown(), shown(depth=1), shown(method="both"), [*M().module_paths(KEY, X)]
+
+    assert same(program)[0][1] == ("a", "Pair (encode)")
