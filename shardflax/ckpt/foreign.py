@@ -19,6 +19,7 @@ import tensorstore as ts
 from shardflax.ckpt.leaves import LeafSpec, key_words
 from shardflax.ckpt.manifest import spec_of
 from shardflax.ckpt.orbax_files import TREE
+from shardflax.ckpt.paths import ROOT
 from shardflax.ckpt.paths import Path as LeafPath
 from shardflax.ckpt.place import Place, StorePath, kvstore
 from shardflax.ckpt.regions import Box
@@ -108,12 +109,13 @@ def open_orbax(folder: Place) -> OrbaxSource:
     present = [path for path, kind in kinds.items() if not kind.get("skip_deserialize")]
     strings = _strings(folder)
     texts = {p: strings[".".join(p)] for p in present if ".".join(p) in strings}
-    arrays = _open(folder, [path for path in present if path not in texts], ocdbt, zarr3)
+    opened = _open(folder, [path for path in present if path not in texts], ocdbt, zarr3)
     impls = _key_impls(folder)
-    leaves = {path: _spec(array, impls.get(".".join(path))) for path, array in arrays.items()}
-    leaves |= {path: LeafSpec("python", (), "str", value=text) for path, text in texts.items()}
+    found = {path: _spec(array, impls.get(".".join(path))) for path, array in opened.items()}
+    found |= {path: LeafSpec("python", (), "str", value=text) for path, text in texts.items()}
     nones = [path for path, kind in kinds.items() if kind.get("value_type") == "None"]
-    return OrbaxSource(folder, arrays, {p: leaves[p] for p in present}, tuple(nones))
+    arrays = {path or ROOT: array for path, array in opened.items()}  # a state that is one array
+    return OrbaxSource(folder, arrays, {p or ROOT: found[p] for p in present}, tuple(nones))
 
 
 def first_format(folder: Place) -> OrbaxSource:
@@ -190,12 +192,13 @@ def _open(folder: Place, paths: list[LeafPath], ocdbt: bool, zarr3: bool) -> dic
     shared, futures = context(), {}
     for path in paths:
         name = ".".join(path)
+        inside = f"{name}/" if name else ""
         if ocdbt:
-            store = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+            store = {"driver": "ocdbt", "base": base, "path": inside}
         elif ".." in name.split("/") or "\0" in name:
             raise LeafDataError(path, f"it would be outside of {folder}")
         else:
-            store = {**base, "path": f"{base['path']}{name}/"}
+            store = {**base, "path": f"{base['path']}{inside}"}
         spec = {"driver": "zarr3" if zarr3 else "zarr", "kvstore": store}
         try:
             futures[path] = ts.open(spec, open=True, read=True, context=shared)

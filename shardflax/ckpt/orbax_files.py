@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from shardflax.ckpt.durable import FileRecord, sync_folder, write_file
 from shardflax.ckpt.paths import Path as LeafPath
+from shardflax.ckpt.paths import Tree
 from shardflax.ckpt.plan import Stored
 
 __all__ = [
@@ -34,7 +35,9 @@ _ITEMS = {
     STATE: _HANDLERS + "pytree_checkpoint_handler.PyTreeCheckpointHandler",
     EXTRAS: _HANDLERS + "json_checkpoint_handler.JsonCheckpointHandler",
 }
-_DICT_KEY = 2
+_INDEX, _DICT_KEY = 1, 2
+"""What Orbax calls the kinds of a key: in lists and tuples, and in all else."""
+_EMPTY = ((dict, "Dict"), (list, "List"))
 OURS = "shardflax.ckpt"
 """The key of the custom metadata that says that a MANIFEST.json belongs to the step."""
 
@@ -44,26 +47,19 @@ def write_item_files(
     stored: Sequence[Stored],
     scalars: Sequence[Stored],
     strings: Mapping[LeafPath, str],
+    tree: Tree,
 ) -> dict[str, FileRecord]:
     """Writes what describes the arrays in a folder; the files."""
-    entries: dict[str, Any] = {}
-    for leaf in stored:
-        if leaf.public:
-            # Without a target, Orbax then reads to the host, whatever devices there are.
-            _add(entries, leaf.path, "np.ndarray", write_shape=list(leaf.chunk))
-    for leaf in scalars:
-        if leaf.public:
-            _add(entries, leaf.path, "scalar")
-    for path in strings:
-        _add(entries, path, "string")
-    tree = {
-        "tree_metadata": entries,
+    strings = {path: text for path, text in strings.items() if _is_text(text)}
+    values = _values(stored, scalars, strings, tree)
+    about = {
+        "tree_metadata": _entries(values, tree),
         "use_ocdbt": True,
         "use_zarr3": True,
         "store_array_data_equal_to_fill_value": True,
         "custom_metadata": None,
     }
-    content: dict[str, Any] = {TREE: tree}
+    content: dict[str, Any] = {TREE: about}
     if strings:
         content["_strings.json"] = {".".join(path): text for path, text in strings.items()}
     arrays = [_array(leaf) for leaf in stored if leaf.public and leaf.leaf.kind == "key"]
@@ -79,12 +75,65 @@ def write_item_files(
     return records
 
 
-def _add(entries: dict[str, Any], path: LeafPath, kind: str, **more: Any) -> None:
-    """One leaf, under the name that is a Python tuple in text."""
-    entries[str(path)] = {
-        "key_metadata": [{"key": part, "key_type": _DICT_KEY} for part in path],
-        "value_metadata": {"value_type": kind, "skip_deserialize": False, **more},
+def _values(
+    stored: Sequence[Stored], scalars: Sequence[Stored], strings: Iterable[LeafPath], tree: Tree
+) -> dict[LeafPath, dict[str, Any]]:
+    """What Orbax is told of each leaf that it can read, of None and of empty containers."""
+    found: dict[LeafPath, dict[str, Any]] = {}
+    for leaf in stored:
+        if leaf.public:
+            # Without a target, Orbax then reads to the host, whatever devices there are.
+            found[leaf.path] = _kind("np.ndarray", write_shape=list(leaf.chunk))
+    for leaf in scalars:
+        if leaf.public:  # of complex numbers, Orbax knows only arrays
+            complex_ = leaf.dtype.kind == "c"
+            found[leaf.path] = _kind("np.ndarray", write_shape=[]) if complex_ else _kind("scalar")
+    found |= {path: _kind("string") for path in strings}
+    found |= {path: _kind("None", skip=True) for path in tree.nones}
+    found |= {path: _kind(_empty(x), skip=True) for path, x in tree.empty.items()}
+    return found
+
+
+def _kind(name: str, skip: bool = False, **more: Any) -> dict[str, Any]:
+    return {"value_type": name, "skip_deserialize": skip, **more}
+
+
+def _empty(node: Any) -> str:
+    """What Orbax calls an empty container; named tuples are None there."""
+    known = (name for kind, name in _EMPTY if isinstance(node, kind))
+    return next(known, "Tuple" if type(node) is tuple else "None")
+
+
+def _entries(values: Mapping[LeafPath, dict[str, Any]], tree: Tree) -> dict[str, Any]:
+    """The values under their names (Python tuples in text), with the kind of each key.
+
+    A list of which Orbax cannot read all would be no list without the rest, so it is a dict.
+    """
+    there = {path[:i] for path in values for i in range(1, len(path) + 1)}
+    gaps = {path[:-1] for path in tree.items - there}
+    return {
+        str(path): {
+            "key_metadata": [
+                {"key": part, "key_type": _INDEX if _indexed(path[:i], tree, gaps) else _DICT_KEY}
+                for i, part in enumerate(path, 1)
+            ],
+            "value_metadata": value,
+        }
+        for path, value in values.items()
     }
+
+
+def _indexed(path: LeafPath, tree: Tree, gaps: set[LeafPath]) -> bool:
+    return path in tree.items and path[:-1] not in gaps
+
+
+def _is_text(text: str) -> bool:
+    """False for lone surrogates, which TensorStore's JSON cannot hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _array(leaf: Stored) -> dict[str, Any]:

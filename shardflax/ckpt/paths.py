@@ -13,7 +13,7 @@ from shardflax.ckpt.errors import CheckpointLeafError
 from shardflax.core.boxes import is_box
 
 __all__ = [
-    "Names", "Path", "Tree", "leaves_by_path", "nest", "show", "storage_names", "tree_and_leaves",
+    "ROOT", "Names", "Path", "Tree", "leaves_by_path", "nest", "show", "storage_names", "tree_and_leaves",
     "tree_of",
 ]  # fmt: skip
 
@@ -36,8 +36,14 @@ def show(path: Path) -> str:
 class Tree:
     """The paths of the leaves of a state, boxes left out, and the names that the boxes gave.
 
-    >>> tree_of({"w": 1.0, "n": None}).paths, tree_of({"w": 1.0, "n": None}).nones
-    ((('w',),), (('n',),))
+    `nones` are the paths of None, `empty` those of containers with nothing in them (an empty named
+    tuple is like None); `items` are the paths of what is in lists and tuples.
+
+    >>> tree = tree_of({"w": 1.0, "n": None, "pair": (2.0, ())})
+    >>> tree.paths, tree.nones, tree.empty
+    ((('pair', '0'), ('w',)), (('n',),), {('pair', '1'): ()})
+    >>> sorted(tree.items)
+    [('pair', '0'), ('pair', '1')]
     """
 
     def __init__(self, treedef: Any) -> None:
@@ -47,14 +53,19 @@ class Tree:
         self.treedef = treedef
         found: dict[Path, Names] = {}
         nones: list[Path] = []
+        self.empty: dict[Path, Any] = {}
+        self.items: set[Path] = set()
         for keys, leaf in flat:
             path = tuple(map(_part, keys)) or ROOT
             if path in found:
                 raise CheckpointLeafError(
                     show(path), "two leaves have this path", "Rename one of the two dict keys."
                 )
+            self.items |= {path[: i + 1] for i, key in enumerate(keys) if type(key) is SequenceKey}
             if leaf is None:
                 nones.append(path)
+            elif _hollow(leaf):
+                self.empty[path] = leaf
             elif jax.tree.leaves(leaf):  # a box may hold nothing
                 found[path] = _names(leaf)
         self.nones = tuple(nones)
@@ -105,8 +116,13 @@ def leaves_by_path(state: Any) -> dict[Path, Any]:
 
 
 def _ends(x: Any) -> bool:
-    """True where a path ends: at boxes, and at None, which JAX sees as a node without leaves."""
-    return x is None or is_box(x)
+    """True where a path ends: at boxes, and at what JAX sees as a node without leaves."""
+    return x is None or _hollow(x) or is_box(x)
+
+
+def _hollow(x: Any) -> bool:
+    """True for an empty dict, list or tuple."""
+    return isinstance(x, dict | list | tuple) and not x
 
 
 def _names(leaf: Any) -> Names:

@@ -221,7 +221,8 @@ class Save:
         stored = [leaf for leaf in self.plan.stored if leaf is not None]
         scalars = [leaf for leaf, _ in self._scalars()]
         strings = {p: v for p, v in self.values.items() if isinstance(v, str)}
-        files |= orbax_files.write_item_files(self.folder / STATE, stored, scalars, strings)
+        tree = self.plan.tree
+        files |= orbax_files.write_item_files(self.folder / STATE, stored, scalars, strings, tree)
         sync_folder(self.folder / STATE)
         files = {f"{STATE}/{name}": (size, crc) for name, (size, crc) in files.items()}
         check_there(self.folder, files)

@@ -224,7 +224,7 @@ def test_stock_orbax_reads_our_steps(folder: Path) -> None:
     host.close()
     np.testing.assert_array_equal(got["params"]["dense"]["kernel"], state.params["dense"]["kernel"])
     np.testing.assert_array_equal(
-        got["opt_state"]["1"]["0"]["mu"]["embed"], state.opt_state[1][0].mu["embed"]
+        got["opt_state"][1][0]["mu"]["embed"], state.opt_state[1][0].mu["embed"]
     )
     assert got["step"] == 1
 
