@@ -199,7 +199,7 @@ ENTRY = st.fixed_dictionaries(
 ) | VALUE  # fmt: skip
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.dictionaries(st.text(max_size=4), ENTRY, max_size=4), st.integers(0, 40))
 def test_headers_are_right_or_refused(body: dict[str, Any], size: int) -> None:
     data = file_of(body, bytes(size))
@@ -213,7 +213,7 @@ def test_headers_are_right_or_refused(body: dict[str, Any], size: int) -> None:
     assert len(safetensors.deserialize(data)) == len(header.tensors)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 200), st.integers(0, 255))
 def test_a_changed_byte_never_leads_outside(at: int, value: int) -> None:
     head, _ = header_bytes({"a": ("float32", (2, 3)), "b": ("int8", (5,))}, {"k": "v"})

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import optax
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -151,9 +151,7 @@ def form(leaf: Any) -> Any:
     return type(leaf), repr(leaf)
 
 
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
-)
+@settings(max_examples=40)
 @given(tree=trees.filter(lambda tree: tree is not None), data=st.data())
 def test_whatever_is_saved_comes_back_in_whatever_layout(tree: Any, data: st.DataObject) -> None:
     saved = jax.tree.map(lambda leaf: laid_out(data.draw, leaf), tree)

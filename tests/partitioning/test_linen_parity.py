@@ -47,7 +47,7 @@ def outcome(fn: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 @given(names, pairs)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_logical_to_mesh_axes_equals_linens(names: Any, rules: Any) -> None:
     expected = outcome(linen.logical_to_mesh_axes, names, rules)
     assert outcome(ours.logical_to_mesh_axes, names, rules) == expected
@@ -65,7 +65,7 @@ strict_names = st.lists(st.sampled_from(NAMES), max_size=4, unique=True).flatmap
 
 
 @given(strict_names, strict_rules)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_strict_rules_equal_linens_where_nothing_is_wrong(names: Any, rules: Any) -> None:
     """Where no axis is claimed twice, nothing yields and nothing is refused: all is as in Linen.
 
@@ -87,7 +87,7 @@ one_axis = st.tuples(*[st.sampled_from(["", "data", "model", "data?", "model?"])
 
 
 @given(strict_names, one_axis)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_what_yields_is_linens_answer_to_the_order_written_out(names: Any, rules: Any) -> None:
     """Rules of one axis, those that must not yield first, the others by rank and by dim."""
     found = ours.resolve(tuple(names), rules)

@@ -168,7 +168,7 @@ arrays = st.tuples(st.sampled_from(SOME_NAMES), st.sampled_from(SIZES)).map(
 
 
 @given(arrays, tables, meshes)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_no_axis_twice_and_no_indivisible_dim(array: Any, rules: AxisRules, axes: Any) -> None:
     names, shape = array
     found = resolve(names, rules, shape, axes)
@@ -187,7 +187,7 @@ def test_no_axis_twice_and_no_indivisible_dim(array: Any, rules: AxisRules, axes
 
 
 @given(arrays, tables, meshes, st.sampled_from(list(itertools.permutations(range(len(NAMES))))))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_order_of_dims_matters_only_in_ties(
     array: Any, rules: AxisRules, axes: Any, places: Any
 ) -> None:
@@ -211,7 +211,7 @@ def test_order_of_dims_matters_only_in_ties(
 
 
 @given(arrays, tables, meshes)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_axes_of_size_1_never_change_a_result(array: Any, rules: AxisRules, axes: Any) -> None:
     """Neither where they are left out nor where there are more (of the presets' axes)."""
     names, shape = array
@@ -224,7 +224,7 @@ def test_axes_of_size_1_never_change_a_result(array: Any, rules: AxisRules, axes
 
 
 @given(arrays, tables, meshes, st.integers(0, 2000))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_threshold_keeps_small_arrays_whole_and_others_as_they_are(
     array: Any, rules: AxisRules, axes: Any, least: int
 ) -> None:
@@ -237,7 +237,7 @@ def test_threshold_keeps_small_arrays_whole_and_others_as_they_are(
 
 
 @given(arrays, tables, meshes)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_deterministic_and_cached(array: Any, rules: AxisRules, axes: Any) -> None:
     names, shape = array
     found = resolve(names, rules, shape, axes)
@@ -246,7 +246,7 @@ def test_deterministic_and_cached(array: Any, rules: AxisRules, axes: Any) -> No
 
 
 @given(tables, tables, tables)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_sums_do_not_depend_on_order(one: AxisRules, two: AxisRules, three: AxisRules) -> None:
     """The same axes, as firm; the order of axes is that of the presets where both have some."""
 
