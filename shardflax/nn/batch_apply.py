@@ -21,8 +21,9 @@ class BatchApply:
 
     All arrays among the arguments, positional and by keyword, that have as many dims are reshaped;
     others go in as they are.  Arrays whose leading dims merge to one size, but are of different
-    sizes, are an `InputShapeError`: their elements would meet at random.  All arrays that come out get the dims back: their first dim must be
-    the merged one (else an `InputShapeError`).  No array of so many dims is an `InputRankError`.
+    sizes, are an `InputShapeError`: their elements would meet at random.  All arrays that come out
+    get the dims back: their first dim must be the merged one (else an `InputShapeError`).  No array
+    of so many dims is an `InputRankError`.
 
     >>> import jax.numpy as jnp
     >>> row_sums = BatchApply(lambda x: x.sum(axis=1))

@@ -73,17 +73,35 @@ def _parse(place: str, equation: str, shape: tuple[int, ...], kernel_ndim: int) 
     if left.count(",") != 1:
         raise EinsumError(place, f"{equation!r} must have two operands: 'inputs,kernel->output'.")
     inputs, kernel = left.split(",")
-    if "..." in kernel:
-        raise EinsumError(place, f"{equation!r} has '...' in the kernel, whose dims are all named.")
-    extra = len(shape) - len(inputs.replace("...", ""))
-    if extra < 0 or (extra and "..." not in inputs):
+    if any("." in term.replace("...", "", 1) for term in (inputs, kernel, output)):
+        raise EinsumError(place, f"{equation!r} has dots that are not one '...' of an operand.")
+    of_inputs, of_kernel = _by_ellipsis(inputs, len(shape)), _by_ellipsis(kernel, kernel_ndim)
+    if of_inputs is None:
         raise InputRankError(place, "inputs", f"those of {inputs!r}", shape)
-    if kernel_ndim != len(kernel):
+    if of_kernel is None:
+        dims = len(kernel.replace("...", ""))
         raise EinsumError(
-            place, f"{equation!r} wants a kernel of {len(kernel)} dims, shape has {kernel_ndim}."
+            place, f"{equation!r} wants a kernel of {dims} dims, shape has {kernel_ndim}."
         )
-    free = "".join(c for c in string.ascii_letters if c not in text)[:extra]
-    return _Equation(inputs.replace("...", free), kernel, output.replace("...", free))
+    # Dims of the ellipsis are counted from its end, as those of arrays that broadcast.
+    free = [c for c in string.ascii_letters if c not in text][: max(of_inputs, of_kernel)]
+    spelled = _Equation(
+        inputs.replace("...", "".join(free[len(free) - of_inputs :])),
+        kernel.replace("...", "".join(free[len(free) - of_kernel :])),
+        output.replace("...", "".join(free)),
+    )
+    for label in spelled.output:
+        if label not in spelled.inputs + spelled.kernel or spelled.output.count(label) > 1:
+            raise EinsumError(
+                place, f"{equation!r}: {label!r} of the output is in no operand, or stands twice."
+            )
+    return spelled
+
+
+def _by_ellipsis(term: str, ndim: int) -> int | None:
+    """How many of the dims of an operand its ellipsis stands for; None if the rank is wrong."""
+    extra = ndim - len(term.replace("...", ""))
+    return None if extra < 0 or (extra and "..." not in term) else extra
 
 
 class Einsum(LayerBase):

@@ -24,6 +24,7 @@ __all__ = [
     "EmptyParameterError",
     "GroupsError",
     "HeadsError",
+    "InitializerError",
     "InputDtypeError",
     "InputRankError",
     "InputShapeError",
@@ -130,6 +131,19 @@ class EmptyParameterError(NNError, ZeroDivisionError):
             f"of {empty or 'a dim'}, 0. Give inputs and layer at least one feature, or an "
             "initializer that does not, `zeros` say.",
         )
+
+
+class InitializerError(NNError):
+    """The initializer of a parameter cannot draw its shape.
+
+    >>> raise InitializerError("Einsum 'out'", "kernel", (8,), "too few dims.")
+    Traceback (most recent call last):
+    shardflax.nn.errors.InitializerError: Einsum 'out': parameter 'kernel' of shape (8,): too ...
+    """
+
+    def __init__(self, place: str, name: str, shape: Sequence[int], why: str):
+        self.shape = tuple(shape)
+        super().__init__(place, f"parameter {name!r} of shape {self.shape}: {why}")
 
 
 class AxesError(NNError):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from shardflax.core import Module, nowrap
-from shardflax.nn.errors import EmptyParameterError, PolicyError, where
+from shardflax.nn.errors import EmptyParameterError, InitializerError, PolicyError, where
 from shardflax.nn.types import Dtype
 
 __all__ = ["LayerBase", "Policy"]
@@ -163,11 +163,16 @@ class LayerBase(Module):
 
     @nowrap
     def param(self, name: str, init_fn: Any, *init_args: Any, **kwargs: Any) -> Any:
-        """`Module.param`; an initializer that divides by an empty dim is an
-        `EmptyParameterError`.
+        """`Module.param`; what an initializer has against the shape is said with the module.
+
+        Raises `EmptyParameterError` where it divides by an empty dim, else `InitializerError`.
         """
         try:
             return super().param(name, init_fn, *init_args, **kwargs)
-        except ZeroDivisionError as error:
+        except (ZeroDivisionError, ValueError) as error:
+            if type(error) not in (ZeroDivisionError, ValueError):
+                raise  # what is said already, by us or by who wrote the initializer
             shape = init_args[0] if init_args else ()
-            raise EmptyParameterError(where(self), name, shape) from error
+            if isinstance(error, ZeroDivisionError):
+                raise EmptyParameterError(where(self), name, shape) from error
+            raise InitializerError(where(self), name, shape, str(error)) from error

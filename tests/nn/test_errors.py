@@ -13,6 +13,7 @@ import shardflax.nn as nn
 from shardflax.core.errors import FlaxError
 
 KEY = jax.random.key(0)
+NOTHING: Any = None
 X = jnp.ones((2, 3, 8))
 
 
@@ -60,14 +61,14 @@ def einsum(*args: Any) -> Callable[..., Any]:
 
 CASES: list[tuple[Any, str]] = [
     (run(lambda **k: nn.Dense(3, **k), 1.0), r"Dense 'inner': inputs have shape \(\) \(0 dims\)"),
-    (run(lambda **k: nn.Dense(None, **k), X), "Dense 'inner': features=None, expected a whole"),
+    (run(lambda **k: nn.Dense(NOTHING, **k), X), "Dense 'inner': features=None, expected a whole"),
     (run(general(features=(2, -1)), X), "General 'inner': features=-1, expected a whole"),
     (run(conv(2.0, 3), X), "Conv 'inner': features=2.0, expected a whole"),
-    (run(lambda **k: nn.ConvTranspose(None, 3, **k), X), "Transpose 'inner': features=None"),
+    (run(lambda **k: nn.ConvTranspose(NOTHING, 3, **k), X), "Transpose 'inner': features=None"),
     (run(lambda **k: nn.Embed(-1, 3, **k), X), "Embed 'inner': num_embeddings=-1"),
     (run(einsum((8, None), "...a,ab->...b"), X), "Einsum 'inner': shape=None, expected"),
     (run(lambda **k: nn.RNN(nn.GRUCell(-1), **k), X), "GRUCell '.*': features=-1"),
-    (run(lambda **k: nn.RNN(nn.ConvLSTMCell(None, (3,)), **k), X[None]), "features=None"),
+    (run(lambda **k: nn.RNN(nn.ConvLSTMCell(NOTHING, (3,)), **k), X[None]), "features=None"),
     (run(mha(num_heads=None), X), "MultiHeadAttention 'inner': num_heads=None, expected"),
     (run(heads(num_heads=2, head_dim=-2), X), "Attention 'inner': head_dim=-2, expected"),
     (
@@ -89,6 +90,14 @@ CASES: list[tuple[Any, str]] = [
     (run(einsum((8, 3, 2), "...a,ab->...b"), X), "a kernel of 2 dims, shape has 3"),
     (run(einsum((8, 3), "ab,bc->ac"), X), r"\(2, 3, 8\) \(3 dims\), expected those of 'ab'"),
     (run(einsum((8, 3), "...a,ab->...b->b"), X), "must say its output, once"),
+    (run(einsum((8, 3), "...a,ab->...c"), X), "'c' of the output is in no operand"),
+    (run(einsum((8, 3), "..a,ab->..b"), X), "dots that are not one"),
+    (
+        run(einsum((8,), "...a,a->..."), X),
+        r"'inner': parameter 'kernel' of shape \(8,\): Can't comp",
+    ),
+    (run(conv(6, 3, padding="CIRCULAR"), X[:, :0]), "Conv 'inner': padding='CIRCULAR'.* dim -2"),
+    (run(conv(6, 3, padding=None), X), "Conv 'inner': padding=None: Write one of"),
     (run(lambda **k: nn.Embed(5, 3, **k), X), "Embed 'inner': inputs have dtype float32"),
     (run(embed(lookup="onehot"), X[..., 0].astype(int)), "did you mean 'one_hot'"),
     (run(lambda **k: nn.Dropout(1.5, **k), X, deterministic=True), "rate=1.5"),

@@ -57,6 +57,8 @@ PASSED = [
     made("Einsum", (8, 3), "bld,dm->blm", preferred_element_type=jnp.float16),
     made("Einsum", (8, 3), "...d,dm->...m", promote_dtype=in_half, precision="highest"),
     made("Einsum", (2, 8, 3), "b...d,bdm->b...m", x=X * 1j),
+    made("Einsum", (6, 8, 3), "...d,...dm->...m", bias_init=jax.nn.initializers.ones),
+    made("Einsum", (5, 1, 8, 3), "b...d,...dm->bm..."),
     made("Embed", 16, 8, x=jnp.arange(4), promote_dtype=lambda table, **kw: [2 * table]),
     made("Embed", 16, 8, x=IDS[0], dtype=jnp.float16),
     made("Embed", 3, 8, x=jnp.arange(3, dtype=jnp.uint8)),
