@@ -24,8 +24,9 @@ from shardflax.ckpt.folder import step_folder
 from shardflax.ckpt.handle import SaveHandle
 from shardflax.ckpt.keeping import Rules
 from shardflax.ckpt.manifest import CODECS, check_json
-from shardflax.ckpt.match import Options, Patterns
+from shardflax.ckpt.match import Options
 from shardflax.ckpt.metering import Meter, Mode, showing
+from shardflax.ckpt.patterns import Patterns
 from shardflax.ckpt.place import Place, StorePath, place
 from shardflax.ckpt.plan import Plan, make_plan
 from shardflax.ckpt.preemption import Preemption

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import fnmatch
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -14,15 +12,13 @@ import jax.numpy as jnp
 
 from shardflax.ckpt.leaves import LeafSpec, describe, difference
 from shardflax.ckpt.paths import Names, Path, show, tree_of
+from shardflax.ckpt.patterns import Patterns, Renaming, covers, idle_patterns
 from shardflax.ckpt.restack import Taken, find_stacked
 from shardflax.ckpt.sources import Source
 
 __all__ = [
-    "Options", "Patterns", "Report", "Take", "covers", "idle_patterns", "match", "renamed",
+    "Options", "Report", "Take", "match", "renamed",
 ]  # fmt: skip
-
-Patterns = bool | str | Sequence[str]
-"""True for all leaves, or patterns of paths: `"params/head"`, `"*/bias"`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +78,7 @@ def match(
     tree = tree_of(target)
     leaves = tree.zip(jax.tree.leaves(target))
     names: dict[Path, Names] = dict(zip(tree.paths, tree.names, strict=True))
-    saved, lines = renamed(source, options.rename)
+    saved, lines = renamed(source, Renaming(options.rename))
     if source.boxed:
         saved = _unboxed(saved, leaves)
     specs = {path: source.leaves[old] for path, old in saved.items()}
@@ -114,34 +110,28 @@ def match(
         for path in unused
         if not covers(wanted, path)
     ]
-    lines += idle_patterns(options.include, leaves)
+    for option in ("include", "cast", "missing"):
+        lines += idle_patterns(option, getattr(options, option), leaves)
+    lines += idle_patterns("extra", options.extra, saved, "no saved leaf")
     lines.sort(key=lambda line: line[9:].split("  ")[0])
     return found, _report(found, restacked, saved, used), lines
 
 
-def renamed(source: Source, rules: Mapping[str, str]) -> tuple[dict[Path, Path], list[str]]:
+def renamed(source: Source, renaming: Renaming) -> tuple[dict[Path, Path], list[str]]:
     """The saved paths by their new names, and a line for each rule that does nothing.
 
     >>> from shardflax.ckpt.tree_source import TreeSource
-    >>> renamed(TreeSource({"a": 1, "b_0": 2}), {"b_*": "c/*", "d": "e"})
-    ({('a',): ('a',), ('c', '0'): ('b_0',)}, ['rename   d  no saved leaf has it in its path'])
+    >>> renamed(TreeSource({"a": 1, "b_0": 2}), Renaming({"b_*": "c/*", "A": "e"}))[0]
+    {('a',): ('a',), ('c', '0'): ('b_0',)}
     """
     saved: dict[Path, Path] = {}
-    idle, lines = set(rules), list[str]()
-    compiled = [(old, _rule(old), new) for old, new in rules.items()]
+    lines = list[str]()
     for path in source.leaves:
-        text = show(path)
-        for old, pattern, new in compiled:
-            changed = pattern.sub(lambda m, new=new: _filled(new, m.groups()), text, count=1)
-            if changed != text:
-                idle.discard(old)
-            text = changed
-        to = path if text == show(path) else tuple(text.split("/"))
+        to = renaming(path)
         if to in saved:
             lines.append(f"rename   {show(to)}  {show(path)} and {show(saved[to])} both become it")
         saved[to] = path
-    lines += [f"rename   {old}  no saved leaf has it in its path" for old in sorted(idle)]
-    return saved, lines
+    return saved, [*lines, *renaming.problems(saved, source.leaves.keys())]
 
 
 def _unboxed(saved: Mapping[Path, Path], target: Mapping[Path, Any]) -> dict[Path, Path]:
@@ -160,45 +150,6 @@ def _unboxed(saved: Mapping[Path, Path], target: Mapping[Path, Any]) -> dict[Pat
         return path[:-1] in target or (alone and "value" not in ends)
 
     return {path[:-1] if short(path) else path: old for path, old in saved.items()}
-
-
-def _rule(old: str) -> re.Pattern[str]:
-    """Matches whole components; `*` stands for any part of one."""
-    inner = "([^/]*)".join(map(re.escape, old.split("*")))
-    return re.compile(rf"(?<![^/]){inner}(?![^/])")
-
-
-def _filled(new: str, parts: Sequence[str]) -> str:
-    """The new components, with what each `*` stood for."""
-    for part in parts:
-        new = new.replace("*", part, 1)
-    return new
-
-
-def covers(patterns: Patterns, path: Path) -> bool:
-    """True if a path, or a folder that it is in, matches one of the patterns.
-
-    >>> covers("params/head", ("params", "head", "kernel")), covers("*/bias", ("a", "kernel"))
-    (True, False)
-    """
-    if isinstance(patterns, bool):
-        return patterns
-    text = show(path)
-    many = [patterns] if isinstance(patterns, str) else patterns
-    return any(fnmatch.fnmatchcase(text, x) or fnmatch.fnmatchcase(text, f"{x}/*") for x in many)
-
-
-def idle_patterns(include: Patterns, paths: Collection[Path]) -> list[str]:
-    """A line for each pattern of `include` that no path is like: nothing would be read for it.
-
-    >>> idle_patterns(["params", "parms/*"], [("params", "w")])
-    ['include  parms/*  no leaf has a path like this']
-    """
-    if isinstance(include, bool):
-        return []
-    many = [include] if isinstance(include, str) else include
-    idle = (x for x in many if not any(covers(x, path) for path in paths))
-    return [f"include  {pattern}  no leaf has a path like this" for pattern in idle]
 
 
 def _keep(path: Path, leaf: Any, spec: LeafSpec, lines: list[str], why: str) -> Take:

@@ -10,7 +10,8 @@ from typing import Any
 
 from shardflax.ckpt.durable import sync_folder, write_file
 from shardflax.ckpt.errors import CheckpointError
-from shardflax.ckpt.match import Options, Patterns
+from shardflax.ckpt.match import Options
+from shardflax.ckpt.patterns import Patterns
 from shardflax.ckpt.reading import Restored, restore_file
 from shardflax.ckpt.restore import load_on_host
 from shardflax.ckpt.sources import Source

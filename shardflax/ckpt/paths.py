@@ -13,8 +13,8 @@ from shardflax.ckpt.errors import CheckpointLeafError
 from shardflax.core.boxes import is_box
 
 __all__ = [
-    "ROOT", "Names", "Path", "Tree", "leaves_by_path", "nest", "show", "storage_names", "tree_and_leaves",
-    "tree_of",
+    "ROOT", "Names", "Path", "Tree", "leaves_by_path", "nest", "show", "storage_names",
+    "tree_and_leaves", "tree_of",
 ]  # fmt: skip
 
 Path = tuple[str, ...]

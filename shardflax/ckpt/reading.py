@@ -17,10 +17,11 @@ from shardflax.ckpt.errors import (
     CheckpointReadError,
 )
 from shardflax.ckpt.folder import step_folder
-from shardflax.ckpt.match import Options, Report, covers, idle_patterns, match
+from shardflax.ckpt.match import Options, Report, match
 from shardflax.ckpt.metering import Meter, Mode, showing
 from shardflax.ckpt.opening import damage, open_step
 from shardflax.ckpt.paths import show
+from shardflax.ckpt.patterns import covers, idle_patterns
 from shardflax.ckpt.place import Place, place
 from shardflax.ckpt.rendezvous import Rendezvous
 from shardflax.ckpt.restore import load, load_on_host
@@ -209,7 +210,10 @@ def _named(source: Source, root: Place, step: int | None, options: Options) -> S
         source = with_names(source, options.rename)
     except ValueError as error:
         raise CheckpointMismatchError(root, step, [str(error)]) from error
-    if idle := idle_patterns(options.include, source.leaves):
+    idle: list[str] = []
+    for option in ("include", "cast", "missing", "extra"):
+        idle += idle_patterns(option, getattr(options, option), source.leaves.keys())
+    if idle:
         raise CheckpointMismatchError(root, step, idle)
     return source
 

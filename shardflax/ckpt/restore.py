@@ -55,7 +55,7 @@ def load_on_host(
 ) -> Any:
     """All leaves as numpy arrays (keys as the words of their data), in nested dicts."""
     source.check_size(sum(s.nbytes for p, s in source.leaves.items() if wanted(p) and _reads(s)))
-    host: dict[Path, Any] = dict.fromkeys(source.nones)
+    host: dict[Path, Any] = dict.fromkeys(filter(wanted, source.nones))
     laters: list[tuple[Path, Later | None, LeafSpec]] = []
     for path, spec in source.leaves.items():
         if wanted(path):

@@ -21,9 +21,10 @@ from shardflax.ckpt.durable import sync_folder
 from shardflax.ckpt.errors import CheckpointLeafError
 from shardflax.ckpt.leaves import LeafSpec
 from shardflax.ckpt.manifest import spec_json, spec_of
-from shardflax.ckpt.match import Options, Patterns
+from shardflax.ckpt.match import Options
 from shardflax.ckpt.paths import Path as LeafPath
 from shardflax.ckpt.paths import show
+from shardflax.ckpt.patterns import Patterns
 from shardflax.ckpt.reading import Restored, restore_file
 from shardflax.ckpt.regions import Box
 from shardflax.ckpt.safetensors_header import CODES, Tensor, header_bytes, read_header

@@ -14,6 +14,7 @@ from shardflax.ckpt.leaves import describe, is_key
 from shardflax.ckpt.match import renamed
 from shardflax.ckpt.paths import Names, show, tree_of
 from shardflax.ckpt.paths import Path as LeafPath
+from shardflax.ckpt.patterns import Renaming
 from shardflax.ckpt.regions import Box
 from shardflax.ckpt.sources import Later, Source
 
@@ -69,10 +70,10 @@ class RenamedSource(Source):
 
     inner: Source
     old: Mapping[LeafPath, LeafPath]
+    nones: tuple[LeafPath, ...] = ()
 
     def __post_init__(self) -> None:
         self.leaves = {path: self.inner.leaves[old] for path, old in self.old.items()}
-        self.nones = self.inner.nones
         self.boxed = self.inner.boxed
 
     def names(self, path: LeafPath) -> Names:
@@ -101,10 +102,11 @@ def with_names(source: Source, rules: Mapping[str, str] | None) -> Source:
     """
     if not rules:
         return source
-    old, problems = renamed(source, rules)
+    renaming = Renaming(rules)
+    old, problems = renamed(source, renaming)
     if problems:
         raise ValueError("; ".join(" ".join(line.split()) for line in problems))
-    return RenamedSource(source, old)
+    return RenamedSource(source, old, tuple(map(renaming, source.nones)))
 
 
 def pieces(

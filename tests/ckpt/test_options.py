@@ -88,6 +88,42 @@ def test_renamed_leaves_with_their_optimizer_state(manager: ckpt.CheckpointManag
         manager.restore(target, rename={"Block_0": "Block_1"})
 
 
+def test_rules_see_the_saved_names_alone(manager: ckpt.CheckpointManager) -> None:
+    """So two names can be swapped, and a chain of names moves up by one."""
+    save(manager, {"params": {f"l_{i}": {"w": jnp.full(2, i)} for i in range(3)}, "none": None})
+    target = {"l_1": {"w": jnp.zeros(2, int)}, "l_2": {"w": jnp.zeros(2, int)},
+              "l_0": {"w": jnp.zeros(2, int)}}  # fmt: skip
+    rules = {"l_0": "l_1", "l_1": "l_2", "l_2": "l_0", "params/*": "*"}
+    got = manager.restore(target, rename=rules).state
+    assert [int(got[f"l_{i}"]["w"][0]) for i in range(3)] == [2, 0, 1]
+    assert manager.restore(rename={"params": "none"}, include="none/l_0").state.keys() == {"none"}
+    for rule, why in (
+        ({"params": ""}, "an empty component; 'params/"),
+        ({"params": "p_*"}, "has more .* than it"),
+        ({"parms": "p"}, "no saved leaf has it in its path; did you mean 'params'"),
+        ({"params/l_0/w": "x", "params/l_1": "x"}, "params/l_1/w would be inside of params/l_0/w"),
+    ):
+        with pytest.raises(ckpt.CheckpointMismatchError, match=why):
+            manager.restore(rename=rule)
+
+
+def test_a_pattern_that_nothing_is_like_is_named(manager: ckpt.CheckpointManager) -> None:
+    """Of every option: it would allow nothing, or read nothing, and nobody would hear of it."""
+    state = {"params": {"bias": jnp.ones(2), "w": jnp.ones(2)}}
+    save(manager, state | {"old": jnp.ones(1)})
+    assert manager.restore(state, extra="old", cast="*/bias", missing="params/w").step == 1
+    for option in ("cast", "missing", "extra", "include"):
+        for given in (state, None):
+            pattern = "parms/bais"
+            with pytest.raises(ckpt.CheckpointMismatchError) as caught:
+                manager.restore(given, **{"extra": "old", option: ["*", pattern]})
+            (line,) = caught.value.differences
+            assert line.split()[:2] == [option, pattern]
+            assert line.endswith("did you mean 'params/bias'?")
+    with pytest.raises(ckpt.CheckpointMismatchError, match="paths begin with old, params"):
+        manager.restore(include="params", cast="qqq")
+
+
 LAYERS = 3
 KERNELS = np.arange(LAYERS * 4 * 5, dtype=np.float32).reshape(LAYERS, 4, 5)
 
