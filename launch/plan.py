@@ -11,8 +11,9 @@ import jax
 from launch.errors import TrainOptionError
 from launch.options import ModelOptions, RunOptions, TrainOptions
 from shardflax import partitioning
+from shardflax.mesh_options import options_for_a_cure
 from shardflax.models import Decoder, DecoderConfig, decoder_config
-from shardflax.partitioning import AxisRules, Layout, LayoutError
+from shardflax.partitioning import AxisRules, Layout
 from shardflax.programs import DecoderProgram, layout_of, traced_step
 from shardflax.training import data as text
 
@@ -59,6 +60,11 @@ def plan_run(options: TrainOptions) -> Plan:
     P('fsdp', 'tensor')
     """
     _check_numbers(options.run)
+    with options_for_a_cure("Choose another --mesh, --preset or --model."):
+        return _plan(options)
+
+
+def _plan(options: TrainOptions) -> Plan:
     mesh = options.layout.placed()
     rules = partitioning.preset(options.layout.preset)
     config = _model_config(options.model)
@@ -76,7 +82,7 @@ def plan_run(options: TrainOptions) -> Plan:
         seed=options.run.seed,
     )
     layout = layout_of(program, mesh, rules)
-    _check(layout)
+    layout.check()
     plan = Plan(options, mesh, rules, program, windows, batches, layout)
     plan.train_step  # noqa: B018  tracing it finds the names and sizes that do not fit
     text.held_out_batches(windows, batches, options.run.eval_batches)  # raises if there is none
@@ -103,15 +109,6 @@ def _check_sample(options: RunOptions, config: DecoderConfig) -> None:
         longest = max(0, config.max_length - prompt)
         expected = f"at most {longest} bytes, after a prompt of {prompt}"
         raise TrainOptionError("sample", options.sample, expected)
-
-
-def _check(layout: Layout) -> None:
-    """Raises what is wrong with the layout, with options for a cure beside those of Python."""
-    try:
-        layout.check()
-    except LayoutError as error:
-        how = "Here, choose another --mesh, --preset or --model."
-        raise type(error)(f"{error}\n{how}", error.problems) from None
 
 
 def _model_config(options: ModelOptions) -> DecoderConfig:

@@ -61,6 +61,8 @@ def _start(plan: Plan, manager: CheckpointManager, loader: text.Loader) -> _Run:
     Raises `CheckpointMismatchError` for the checkpoint of another model, `DataStateError` for one
     of another text, before anything is allocated.
     """
+    if idle := ", ".join(plan.layout.unused_axes):
+        _say(f"nothing lies over {idle}, whose devices do the same work: another --preset?")
     if manager.latest_step() is None:
         _say(f"{len(plan.layout.leaves)} leaves, {plan.layout.bytes_per_device:,} bytes a device")
         state, _ = partitioning.init_sharded(

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from shardflax.partitioning import LayoutError, make_mesh
+from shardflax.partitioning.errors import problems_text
 
 __all__ = ["MeshOptions", "options_for_a_cure"]
 
@@ -54,8 +55,10 @@ class MeshOptions:
 
 
 @contextlib.contextmanager
-def options_for_a_cure() -> Iterator[None]:
+def options_for_a_cure(instead: str = "") -> Iterator[None]:
     """Errors say options of the command where they would say arguments of Python's.
+
+    `instead` is what to say in place of changing rules or sizes in Python.
 
     >>> with options_for_a_cure():
     ...     make_mesh("dcn(tensor=2) ici(fsdp=4)")
@@ -66,8 +69,14 @@ def options_for_a_cure() -> Iterator[None]:
     try:
         yield
     except LayoutError as error:
-        said = _FEWER.sub("", _KEYWORD.sub(_option, str(error)))
-        raise type(error)(said) from None
+        said = str(error)
+        if instead and any(problem.cure for problem in error.problems):
+            found = [problem.without_cure for problem in error.problems]
+            said = f"{problems_text(found)}\n{instead}"
+        said = _FEWER.sub("", _KEYWORD.sub(_option, said))
+        if said == str(error):
+            raise
+        raise type(error)(said, error.problems) from None
 
 
 def _option(call: re.Match[str]) -> str:

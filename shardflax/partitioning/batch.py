@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from jax.sharding import Mesh, NamedSharding
 
-from shardflax.partitioning.errors import Problem, raise_problems
+from shardflax.partitioning.errors import raise_problems
 from shardflax.partitioning.given import as_names, check_mesh, check_strict
 from shardflax.partitioning.resolve import Resolution, check_mesh_axes, resolve
 from shardflax.partitioning.rules import AxisRules
@@ -56,5 +57,5 @@ def _resolved(
     raise_problems(check_mesh_axes(rules, dict(mesh.shape)))
     sizes = None if shape is None else tuple(shape)
     found = resolve(as_names(names), rules.compute, sizes, free_axes(mesh))
-    raise_problems([Problem(p.error, p.text, p.dim, "batch") for p in found.problems])
+    raise_problems([replace(p, where="batch") for p in found.problems])
     return found

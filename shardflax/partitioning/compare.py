@@ -283,6 +283,6 @@ def _batch(
         shape = tuple(leaf.shape)
         said = names[: len(shape)] + (None,) * (len(shape) - len(names))
         found = resolve(said, rules.compute, shape, axes)
-        problems += [Problem(p.error, p.text, p.dim, "batch") for p in found.problems]
+        problems += [replace(p, where="batch") for p in found.problems]
         held += math.prod(shape) * int(leaf.dtype.itemsize) // spec_parts(found.spec, dict(axes))
     return held, tuple(dict.fromkeys(problems))

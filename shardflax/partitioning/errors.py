@@ -7,7 +7,7 @@ it notices.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from shardflax.core.errors import FlaxError
@@ -41,6 +41,7 @@ __all__ = [
     "kind_of",
     "mapped_over",
     "no_devices",
+    "problems_text",
     "raise_problems",
 ]
 
@@ -206,6 +207,8 @@ class NoRulesWarning(UserWarning):
 class Problem:
     """One thing wrong with one array: the error class, the dim (or None), and the words.
 
+    `cure` is the end of the words, where it says what to write in Python.
+
     >>> print(Problem(UnknownNameError, "no rule for the name 'x'", 0, "params/w"))
     params/w: no rule for the name 'x'
     """
@@ -214,9 +217,19 @@ class Problem:
     text: str
     dim: int | None = None
     where: str = ""
+    cure: str = ""
 
     def __str__(self) -> str:
         return f"{self.where}: {self.text}" if self.where else self.text
+
+    @property
+    def without_cure(self) -> Problem:
+        """The same without what to write in Python: a command has options.
+
+        >>> str(Problem(IndivisibleDimError, "4 by 8. Make it 8.", cure="Make it 8.").without_cure)
+        '4 by 8.'
+        """
+        return replace(self, text=self.text.removesuffix(self.cure).rstrip(), cure="")
 
 
 def kind_of(value: Any) -> str:
@@ -240,10 +253,21 @@ def raise_problems(problems: Sequence[Problem]) -> None:
         return
     classes = {p.error for p in problems}
     error = classes.pop() if len(classes) == 1 else LayoutError
+    raise error(problems_text(problems), problems)
+
+
+def problems_text(problems: Sequence[Problem]) -> str:
+    """What `raise_problems` says.
+
+    >>> print(problems_text([Problem(LayoutError, "one"), Problem(LayoutError, "another")]))
+    2 problems in this layout.
+    - one
+    - another
+    """
     lines = [str(p) for p in problems]
     if len(lines) > 1:
         lines = [f"{len(lines)} problems in this layout.", *(f"- {line}" for line in lines)]
-    raise error("\n".join(lines), problems)
+    return "\n".join(lines)
 
 
 def no_devices(what: str, spec: Any, mesh: Any) -> MeshScopeError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jax.sharding import PartitionSpec
@@ -104,7 +104,7 @@ def place_leaf(path: Path, value: Any, named: NamedLeaf, axes: MeshAxes) -> Leaf
     problems = (*named.problems, *found)
     if problems:
         where = f"{path_text(path)}, shape {shape}"
-        problems = tuple(Problem(p.error, p.text, p.dim, where) for p in problems)
+        problems = tuple(replace(p, where=where) for p in problems)
     names, origin, kind = named.names, named.origin, named.rule_set
     return Leaf(path, shape, value.dtype, names, origin, spec, dims, parts, problems, kind)
 

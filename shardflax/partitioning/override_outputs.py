@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import jax
@@ -140,7 +141,7 @@ def _constrained(x: Any, names: tuple[Any, ...], where: str, rules: AxisRules) -
     trace, shape = init_trace(), tuple(np.shape(x))
     mesh = mesh_in_scope() if trace is None else None
     found = resolve(names, rules, shape, None if mesh is None else free_axes(mesh))
-    problems = [Problem(p.error, p.text, p.dim, f"what {where} returns") for p in found.problems]
+    problems = [replace(p, where=f"what {where} returns") for p in found.problems]
     if trace is not None:
         trace.names.update(name for name in names if isinstance(name, str))
         trace.problems.extend(problems)

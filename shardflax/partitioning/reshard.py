@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -120,7 +120,7 @@ def _move(
     if names is None:
         return _Move(where, x, PartitionSpec())
     spec, problems = _spec(tuple(names), tuple(np.shape(x)), rules, axes)
-    there = tuple(Problem(p.error, p.text, p.dim, where) for p in problems)
+    there = tuple(replace(p, where=where) for p in problems)
     return _Move(where, x, spec, there)
 
 

@@ -269,9 +269,10 @@ class _Assignment:
         text = (
             f"dims {other} {first!r} and {dim} {second!r} of {self.names!r} both claim the axis "
             f"{axis!r} (rules {first!r}: '{' '.join(self.rules[other] or ())}', {second!r}: "
-            f"'{' '.join(self.rules[dim] or ())}'). Write '{axis}?' in the rule that may yield."
+            f"'{' '.join(self.rules[dim] or ())}')."
         )
-        return Problem(AxisConflictError, text, dim)
+        cure = f"Write '{axis}?' in the rule that may yield."
+        return Problem(AxisConflictError, f"{text} {cure}", dim, cure=cure)
 
     def indivisible(self, dim: int, factor: int) -> Problem:
         assert self.shape is not None
@@ -280,8 +281,10 @@ class _Assignment:
         cut = " x ".join(f"{axis}={self.size(axis)}" for axis in mine)
         text = (
             f"dim {dim} {name!r} of size {size} (shape {self.shape}, names {self.names!r}) is "
-            f"not divisible by {factor} ({cut}; rule {name!r}: '{' '.join(rule)}'). Make it "
-            f"{-(-size // factor) * factor}, let the axis yield ('{mine[-1]}?'), or replicate "
-            f"the dim (None, or rules | {{{name!r}: None}})."
+            f"not divisible by {factor} ({cut}; rule {name!r}: '{' '.join(rule)}')."
         )
-        return Problem(IndivisibleDimError, text, dim)
+        cure = (
+            f"Make it {-(-size // factor) * factor}, let the axis yield ('{mine[-1]}?'), or "
+            f"replicate the dim (None, or rules | {{{name!r}: None}})."
+        )
+        return Problem(IndivisibleDimError, f"{text} {cure}", dim, cure=cure)

@@ -26,7 +26,8 @@ def refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
     said = capsys.readouterr().err
     assert stop.value.code == 2
     assert said.startswith("error: ") and "Traceback" not in said
-    assert "make_" not in said and "jax." not in said  # what to write are options
+    # What to write are options.
+    assert [words for words in ("make_", "jax.", "rules |", "may yield") if words in said] == []
     return said
 
 
@@ -38,7 +39,14 @@ WRONG = {
     "fewer": (["--mesh", "data=4"], ["Write data=8, or -1 for one of the axes (what is left)."]),
     "mesh-syntax": (["--mesh", "data:8"], ["data:8"]),
     "batch": (["--mesh", "data=8", "--batch", "12"], ["batch", "12", "8"]),
-    "heads": (["--mesh", "tensor=8"], ["heads", "4", "8", "tensor", "choose another --mesh"]),
+    "heads": (
+        ["--mesh", "tensor=8"],
+        ["heads", "4", "8", "tensor", "rule 'heads': 'tensor').\nChoose another --mesh"],
+    ),
+    "claims": (
+        ["--mesh", "expert=8", "--preset", "ep + ep_as_cp"],
+        ["batch: dims 0 'batch' and 1 'length'", "both claim the axis 'expert'", "--preset or"],
+    ),
     "model": (["--model", "smal"], ["smal", "did you mean 'small'"]),
     "remat": (["--remat", "dots_savable"], ["dots_savable", "did you mean"]),
     "accumulate": (["--accumulate", "3"], ["accumulate=3", "8"]),
