@@ -16,6 +16,7 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 from shardflax.core.errors import did_you_mean
+from shardflax.core.frozen_dict import return_frozen
 
 __all__ = [
     "Flag",
@@ -142,3 +143,9 @@ define_bool_state(
     True,
     "Leave this library's own frames out of the tracebacks that JAX filters.",
 )
+define_bool_state(
+    "flax_return_frozendict",
+    False,
+    "Return the variables of init and apply as FrozenDicts, as Flax did before 0.7.",
+)
+on_update("flax_return_frozendict", return_frozen)

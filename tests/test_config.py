@@ -32,6 +32,17 @@ def test_flags_are_read_and_changed() -> None:
     assert config.flax_flag_of_a_test is True
 
 
+def test_variables_are_returned_frozen_if_so_flagged() -> None:
+    model, x = nn.BatchNorm(use_running_average=False), jnp.ones((1, 2))
+    with config.temp_flip_flag("return_frozendict", True):
+        variables = model.init(jax.random.key(0), x)
+        stats, _ = variables.pop("params")
+        assert type(stats) is nn.FrozenDict
+        assert type(model.apply(variables, x, mutable=True)[1]) is nn.FrozenDict
+        assert type(model.bind(variables).variables["params"]) is nn.FrozenDict
+    assert type(model.init(jax.random.key(0), x)) is dict
+
+
 def test_a_flag_goes_back_when_the_context_fails() -> None:
     with pytest.raises(ZeroDivisionError), config.temp_flip_flag("filter_frames", False):
         raise ZeroDivisionError

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 from shardflax.core.staging import jx
 
-__all__ = ["FrozenDict", "copy", "freeze", "pop", "pretty_repr", "unfreeze"]
+__all__ = [
+    "FrozenDict",
+    "copy",
+    "freeze",
+    "given_out",
+    "pop",
+    "pretty_repr",
+    "return_frozen",
+    "unfreeze",
+]
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -225,3 +235,33 @@ def pretty_repr(x: Any, num_spaces: int = 4) -> str:
     if isinstance(x, FrozenDict):
         return cast("FrozenDict[Any, Any]", x).pretty_repr(num_spaces)
     return _indented(x, num_spaces)
+
+
+class _Returned:
+    """Whether runs return their variables frozen: the flag `flax_return_frozendict`."""
+
+    frozen = os.environ.get("FLAX_RETURN_FROZENDICT", "").lower() in (
+        "y",
+        "yes",
+        "t",
+        "true",
+        "on",
+        "1",
+    )
+
+
+def return_frozen(frozen: bool) -> None:
+    """Makes runs return their variables as FrozenDicts, or (the default) as dicts.
+
+    >>> return_frozen(False)
+    """
+    _Returned.frozen = frozen
+
+
+def given_out(variables: dict[str, Any]) -> Any:
+    """Variables as they leave a run.
+
+    >>> given_out({"params": {}})
+    {'params': {}}
+    """
+    return freeze(variables) if _Returned.frozen else variables

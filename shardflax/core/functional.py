@@ -12,6 +12,7 @@ import jax
 
 from shardflax.core import staging
 from shardflax.core.errors import LazyInitError
+from shardflax.core.frozen_dict import given_out
 from shardflax.core.names import CollectionFilter, Names
 from shardflax.core.scope import Scope, open_store
 
@@ -40,13 +41,14 @@ def bind(
     return Scope(open_store(variables, rngs, mutable, flags))
 
 
-def changeable(scope: Scope) -> dict[str, Any]:
+def changeable(scope: Scope) -> Any:
     """The collections that may change: also those that were passed in empty.
 
     >>> changeable(bind({"params": {"w": 1.0}, "state": {}}, mutable="state"))
     {'state': {}}
     """
-    return {c: t for c, t in scope.store.collections.items() if c in scope.store.mutable}
+    store = scope.store
+    return given_out({c: t for c, t in store.collections.items() if c in store.mutable})
 
 
 def apply(

@@ -9,6 +9,7 @@ import jax
 
 from shardflax.core.cross import Crossable
 from shardflax.core.errors import NameInUseError
+from shardflax.core.frozen_dict import given_out
 from shardflax.core.module_errors import (
     DeclareOutsideOfCompactError,
     PerturbationNotFoundError,
@@ -62,7 +63,7 @@ class Stateful(Crossable):
         """The collections of variables at and below this module."""
         scope = self._bound()
         found = {col: scope.collection(col) for col in scope.store.collections}
-        return {col: dict(tree) for col, tree in found.items() if tree}
+        return given_out({col: dict(tree) for col, tree in found.items() if tree})
 
     # --- state
 

@@ -57,8 +57,9 @@ def leaves_of(state: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def check_fit(path: str, saved: Mapping[str, Any], target: Mapping[str, Any]) -> None:
     """Compares the leaves (or kinds of leaves) of a checkpoint with those of its target.
 
-    None in the target takes anything.  What the target has no place for is left out, with a
-    warning that names it.
+    None in the target takes anything, and a number in a numpy array (`np.array(0)`, of no dims) an
+    array of any shape, with a warning if that is another one.  What the target has no place for is
+    left out, with a warning that names it.
 
     Raises `CheckpointTargetError` with every leaf that is missing, or of another shape or dtype.
 
@@ -69,13 +70,21 @@ def check_fit(path: str, saved: Mapping[str, Any], target: Mapping[str, Any]) ->
       w: saved float64[3], target float64[4]
     Restore with target=None for what was saved, change that, and use from_state_dict.
     """
+    given = {name: leaf for name, leaf in target.items() if leaf is not None}
+    loose = {name: leaf for name, leaf in given.items() if _takes_any_shape(name, leaf, saved)}
     differences = [
         difference
-        for name, leaf in target.items()
-        if leaf is not None and (difference := _difference(name, leaf, saved))
+        for name, leaf in given.items()
+        if name not in loose and (difference := _difference(name, leaf, saved))
     ]
     if differences:
         raise CheckpointTargetError(path, differences)
+    if loose:
+        warnings.warn(
+            f"the checkpoint {path!r} has arrays where the target has single numbers: "
+            f"{', '.join(f'{n} is {_kind(saved[n])}' for n in loose)}. They are restored as saved.",
+            stacklevel=4,
+        )
     extra = [n for n, leaf in saved.items() if leaf is not None and not _has_place(n, target)]
     if extra:
         more = f" and {len(extra) - 5} more" if len(extra) > 5 else ""
@@ -93,12 +102,23 @@ def _has_place(name: str, target: Mapping[str, Any]) -> bool:
     return name in target or any(target.get(path, ...) is None for path in above)
 
 
+def _kind(leaf: Any) -> Kind | None:
+    """What is compared of a saved leaf, or of its kind."""
+    return leaf if isinstance(leaf, Kind) else kind_of(leaf)
+
+
+def _takes_any_shape(name: str, leaf: Any, saved: Mapping[str, Any]) -> bool:
+    """True for an array of no dims on the host that holds the place of one with dims."""
+    have = _kind(saved.get(name))
+    holds_place = isinstance(leaf, np.ndarray) and leaf.ndim == 0
+    return holds_place and have is not None and have.shape != () and have.dtype == leaf.dtype
+
+
 def _difference(name: str, leaf: Any, saved: Mapping[str, Any]) -> str | None:
     """What is wrong with one leaf of the target, if anything."""
     if name not in saved:
         return f"{name or 'the top'}: not in the checkpoint"
-    want, have = kind_of(leaf), saved[name]
-    have = have if isinstance(have, Kind) else kind_of(have)
+    want, have = kind_of(leaf), _kind(saved[name])
     if want is None or have is None:
         return None
     known = want.dtype is not None and have.dtype is not None

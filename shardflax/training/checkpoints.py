@@ -157,9 +157,14 @@ def _new_save(
     return _Save(path.parent, path.name, step, start, keep, overwrite, keep_every)
 
 
+def _shown(ckpt_dir: Any, name: str) -> str:
+    """The path of a checkpoint in the folder as it was given, be that relative."""
+    return safe_normpath(os.path.join(os.fspath(ckpt_dir), name))
+
+
 def _local(ckpt_dir: Any, name: str = "") -> str:
     """A path of a file system, absolute."""
-    path = safe_normpath(os.path.join(os.fspath(ckpt_dir), name))
+    path = _shown(ckpt_dir, name)
     if "://" in path:
         raise ValueError(
             f"{path!r}: training.checkpoints saves to file systems. Mount the object store, or "
@@ -200,7 +205,8 @@ def save_checkpoint(
     save = _new_save(ckpt_dir, step, prefix, keep, overwrite, keep_every_n_steps)
     if any(multiprocess_arrays.spans_processes(leaf) for leaf in jax.tree.leaves(target)):
         raise MPACheckpointingRequiredError(str(save.path), step)
-    return _save(save, target, async_manager, None, orbax_checkpointer, together=False)
+    _save(save, target, async_manager, None, orbax_checkpointer, together=False)
+    return _shown(ckpt_dir, save.name)
 
 
 def save_checkpoint_multiprocess(
@@ -229,12 +235,13 @@ def save_checkpoint_multiprocess(
     'checkpoint_5'
     """
     save = _new_save(ckpt_dir, step, prefix, keep, overwrite, keep_every_n_steps)
-    return _save(save, target, async_manager, gda_manager, orbax_checkpointer, together=True)
+    _save(save, target, async_manager, gda_manager, orbax_checkpointer, together=True)
+    return _shown(ckpt_dir, save.name)
 
 
 def _save(
     save: _Save, target: Any, manager: Any, arrays_manager: Any, checkpointer: Any, together: bool
-) -> str:
+) -> None:
     """Writes one checkpoint in the format that is asked for."""
     if manager is not None:
         manager.wait_previous_save()
@@ -252,7 +259,6 @@ def _save(
         _save_folder(save, state, manager, together)
     else:
         _save_file(save, state, manager, arrays_manager, together)
-    return str(save.path)
 
 
 def _save_folder(save: _Save, state: Any, manager: AsyncManager | None, together: bool) -> None:
@@ -285,7 +291,7 @@ def _save_file(
     def commit() -> None:
         if first:
             with _unfinished(save):
-                write_file(save.temporary, msgpack_serialize(held), "wb")
+                write_file(save.temporary, msgpack_serialize(held, in_place=True), "wb")
                 save.commit()
 
     held = _on_host(rest, save) if first else None
@@ -359,7 +365,7 @@ def latest_checkpoint(ckpt_dir: str | os.PathLike[str], prefix: str = "checkpoin
     True
     """
     files = step_files(_local(ckpt_dir), prefix)
-    return str(files[-1].path) if files else None
+    return os.path.join(os.fspath(ckpt_dir), files[-1].path.name) if files else None
 
 
 def restore_checkpoint(

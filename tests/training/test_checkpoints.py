@@ -116,6 +116,28 @@ def test_the_rules_of_keeping_and_overwriting_are_those_of_flax(tmp_path: Path) 
         assert Path(str(latest[0])).name == Path(str(latest[1])).name
 
 
+def test_the_guide_on_migrating_to_orbax(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative folders, keys in their order, and a number that holds the place of an array."""
+    monkeypatch.chdir(tmp_path)
+    flax.config.update("flax_use_orbax_checkpointing", False)
+    saved = [12, {"foo": "str", "bar": np.array((2, 3))}, [1, 4, 10]]
+    target = [0, {"foo": "", "bar": np.array(0)}, [0, 0, 0]]
+    with config.temp_flip_flag("use_orbax_checkpointing", False):
+        for module, folder in ((theirs, "./theirs"), (ours, "./ours")):
+            path = module.save_checkpoint(folder, saved, 4, prefix="test_")
+            assert path == f"{folder[2:]}/test_4"
+            assert module.latest_checkpoint(folder, "test_") == f"{folder}/test_4"
+        assert Path("ours/test_4").read_bytes() == Path("theirs/test_4").read_bytes()
+        assert list(ours.restore_checkpoint("./ours", None, prefix="test_")["1"]) == ["foo", "bar"]
+        with pytest.warns(UserWarning, match=r"single numbers: 1/bar is int64\[2\]"):
+            restored = ours.restore_checkpoint("./ours", target, 4, "test_")
+        same(restored, saved)
+        with pytest.raises(errors.CheckpointTargetError, match="1/bar: saved int64"):
+            other = [0, {"foo": "", "bar": np.array(0.0)}, [0] * 3]
+            ours.restore_checkpoint("./ours", other, 4, "test_")
+    flax.config.update("flax_use_orbax_checkpointing", True)
+
+
 @pytest.mark.parametrize("step", [1, 3])
 def test_an_outdated_step_is_refused(backend: str, tmp_path: Path, step: int) -> None:
     ours.save_checkpoint(tmp_path, {"w": np.ones(1)}, 3)
