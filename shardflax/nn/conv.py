@@ -89,11 +89,11 @@ class _Window:
             return jnp.pad(x, [(0, 0), (before, 0), (0, 0)]), "VALID"
         modes = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
         if isinstance(self.padding, str) and self.padding in modes:
-            for dim, size in enumerate(x.shape[1:-1], start=1 - x.ndim):
-                if size == 0:
-                    why = f"nothing to pad with, dim {dim} of inputs has size 0."
-                    raise WindowError(place, f"padding={self.padding!r}: {why}")
             reach = [(k - 1) * d for k, d in zip(self.size, self.kernel_dilation, strict=True)]
+            for dim, (size, r) in enumerate(zip(x.shape[1:-1], reach, strict=True)):
+                if size == 0 < r:
+                    why = f"nothing to pad with, dim {dim + 1 - x.ndim} of inputs has size 0."
+                    raise WindowError(place, f"padding={self.padding!r}: {why}")
             around = [(0, 0), *[(r // 2, r - r // 2) for r in reach], (0, 0)]
             return jnp.pad(x, around, mode=modes[self.padding]), "VALID"
         return x, self.padding

@@ -26,6 +26,7 @@ from shardflax.partitioning import default_names
 __all__ = ["ConvTranspose"]
 
 PADDING = ("SAME", "VALID", "CIRCULAR")
+UNSTRIDED = (*PADDING, "SAME_LOWER")
 
 
 def _wrapped(y: Array, periods: Sequence[int], more_before: bool) -> Array:
@@ -54,7 +55,8 @@ class ConvTranspose(LayerBase):
     that of the convolution whose gradient this is: `(*kernel_size, features, in)`, flipped.
 
     `padding` is `"SAME"`, `"VALID"`, `"CIRCULAR"` (periodic), an int, or a pair (low, high) for
-    each spatial dim.  The rest, and the errors, are those of `Conv`.
+    each spatial dim; without strides `"SAME_LOWER"` too.  The rest, and the errors, are those of
+    `Conv`.
 
     >>> import jax, jax.numpy as jnp, shardflax.nn as nn
     >>> layer, x = nn.ConvTranspose(6, kernel_size=(3, 3), strides=(2, 2)), jnp.ones((1, 4, 4, 8))
@@ -95,7 +97,8 @@ class ConvTranspose(LayerBase):
         out = -2 if self.transpose_kernel else -1
         bias = self._bias(axes, out) if self.use_bias else None
         x, kernel, bias = self.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        padding = windows.resolve_padding(place, self.padding, ndim, PADDING)
+        known = UNSTRIDED if set(strides) == {1} else PADDING
+        padding = windows.resolve_padding(place, self.padding, ndim, known)
         circular = padding == "CIRCULAR"
         convolve = self._convolution(strides, "VALID" if circular else padding)
         stored = weights.stored_names(self.kernel_init, axes)

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from shardflax.nn.errors import AttentionShapeError
+from shardflax.nn.errors import AttentionShapeError, InputRankError
 from shardflax.nn.types import Array, Dtype
 
 __all__ = ["combine_masks", "make_attention_mask", "make_causal_mask"]
@@ -23,13 +23,22 @@ def make_attention_mask(
     """`pairwise_fn` of every query with every key, as a mask that broadcasts over heads.
 
     Inputs `(*batch, queries)` and `(*batch, keys)` give `(*batch, 1, queries, keys)` in `dtype`,
-    with `extra_batch_dims` dims of size 1 in front.
+    with `extra_batch_dims` dims of size 1 in front.  Inputs without dims are an `InputRankError`,
+    batch dims that do not broadcast an `AttentionShapeError`.
 
     >>> import jax.numpy as jnp
     >>> tokens = jnp.array([[5, 7, 0]])
     >>> make_attention_mask(tokens > 0, tokens > 0)[0, 0].astype(int).tolist()
     [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
     """
+    queries, keys = jnp.shape(query_input), jnp.shape(key_input)
+    for what, shape in (("query_input", queries), ("key_input", keys)):
+        if not shape:
+            raise InputRankError("make_attention_mask", what, "(*batch, length)", shape)
+    sizes = zip(reversed(queries[:-1]), reversed(keys[:-1]), strict=False)
+    if any(1 not in (q, k) and q != k for q, k in sizes):
+        shapes = {"query_input": queries, "key_input": keys}
+        raise AttentionShapeError("make_attention_mask", "batch dims", **shapes)
     pairs = pairwise_fn(jnp.expand_dims(query_input, -1), jnp.expand_dims(key_input, -2))
     mask = jnp.expand_dims(pairs, -3)
     return jnp.expand_dims(mask, tuple(range(extra_batch_dims))).astype(dtype)
@@ -44,6 +53,8 @@ def make_causal_mask(x: Array, extra_batch_dims: int = 0, dtype: Dtype = jnp.flo
     >>> make_causal_mask(jnp.ones((1, 3)))[0, 0].astype(int).tolist()
     [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
     """
+    if not jnp.ndim(x):
+        raise InputRankError("make_causal_mask", "x", "(*batch, length)", ())
     positions = jnp.broadcast_to(jnp.arange(x.shape[-1], dtype=jnp.int32), x.shape)
     return make_attention_mask(
         positions, positions, jnp.greater_equal, extra_batch_dims=extra_batch_dims, dtype=dtype

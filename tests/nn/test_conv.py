@@ -83,6 +83,7 @@ CASES: dict[str, list[Callable[[Any], Any]]] = {
     ]
     + [
         back(X2, (3, 4), (2, 1), "CIRCULAR"),
+        back(X1, 4, padding="SAME_LOWER", kernel_dilation=2),
         back(X1, 3, mask=MASK, dtype=jnp.bfloat16, preferred_element_type=jnp.float32),
     ],
 }

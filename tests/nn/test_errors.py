@@ -179,7 +179,18 @@ CASES: list[tuple[Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("fails", "message"), CASES)
+MASKS: list[tuple[Any, str]] = [
+    (lambda: nn.make_attention_mask(X[0, 0], X[0, 0, 0]), r"key_input have shape \(\)"),
+    (lambda: nn.make_attention_mask(X[:, 0], X[0]), r"batch dims .* \(2, 8\), .* \(3, 8\)"),
+    (lambda: nn.make_causal_mask(X[0, 0, 0]), r"make_causal_mask: x have shape \(\)"),
+    (
+        run(lambda **k: nn.ConvTranspose(3, 3, 2, "SAME_LOWER", **k), X),
+        "Transpose 'inner': padding='SAME_LOWER'.* 'CIRCULAR'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fails", "message"), [*CASES, *MASKS])
 def test_message(fails: Callable[[], Any], message: str) -> None:
     with pytest.raises(FlaxError, match=message) as caught:
         fails()
