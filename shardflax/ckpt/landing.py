@@ -59,19 +59,27 @@ class Landing:
         """Writes the manifest, and gives the folder its name: all or nothing, even at a crash.
 
         Raises CheckpointExistsError if another program was quicker, and CheckpointFolderError if
-        something else is in the place of the step.
+        something else is in the place of the step.  What cannot be forced to the disk at the end
+        loses its name again.
         """
         write_file(self.folder / NAME, manifest)
         sync_folder(self.folder)
         faults.at("manifest")
         faults.at("rename")
+        target = self.root / str(self.step)
         try:
-            os.rename(self.folder, self.root / str(self.step))
+            os.rename(self.folder, target)
         except OSError:
-            self._check_free()
+            if not _holds(target, manifest):
+                self._check_free()
+                raise
+        try:
+            faults.at("renamed")
+            sync_folder(self.root)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.rename(target, self.folder)
             raise
-        faults.at("renamed")
-        sync_folder(self.root)
         self.release()
 
     def _check_free(self) -> None:
@@ -98,6 +106,14 @@ class Landing:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def _holds(step: Path, manifest: bytes) -> bool:
+    """True if a step is the one with this manifest: NFS may rename, and say that it could not."""
+    try:
+        return (step / NAME).read_bytes() == manifest
+    except OSError:
+        return False
 
 
 @functools.singledispatch

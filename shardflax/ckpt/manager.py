@@ -7,6 +7,7 @@ import functools
 import itertools
 import operator
 import os
+import threading
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -17,6 +18,7 @@ from shardflax.ckpt.errors import (
     CheckpointError,
     CheckpointExistsError,
     CheckpointNotFoundError,
+    CheckpointReadError,
     CheckpointSaveError,
 )
 from shardflax.ckpt.faults import at
@@ -40,6 +42,8 @@ from shardflax.ckpt.timer import Timer
 from shardflax.ckpt.worker import THREADS, Worker
 
 __all__ = ["CheckpointManager"]
+
+_NOT_DELETED = "an older step could not be deleted"
 
 
 class CheckpointManager:
@@ -118,7 +122,8 @@ class CheckpointManager:
         self._shelf = Shelf(folder, self.rules, looks=self._meeting.primary or read_only)
         self._own: set[int] = set()
         self._numbers, self._calls = itertools.count(1), itertools.count(1)
-        self._pending: SaveHandle | None = None
+        self._in_flight: list[SaveHandle] = []
+        self._lock = threading.Lock()
         self._meter = Meter("saving")
         self._failure: CheckpointError | None = None
         self._closed = False
@@ -138,8 +143,8 @@ class CheckpointManager:
     @property
     def pending_step(self) -> int | None:
         """The step that is being saved, or None."""
-        pending = self._pending
-        return None if pending is None or pending.committed.done() else pending.step
+        flying = tuple(self._in_flight)
+        return next((handle.step for handle in flying if not handle.committed.done()), None)
 
     def all_steps(self) -> list[int]:
         """The committed steps, in order, as process 0 sees the folder."""
@@ -241,10 +246,17 @@ class CheckpointManager:
         own = check_json(dict(process_extras or {}), "process_extras")
         numbers = {name: float(value) for name, value in (metrics or {}).items()}
         plan, leaves = make_plan(state, self.compression)
-        self._settle()
-        failure, self._failure = self._failure, None
-        job = self._job(step, plan, leaves, checked, own)
-        job.metrics, job.temporary = numbers, not lasting
+        if not self._claim(step):
+            self._raise_failure()
+            return None
+        try:
+            self._settle()
+            failure, self._failure = self._failure, None
+            job = self._job(step, plan, leaves, checked, own)
+            job.metrics, job.temporary = numbers, not lasting
+        except BaseException:
+            self._own.discard(step)
+            raise
         try:
             handle = self._start(job, leaves)
         except Exception as error:
@@ -254,6 +266,13 @@ class CheckpointManager:
         if failure is not None:
             raise failure
         return handle
+
+    def _claim(self, step: int) -> bool:
+        """False if another thread is saving the step."""
+        with self._lock:
+            there = step in self._own
+            self._own.add(step)
+        return not there
 
     def _job(
         self,
@@ -284,9 +303,9 @@ class CheckpointManager:
         """Hands the staged state to the writer."""
         handle = SaveHandle(job.step)
         run = functools.partial(self._run, job, handle)
-        self._own.add(job.step)
-        self._pending = handle
-        IN_FLIGHT.add(self)
+        with self._lock:
+            self._in_flight.append(handle)
+            IN_FLIGHT.add(self)
         if self._timer is not None:
             self._timer.saved()
         hand_over(job, leaves, handle, self._syncer, lambda: self._writer.submit(run))
@@ -300,6 +319,11 @@ class CheckpointManager:
             with showing(self._meter, "lines" if self._progress == "lines" else None):
                 shelf.seen = job.run(self._after)
         except BaseException as error:
+            if job.committed:
+                shelf.seen = sorted({*shelf.seen, job.step})
+                self._afterwards(job.step, "the other processes may not have heard of it", error)
+                handle.committed.set_result(None)
+                return
             self._own.discard(job.step)
             shelf.forget(job.step)
             failure = CheckpointSaveError(self.directory, job.step, error)
@@ -310,14 +334,17 @@ class CheckpointManager:
             self._expire(job.step)
             handle.committed.set_result(None)
         finally:
-            IN_FLIGHT.discard(self)
+            with self._lock:
+                self._in_flight.remove(handle)
+                if not self._in_flight:
+                    IN_FLIGHT.discard(self)
 
     def _after(self, step: int) -> list[int]:
         """The steps that stay, now that one more is committed: all, if they cannot be listed."""
         try:
             return self._shelf.after(step)
-        except Exception as error:
-            self._not_deleted(step, error)
+        except BaseException as error:
+            self._afterwards(step, _NOT_DELETED, error)
             return sorted({*self._shelf.seen, step})
 
     def _expire(self, step: int) -> None:
@@ -327,13 +354,13 @@ class CheckpointManager:
         try:
             self._shelf.expire()
             at("expired")
-        except Exception as error:
-            self._not_deleted(step, error)
+        except BaseException as error:
+            self._afterwards(step, _NOT_DELETED, error)
 
-    def _not_deleted(self, step: int, error: Exception) -> None:
+    def _afterwards(self, step: int, what: str, error: BaseException) -> None:
+        """Keeps an error that came after the commit."""
         failure = CheckpointError(
-            f"Step {step} is committed in {str(self.directory)!r}, but an older step could not be "
-            f"deleted: {error}."
+            f"Step {step} is committed in {str(self.directory)!r}, but {what}: {error}."
         )
         failure.__cause__ = error
         self._fail(failure)
@@ -355,10 +382,10 @@ class CheckpointManager:
 
     def _settle(self) -> None:
         """Returns when no save is in flight; at once in `on_error`, which is a part of one."""
-        pending = self._pending
-        if pending is not None and not pending.committed.done() and not self._writer.here:
-            with showing(self._meter, None if self._progress == "lines" else self._progress):
-                pending.committed.exception()
+        for handle in tuple(self._in_flight):
+            if not handle.committed.done() and not self._writer.here:
+                with showing(self._meter, None if self._progress == "lines" else self._progress):
+                    handle.committed.exception()
 
     def wait(self) -> None:
         """Returns when no save is in flight; raises the error of the last one, if it failed."""
@@ -413,19 +440,41 @@ class CheckpointManager:
         self._raise_failure()
         options = Options(cast, missing, extra, dict(rename or {}), include)
         wanted = None if step is None else operator.index(step)
+        while (restored := self._restore(wanted, target, options, fallback)) is None:
+            pass
+        self._own.add(restored.step)
+        return restored
+
+    def _restore(
+        self, wanted: int | None, target: Any, options: Options, fallback: bool
+    ) -> Restored | None:
+        """Restores a step; None if it was the latest, and somebody deletes it meanwhile."""
         with self._shelf.reading(lambda steps: _picked(steps, wanted, fallback)) as steps:
             call = next(self._calls)
-            steps = self._meeting.agree(f"call/{call}/steps", steps, "choosing a step")
+            key = f"call/{call}"
+            steps = self._meeting.agree(f"{key}/steps", steps, "choosing a step")
             chosen = _picked(steps, wanted, fallback)
             if not chosen:
-                raise CheckpointNotFoundError(self.directory, step, steps)
-            key, meter = f"call/{call}", Meter(f"restoring step {chosen[0]}")
-            with showing(meter, self._progress):
-                restored = restore_step(
-                    self.directory, chosen, target, options, self._meeting, key, meter
+                raise CheckpointNotFoundError(self.directory, wanted, steps)
+            meter = Meter(f"restoring step {chosen[0]}")
+            try:
+                with showing(meter, self._progress):
+                    restored = restore_step(
+                        self.directory, chosen, target, options, self._meeting, key, meter
+                    )
+            except CheckpointReadError as error:
+                # Who only looks on has no say in what the run keeps.
+                there = self._meeting.agree(
+                    f"{key}/there", self._shelf.has(chosen[0]), "looking for the step"
                 )
+                if there:
+                    raise
+                if wanted is not None:
+                    raise CheckpointNotFoundError(
+                        self.directory, wanted, self.all_steps()
+                    ) from error
+                return None
         self._forget_before(call)
-        self._own.add(restored.step)
         return restored
 
     def delete(self, step: int) -> None:

@@ -15,6 +15,27 @@ from shardflax.ckpt.errors import CheckpointError
 __all__ = ["Preemption"]
 
 
+class _Everybody:
+    """The moment on which JAX's coordination service agrees, which is one for all managers.
+
+    They are counted, not the steps: an evaluation asks several times after one step, and several
+    managers ask at each.  The service says yes for one number alone, once.
+    """
+
+    def __init__(self) -> None:
+        self._asked, self._reached = 0, False
+
+    def reached(self) -> bool:
+        """True from that moment on; all processes must ask equally often."""
+        if not self._reached:
+            self._asked += 1
+            self._reached = multihost_utils.reached_preemption_sync_point(self._asked)
+        return self._reached
+
+
+_everybody = _Everybody()
+
+
 class Preemption:
     """From `start` to `stop`, SIGTERM does not kill the process but is remembered.
 
@@ -35,7 +56,6 @@ class Preemption:
 
     def __init__(self) -> None:
         self._noticed = self._reached = False
-        self._asked = 0
         self._step: int | None = None
         self._before: Any = None
         self._stopped = False
@@ -47,12 +67,8 @@ class Preemption:
         """
         if self._reached or (step is not None and step == self._step):
             return self._reached
-        self._step, self._asked = step, self._asked + 1
-        if jax.process_count() > 1:
-            # Its own count, not the step: an evaluation asks several times after one step.
-            self._reached = multihost_utils.reached_preemption_sync_point(self._asked)
-        else:
-            self._reached = self._noticed
+        self._step = step
+        self._reached = _everybody.reached() if jax.process_count() > 1 else self._noticed
         return self._reached
 
     def start(self) -> None:

@@ -7,6 +7,7 @@ beside it says so.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -190,10 +191,22 @@ class StoreLanding:
                 f"another run has removed what this one wrote of step {self.step}",
                 "Stores know no locks: two runs must not write to one folder.",
             )
-        if not (self.folder / NAME).create(manifest):
+        if not self._create(manifest):
             raise CheckpointExistsError(self.root, self.step)
         faults.at("renamed")
-        self._mark.unlink()
+        with contextlib.suppress(OSError):  # the step is committed; who cleans up removes it
+            self._mark.unlink()
+
+    def _create(self, manifest: bytes) -> bool:
+        """Writes the manifest, also if the store's answer was lost; if it is there then."""
+        path = self.folder / NAME
+        try:
+            return path.create(manifest) or path.read_bytes() == manifest
+        except OSError:
+            with contextlib.suppress(OSError):
+                if path.read_bytes() == manifest:
+                    return True
+            raise
 
     def abandon(self) -> None:
         """Removes what was written, unless another program's step is there (Orbax's, say)."""

@@ -42,7 +42,7 @@ class Save:
 
     `number` counts the saves of a manager, equally in all processes.  `groups` gives the staged
     parcels, then None, or what kept them from coming.  `extras_of_all` are those of all processes,
-    where they are not this save's.
+    where they are not this save's.  `committed` says that the step is there, whatever comes then.
     """
 
     root: Path
@@ -59,6 +59,7 @@ class Save:
     budget: Budget
     temporary: bool = False
     extras_of_all: tuple[Any, ...] | None = None
+    committed: bool = False
     groups: queue.SimpleQueue[list[Staged] | BaseException | None] = dataclasses.field(
         default_factory=queue.SimpleQueue
     )
@@ -186,6 +187,7 @@ class Save:
         except BaseException as error:
             self._fail(error)
             raise
+        self.committed = True
         faults.at("committed")
         steps = steps_after(self.step)
         self.meeting.tell(self._key("outcome"), {"steps": steps})
@@ -265,6 +267,7 @@ class Save:
         )
         if "error" in outcome:
             raise CheckpointAbortedError(outcome["error"])
+        self.committed = True
         faults.at("committed")
         return outcome["steps"]
 

@@ -470,8 +470,8 @@ def test_an_error_of_the_background_is_raised_once_at_the_next_call(
     monkeypatch.setattr(os, "rename", fail)
     manager = ckpt.CheckpointManager(folder)
     manager.save(5, state)
-    assert manager.save(6, state)
-    assert manager._pending and manager._pending.committed.exception()
+    handle = manager.save(6, state)
+    assert handle and handle.committed.exception()
     calls = {
         "save": lambda: manager.save(7, state),
         "wait": manager.wait,
