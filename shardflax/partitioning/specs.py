@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from shardflax.core.boxes import is_box
+from shardflax.core.errors import did_you_mean
 from shardflax.partitioning.boxes import Partitioned
-from shardflax.partitioning.errors import raise_problems
+from shardflax.partitioning.errors import LayoutError, UnknownAxisError, raise_problems
 from shardflax.partitioning.given import as_names, check_mesh
 from shardflax.partitioning.linen_rules import linen_axes
+from shardflax.partitioning.paths import keys_of, path_text
 from shardflax.partitioning.resolve import resolve
 from shardflax.partitioning.rules import AxisRules, LogicalRules
 from shardflax.partitioning.scope import free_axes, get_logical_axis_rules, mesh_in_scope
+from shardflax.partitioning.spec_check import spec_axes
 from shardflax.partitioning.untyped import jx
 
 __all__ = [
@@ -65,13 +68,14 @@ def logical_to_mesh(tree: Any, rules: LogicalRules | None = None) -> Any:
     def one(spec: PartitionSpec) -> PartitionSpec | None:
         return logical_to_mesh_axes(tuple(spec), rules)
 
-    return jx.tree.map(one, tree, is_leaf=_is_spec)
+    return _map(one, tree, _is_spec)
 
 
 def logical_to_mesh_sharding(tree: Any, mesh: Mesh, rules: LogicalRules | None = None) -> Any:
     """The sharding over `mesh` of every `PartitionSpec` of logical names in `tree`.
 
-    Raises `ValueError` (JAX's) for an axis that the mesh lacks.
+    Raises `UnknownAxisError` for an axis that the mesh lacks, and what `logical_to_mesh_axes`
+    raises, with the path.
 
     >>> from shardflax.partitioning import make_mesh
     >>> mesh = make_mesh("data=4,model=2")
@@ -85,12 +89,12 @@ def logical_to_mesh_sharding(tree: Any, mesh: Mesh, rules: LogicalRules | None =
 
     def one(spec: PartitionSpec) -> NamedSharding:
         if not isinstance(known, AxisRules):
-            return NamedSharding(mesh, PartitionSpec(*linen_axes(tuple(spec), known)[0]))
+            return _sharding(mesh, PartitionSpec(*linen_axes(tuple(spec), known)[0]))
         found = resolve(tuple(spec), known, None, free_axes(mesh))
         raise_problems(found.problems)
-        return NamedSharding(mesh, found.spec)
+        return _sharding(mesh, found.spec)
 
-    return jx.tree.map(one, tree, is_leaf=_is_spec)
+    return _map(one, tree, _is_spec)
 
 
 def get_partition_spec(tree: Any) -> Any:
@@ -115,6 +119,8 @@ def get_partition_spec(tree: Any) -> Any:
 def get_sharding(tree: Any, mesh: Mesh) -> Any:
     """The names of every box of `tree` as a sharding over `mesh`; they must be mesh axes.
 
+    Raises `UnknownAxisError`, with the path, for an axis that the mesh lacks.
+
     >>> import jax.numpy as jnp
     >>> from shardflax.partitioning import make_mesh
     >>> tree = {"w": Partitioned(jnp.ones((4, 2)), ("data", None))}
@@ -126,10 +132,35 @@ def get_sharding(tree: Any, mesh: Mesh) -> Any:
 
     def one(x: Any) -> NamedSharding | None:
         if isinstance(x, Partitioned):
-            return x.get_sharding(mesh)
+            return _sharding(x.mesh or mesh, x.get_partition_spec())
         return NamedSharding(mesh, PartitionSpec()) if hasattr(x, "shape") else None
 
-    return jx.tree.map(one, tree, is_leaf=is_box)
+    return _map(one, tree, is_box)
+
+
+def _map(one: Callable[[Any], Any], tree: Any, is_leaf: Callable[[Any], bool]) -> Any:
+    """`one` of each leaf; errors say which."""
+
+    def at(path: Any, leaf: Any) -> Any:
+        try:
+            return one(leaf)
+        except LayoutError as error:
+            if not path:
+                raise
+            where = path_text(keys_of(path))
+            raise type(error)(f"{where}: {error}", error.problems) from None
+
+    return jx.tree_util.tree_map_with_path(at, tree, is_leaf=is_leaf)
+
+
+def _sharding(mesh: Mesh, spec: PartitionSpec) -> NamedSharding:
+    for axis in (axis for entry in spec for axis in spec_axes(entry)):
+        if axis not in mesh.shape:
+            axes, hint = ", ".join(mesh.axis_names), did_you_mean(str(axis), mesh.axis_names)
+            raise UnknownAxisError(
+                f"{spec} names the axis {axis!r}, which the mesh ({axes}) lacks: {hint}"
+            )
+    return NamedSharding(mesh, spec)
 
 
 def _is_spec(x: Any) -> bool:

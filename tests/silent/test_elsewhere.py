@@ -303,3 +303,20 @@ def test_indivisible_arguments_have_names() -> None:
         "fsdp=4; rule 'batch'",
         "Make it 8",
     )
+
+
+def test_shardings_of_a_tree_over_axes_that_are_misspelt() -> None:
+    """JAX says which axis, and not of which parameter."""
+    boxed = {"up": {"kernel": nn.Partitioned(jnp.ones((8, 16)), ("fspd", None))}}
+    specs, pairs = {"up": {"kernel": P("embed", "mlp")}}, [("mlp", "fspd")]
+    for call in (
+        lambda: nn.get_sharding(boxed, MESH),
+        lambda: nn.logical_to_mesh_sharding(specs, MESH, pairs),
+    ):
+        parts = "up/kernel: ", "'fspd', which the mesh (fsdp, tensor) lacks: did you mean 'fsdp'?"
+        refused(call, pt.UnknownAxisError, *parts)
+    refused(
+        lambda: nn.logical_to_mesh({"up": {"kernel": P("embed", "mpl")}}, RULES),
+        pt.UnknownNameError,
+        "up/kernel: no rule for the name 'mpl'",
+    )
