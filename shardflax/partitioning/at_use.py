@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from shardflax.core.remat import saves_all
+from shardflax.core.staging import regions
 from shardflax.partitioning.call_site import located
 from shardflax.partitioning.defaults import DefaultNames, in_force
 from shardflax.partitioning.errors import Problem, raise_problems
@@ -80,6 +80,9 @@ def with_weight(
     layers needs the room of one gathered weight at a time.  `fn` must be a pure function of two
     arrays; what it computes besides products is computed again in the backward pass.
 
+    Directly inside of `nn.remat` or `jax.checkpoint` the weight is laid out plainly: that runs
+    again before its backward pass, and its policy says what is kept.
+
     >>> import jax, jax.numpy as jnp
     >>> from shardflax.partitioning import make_mesh, preset, use
     >>> x, kernel = jnp.ones((8, 8)), jnp.ones((8, 6))
@@ -91,13 +94,24 @@ def with_weight(
     change = _change(weight, names, beside)
     if change is None:
         return fn(x, weight)
-    if saves_all():
-        # What the caller wants to keep includes the gathered weight; and JAX trips over a barrier
-        # of parts inside of what keeps everything.
+    around = regions()
+    if around[:1] == ["remat"]:
+        # What is recomputed lays the weight out for itself and for the backward pass after it.
         return fn(x, change(weight))
-    # The barrier ties the weight to what comes back: or XLA would merge the two gathers, and keep
-    # their result.  `x` has none: what was sent for it need not be sent again.
-    return jx.checkpoint(_Product(fn, change), prevent_cse=(False, True))(x, weight)
+    return jx.checkpoint(_Product(fn, change), prevent_cse=_barrier(around))(x, weight)
+
+
+def _barrier(around: list[str]) -> bool | tuple[bool, bool]:
+    """What of a product and its weight a barrier keeps apart from the forward pass.
+
+    It ties the weight to what comes back: or XLA would merge the two gathers, and keep their
+    result.  The array has none: what was sent for it need not be sent again.
+    """
+    if "remat" not in around:
+        return False, True
+    # JAX trips over barriers of parts inside of a `jax.checkpoint` that saves something by its
+    # policy.  Of a loop, forward and backward pass are two loops, which nothing merges.
+    return around[0] != "scan"
 
 
 def used_spec(
