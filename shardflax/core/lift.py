@@ -52,7 +52,7 @@ jit = lifted(transforms.jit, "Jit", "inner")
 remat = checkpoint = lifted(remat_lift, "Checkpoint", "inner")
 remat_scan = lifted(mapping.remat_scan, "Remat_scan", "<lambda>")
 map_variables = lifted(mapping.map_scope_variables, "Map_variables", "wrapper")
-add_metadata_axis = lifted(mapping.add_metadata_axis, "Add_metadata_axis")
+add_metadata_axis = lifted(mapping.add_metadata_axis, "Map_variables")  # Linen's name
 fold_rngs = lifted(mapping.fold_rngs, "Fold_rngs", "inner_fold_rngs")
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -70,6 +70,11 @@ class Node:
         self.cursor = {}
         self.reserved = {}
 
+    def renew(self) -> None:
+        """Forgets names, as another module stands here from now on."""
+        self.rewind()
+        self.owners = None
+
     def freeze(self) -> Frozen:
         """A hashable snapshot: counts and numbering.  Names in use do not cross a lift."""
         if self.base is not None:

@@ -243,7 +243,11 @@ class Scope:
             node.reserved[name] = {None}
         else:
             self.reserve(name)
-        return self.at(name)
+        made = self.at(name)
+        below = made.node
+        if below.reserved or below.cursor or below.owners:  # of what was there before
+            below.renew()
+        return made
 
     def beside(self) -> Scope:
         """The same place for another module: each name at it belongs to one of the two."""

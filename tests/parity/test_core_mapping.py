@@ -273,7 +273,13 @@ def test_add_metadata_axis(axis: int) -> None:
         wrapped = nn.add_metadata_axis(
             Inner, variable_axes={"params": axis}, metadata_params={nn.PARTITION_NAME: "layers"}
         )
-        variables = wrapped().init(KEY, X)
-        return variables, wrapped().apply(variables, X)
+
+        class M(nn.Module):
+            @nn.compact
+            def __call__(self, x: Any) -> Any:
+                return wrapped()(x)
+
+        variables = M().init(KEY, X)
+        return variables, M().apply(variables, X)
 
     same(run)

@@ -108,6 +108,45 @@ def called_twice_shares(nn: Any) -> Any:
 
 
 @program
+def called_twice_makes_all_below_anew(nn: Any) -> Any:
+    class Inner(nn.Module):
+        first: Any = None
+
+        def setup(self) -> None:
+            self.second = [nn.Lin()]
+            self.scale = self.param("scale", nn.uniform, (3,))
+
+        def __call__(self, x: Any) -> Any:
+            return self.second[0](self.first(x)) * self.scale + nn.uniform(self.make_rng("a"), (3,))
+
+    class Sharing(nn.Module):
+        base: Any
+
+        def setup(self) -> None:
+            nn.share_scope(self, self.base)
+
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            return self.base(x) + nn.Lin(name="more")(x)
+
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            return Sharing(nn.Lin(parent=None))(Inner(nn.Lin(parent=None))(x))
+
+    class M(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            outer, lifted = Outer(), nn.remat(Outer)()
+            return outer(lifted(lifted(outer(x))))
+
+    model, keys = M(), {"params": KEY, "a": quick_key(8)}
+    variables = model.init(keys, X)
+    bound = model.bind(variables, rngs=keys)
+    return variables, bound(X), bound(X)
+
+
+@program
 def passed_as_fields(nn: Any) -> Any:
     class M(nn.Module):
         one: Any

@@ -119,7 +119,7 @@ def name_declared_as_it_is(nn: Any) -> Any:
     def declared(kind: Any) -> Any:
         class M(nn.Module):
             width: int = 1
-            name: kind = "given"  # pyright: ignore[reportGeneralTypeIssues]
+            name: kind = "given"  # pyright: ignore[reportGeneralTypeIssues, reportInvalidTypeForm]
 
             def __call__(self) -> Any:
                 return self.width, self.name
