@@ -44,7 +44,6 @@ from shardflax.core import (
     jit,
     jvp,
     lifted,
-    module,
     named_call,
     nowrap,
     override_named_call,
@@ -52,7 +51,6 @@ from shardflax.core import (
     remat_scan,
     scan,
     share_scope,
-    summary,
     switch,
     tabulate,
     unbox,
@@ -73,8 +71,10 @@ if TYPE_CHECKING:
         fp8_ops,
         initializers,
         meta,
+        module,
         recurrent,
         spmd,
+        summary,
         transforms,
     )
     from shardflax.nn.activation import (
@@ -114,7 +114,7 @@ if TYPE_CHECKING:
         SelfAttention,
     )
     from shardflax.nn.batch_apply import BatchApply
-    from shardflax.nn.containers import Sequential
+    from shardflax.nn.combinators import Sequential
     from shardflax.nn.conv import Conv, ConvLocal
     from shardflax.nn.conv_transpose import ConvTranspose
     from shardflax.nn.dot_product import dot_product_attention, dot_product_attention_weights
@@ -189,7 +189,7 @@ else:
                 MultiHeadAttention MultiHeadDotProductAttention SelfAttention
             """,
             "shardflax.nn.batch_apply": "BatchApply",
-            "shardflax.nn.containers": "Sequential",
+            "shardflax.nn.combinators": "Sequential",
             "shardflax.nn.conv": "Conv ConvLocal",
             "shardflax.nn.conv_transpose": "ConvTranspose",
             "shardflax.nn.dot_product": "dot_product_attention dot_product_attention_weights",
@@ -231,8 +231,10 @@ else:
             "fp8_ops": "shardflax.nn.fp8_ops",
             "initializers": "shardflax.nn.initializers",
             "meta": "shardflax.nn.meta",
+            "module": "shardflax.nn.module",
             "recurrent": "shardflax.nn.recurrent",
             "spmd": "shardflax.nn.spmd",
+            "summary": "shardflax.nn.summary",
             "transforms": "shardflax.nn.transforms",
         },
     )

@@ -16,7 +16,11 @@ from shardflax.nn import _names as names
 from shardflax.nn import initializers
 from shardflax.nn._cache import KVCache, open_cache, over_keys
 from shardflax.nn._sizes import check_sizes
-from shardflax.nn.dot_product import DotProduct, dot_product_attention
+from shardflax.nn.dot_product import (
+    DotProduct,
+    dot_product_attention,
+    dot_product_attention_weights,
+)
 from shardflax.nn.errors import (
     AttentionOptionsError,
     DropoutRateError,
@@ -25,14 +29,23 @@ from shardflax.nn.errors import (
     where,
 )
 from shardflax.nn.general import DenseGeneral
-from shardflax.nn.masks import combine_masks
+from shardflax.nn.masks import combine_masks, make_attention_mask, make_causal_mask
 from shardflax.nn.normalization import LayerNorm
 from shardflax.nn.policy import LayerBase
 from shardflax.nn.stochastic import merge_param
 from shardflax.nn.types import Array, DotGeneral, Dtype, Initializer, Names, Precision
 from shardflax.partitioning import default_names
 
-__all__ = ["MultiHeadAttention", "MultiHeadDotProductAttention", "SelfAttention"]
+__all__ = [
+    "MultiHeadAttention",
+    "MultiHeadDotProductAttention",
+    "SelfAttention",
+    "combine_masks",
+    "dot_product_attention",
+    "dot_product_attention_weights",
+    "make_attention_mask",
+    "make_causal_mask",
+]
 
 
 class MultiHeadDotProductAttention(LayerBase):

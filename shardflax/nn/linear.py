@@ -1,15 +1,16 @@
-"""Linear layers: `Dense` over the last dim, `DenseGeneral` over any dims."""
+"""Linear layers: `Dense`; the others are in files of their own, and are offered here as well."""
 
 from __future__ import annotations
 
 from dataclasses import field
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 
 from shardflax.core import compact, nowrap
+from shardflax.core.lazy import lazily
 from shardflax.nn import _names as names
 from shardflax.nn import _weights as weights
 from shardflax.nn import dtypes, initializers
@@ -19,7 +20,41 @@ from shardflax.nn.policy import LayerBase
 from shardflax.nn.types import Array, DotGeneral, Dtype, Initializer, Names, Precision
 from shardflax.partitioning import default_names
 
-__all__ = ["Dense", "choose_dot_general"]
+# Linen's programs look for all linear layers here.
+if TYPE_CHECKING:
+    from shardflax.nn.conv import Conv, ConvLocal
+    from shardflax.nn.conv_transpose import ConvTranspose
+    from shardflax.nn.einsum import Einsum
+    from shardflax.nn.embed import Embed
+    from shardflax.nn.general import DenseGeneral
+else:
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {
+            "shardflax.nn.conv": "Conv ConvLocal",
+            "shardflax.nn.conv_transpose": "ConvTranspose",
+            "shardflax.nn.einsum": "Einsum",
+            "shardflax.nn.embed": "Embed",
+            "shardflax.nn.general": "DenseGeneral",
+        },
+        {},
+    )
+
+__all__ = [
+    "Conv",
+    "ConvLocal",
+    "ConvTranspose",
+    "Dense",
+    "DenseGeneral",
+    "Einsum",
+    "Embed",
+    "PrecisionLike",
+    "choose_dot_general",
+    "default_kernel_init",
+]
+
+PrecisionLike = Precision
+default_kernel_init = initializers.lecun_normal()
 
 
 def choose_dot_general(given: DotGeneral | None, cls: Any) -> DotGeneral:
@@ -79,7 +114,7 @@ class Dense(LayerBase):
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
     precision: Precision = None
-    kernel_init: Initializer = initializers.lecun_normal()
+    kernel_init: Initializer = default_kernel_init
     bias_init: Initializer = initializers.zeros
     promote_dtype: Any = dtypes.promote_dtype
     dot_general: DotGeneral | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import pickle
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
 
+import flax.linen
 import pytest
 
 import shardflax.nn as nn
@@ -74,6 +76,25 @@ def test_layers_are_imported_on_first_use() -> None:
         command, input=pickle.dumps(nn.Dense(3)), capture_output=True, check=False
     )
     assert done.returncode == 0, done.stderr.decode()
+
+
+LINENS = ["activation", "attention", "batch_apply", "combinators", "linear", "module"]
+LINENS += ["normalization", "pooling", "recurrent", "spmd", "stochastic", "summary"]
+
+
+@pytest.mark.parametrize("module", LINENS)
+def test_linens_modules_offer_what_they_define(module: str) -> None:
+    """`from flax.linen.linear import Conv` needs another prefix, and nothing else."""
+    theirs = importlib.import_module(f"flax.linen.{module}")
+    ours = importlib.import_module(f"shardflax.nn.{module}")
+    shared = {
+        name
+        for name, value in vars(theirs).items()
+        if getattr(value, "__module__", None) == theirs.__name__ and hasattr(flax.linen, name)
+    }
+    assert shared
+    for name in shared:
+        assert getattr(ours, name) is getattr(nn, name), name
 
 
 def test_what_is_not_there_is_an_attribute_error() -> None:
