@@ -104,8 +104,7 @@ def open_cache(
 
     def buffer(name: str, x: Array) -> Any:
         shape = x.shape if length is None else (*x.shape[:-3], length, *x.shape[-2:])
-        # A batch of one is decoded too, whatever the mesh: these default names are advice.
-        init = partitioning.named(initializers.zeros, _names.that_fit(axes, shape))
+        init = partitioning.named(initializers.zeros, axes)
         return module.variable("cache", name, init, None, shape, x.dtype)
 
     keys, values = buffer("cached_key", key), buffer("cached_value", value)

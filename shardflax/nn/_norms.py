@@ -87,7 +87,7 @@ class Norm(LayerBase):
             raise MaskShapeError(where(self), "mask", jnp.shape(mask), x.shape)
         return Reduction(
             dims=dims,
-            mask=mask,
+            mask=None if mask is None else jnp.asarray(mask, bool),  # masks of numbers, too
             axis_name=this.axis_name,
             axis_index_groups=this.axis_index_groups,
             dtype=this.dtype,

@@ -61,8 +61,8 @@ class GroupNorm(Norm):
             raise InputRankError(where(self), "inputs", "(batch, ..., features)", x.shape)
         groups = self._groups(x.shape[-1])
         over = self.reduction(x, mask, self._reduced(x))
-        if mask is not None:
-            whole = jnp.broadcast_to(mask, (*jnp.shape(mask)[:-1], x.shape[-1]))
+        if over.mask is not None:
+            whole = jnp.broadcast_to(over.mask, (*over.mask.shape[:-1], x.shape[-1]))
             over = over._replace(mask=jnp.reshape(whole, (*whole.shape[:-1], *groups)))
         # The groups have a dim of their own where moments are taken, and only there.
         over = over._replace(dims=(*over.dims[:-1], x.ndim))

@@ -162,14 +162,15 @@ def test_masks_and_both_variances_are_flax_s(fast: bool) -> None:
         "RMSNorm": {},
     }
     inputs = X, X.astype(jnp.bfloat16), X * (1 + 1j)
+    kinds = jnp.bool_, jnp.float32, jnp.int32  # of masks: what is not zero counts
 
     def run(namespace: Any) -> Any:
         found = {}
         for name, fixed in options.items():
             layer = getattr(namespace, name)(use_fast_variance=fast, **fixed)
             variables = layer.init(KEY, X)
-            for x in inputs:
-                mask = jnp.broadcast_to(MASK, x.shape)
+            for x, kind in zip(inputs, kinds, strict=True):
+                mask = jnp.broadcast_to(MASK, x.shape).astype(kind)
                 ways = [layer.apply(variables, x, mask=m, mutable=WRITES) for m in (None, mask)]
                 found[name, str(x.dtype)] = ways
         return list(found.values())
