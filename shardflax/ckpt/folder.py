@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ from shardflax.ckpt.orbax_files import MARKER, TREE
 
 __all__ = ["StepFolder", "step_folder"]
 
-_UNFINISHED = (SAVING, ".orbax-checkpoint-tmp", ".deleting")
+_ORBAX = ".orbax-checkpoint-tmp"
+_UNFINISHED = (SAVING, _ORBAX, ".deleting")
+_FRESH = 3600.0
+"""Seconds for which a folder that Orbax, which knows no locks, has changed may be in use."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +53,7 @@ class StepFolder:
         except OSError as error:
             raise CheckpointFolderError(self.root, str(error), "Was it moved?") from error
         numbers = {int(name) for name in names if name.isascii() and name.isdigit()}
-        return sorted(n for n in numbers if self.is_committed(n))
+        return sorted(n for n in numbers if n < 2**63 and self.is_committed(n))
 
     def is_committed(self, step: int) -> bool:
         """True if the step is complete."""
@@ -65,7 +69,8 @@ class StepFolder:
             with tempfile.NamedTemporaryFile(dir=self.root, prefix=".write-test-"):
                 pass
         except FileExistsError as error:
-            raise CheckpointFolderError(self.root, "it is a file", "Give a folder.") from error
+            what = "a link that leads nowhere" if self.root.is_symlink() else "a file"
+            raise CheckpointFolderError(self.root, f"it is {what}", "Give a folder.") from error
         except OSError as error:
             reason = error.strerror or str(error)
             raise CheckpointFolderError(
@@ -102,14 +107,28 @@ class StepFolder:
             and path.name.partition(".")[0].isdigit()
         )
 
-    def is_busy(self, path: Path) -> bool:
-        """True if a living process is writing to the folder of a save."""
-        return SAVING in path.name and in_use(path)
+    def is_busy(self, path: Path, sure: bool = False) -> bool:
+        """True if a living process is writing to the folder of a save.
+
+        One of Orbax that was changed not long ago may be in use, unless one must be `sure`.
+        """
+        if SAVING in path.name:
+            return in_use(path)
+        return _ORBAX in path.name and not sure and time.time() - _changed(path) < _FRESH
 
     def discard(self, path: Path) -> None:
         """Removes what an interrupted save or delete left; raises OSError."""
         if path.exists():
             shutil.rmtree(path)
+
+
+def _changed(folder: Path) -> float:
+    """When anything in a folder was changed last, in seconds since 1970."""
+    last = 0.0
+    for path in (folder, *folder.rglob("*")):
+        with contextlib.suppress(OSError):
+            last = max(last, path.lstat().st_mtime)
+    return last
 
 
 def _remove(folder: Path) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import IO
 
 from shardflax.ckpt.durable import FileRecord, sync_folder, write_file
 from shardflax.ckpt.ocdbt import MANIFEST, Place, Value, read_tree, write_tree
@@ -49,14 +52,23 @@ def read_index(folder: Folder) -> dict[str, Value]:
     def read(place: Place) -> bytes:
         nonlocal name
         name = place.file
-        with (folder / name).open("rb") as file:
+        with _open(folder / name) as file:
             file.seek(place.offset)
             return file.read(place.length)
 
     try:
-        return read_tree((folder / MANIFEST).read_bytes(), read)
+        with _open(folder / MANIFEST) as file:
+            manifest = file.read()
+        return read_tree(manifest, read)
     except (ValueError, OSError, OverflowError) as error:
         raise ValueError(f"{folder / name}: {error}") from error
+
+
+def _open(path: Folder) -> IO[bytes]:
+    """Opens a file; nobody waits for a named pipe in its place."""
+    if not isinstance(path, Path):
+        return path.open("rb")
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
 
 
 def merge_indices(

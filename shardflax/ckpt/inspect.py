@@ -15,6 +15,7 @@ from shardflax.ckpt.folder import step_folder
 from shardflax.ckpt.leaves import LeafSpec
 from shardflax.ckpt.locate import Found, find_checkpoint, flax_steps
 from shardflax.ckpt.manifest import NAME
+from shardflax.ckpt.opening import claims_manifest
 from shardflax.ckpt.paths import Names
 from shardflax.ckpt.paths import Path as LeafPath
 from shardflax.ckpt.place import Place, place
@@ -250,7 +251,8 @@ def _step_info(path: Place) -> StepInfo:
     """A committed step, which may be damaged all the same."""
     state, kind, time, temporary = "committed", "", changed(path), False
     try:
-        found = find_checkpoint(path) if (path / NAME).is_file() else None
+        ours = (path / NAME).is_file() or claims_manifest(path)
+        found = find_checkpoint(path) if ours else None
         kind = "shardflax" if found else "flax msgpack" if path.is_file() else "orbax"
         if found and found.manifest:
             time, temporary = found.manifest.time, found.manifest.temporary

@@ -35,8 +35,11 @@ class Leftover:
     time: float
 
 
-def find_leftovers(folder: str | os.PathLike[str]) -> list[Leftover]:
+def find_leftovers(folder: str | os.PathLike[str], *, force: bool = False) -> list[Leftover]:
     """What `remove_leftovers` would remove; never a committed step, nor what is being written.
+
+    In object stores, and of Orbax's saves, nobody can see whether they are going on: what was
+    changed less than an hour ago is left out, unless `force`.
 
     Raises CheckpointFolderError if there is no such folder.
 
@@ -49,14 +52,20 @@ def find_leftovers(folder: str | os.PathLike[str]) -> list[Leftover]:
     """
     steps = step_folder(place(folder))
     steps.steps()  # raises if there is no folder
-    found = [_leftover(path, _why(path)) for path in steps.unfinished() if not steps.is_busy(path)]
+    found = [
+        _leftover(path, _why(path))
+        for path in steps.unfinished()
+        if not steps.is_busy(path, sure=force)
+    ]
     marks = (p for p in steps.root.iterdir() if p.name.startswith(_MARKS) and p.is_file())
-    old = (x for x in map(_mark, sorted(marks)) if time.time() - x.time > _FRESH)
+    old = (x for x in map(_mark, sorted(marks)) if force or time.time() - x.time > _FRESH)
     return [*found, *old]
 
 
-def remove_leftovers(found: Sequence[Leftover]) -> list[Leftover]:
+def remove_leftovers(found: Sequence[Leftover], *, force: bool = False) -> list[Leftover]:
     """Removes what was found, except for what a living process writes to again; what is gone.
+
+    `force` as in `find_leftovers`.
 
     Raises OSError for what cannot be removed.
 
@@ -70,7 +79,7 @@ def remove_leftovers(found: Sequence[Leftover]) -> list[Leftover]:
     gone: list[Leftover] = []
     for leftover in found:
         steps = step_folder(leftover.path.parent)
-        if steps.is_busy(leftover.path):
+        if steps.is_busy(leftover.path, sure=force):
             continue
         if leftover.path.is_symlink() or leftover.path.is_file():
             leftover.path.unlink(missing_ok=True)

@@ -33,6 +33,8 @@ _JOB_BYTES, _JOB_CHUNKS = 4 << 20, 64
 """How much of a file one thread reads before it looks for more to do."""
 _SHARED_BYTES = 1 << 18
 _CHECKSUM = 4
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+"""Nobody waits for a named pipe in the place of a file, which could not be read at an offset."""
 
 
 class LocalSource(OurSource):
@@ -131,7 +133,7 @@ class _Job:
         chunks, self.chunks = self.chunks, []
         try:
             if self.file:
-                descriptor = os.open(self.folder / self.file, os.O_RDONLY | os.O_CLOEXEC)
+                descriptor = os.open(self.folder / self.file, _READ)
             else:
                 descriptor = -1
         except OSError as error:

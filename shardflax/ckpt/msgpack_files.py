@@ -12,6 +12,7 @@ from shardflax.ckpt.durable import sync_folder, write_file
 from shardflax.ckpt.errors import CheckpointError
 from shardflax.ckpt.match import Options
 from shardflax.ckpt.patterns import Patterns
+from shardflax.ckpt.place import local_file
 from shardflax.ckpt.reading import Restored, restore_file
 from shardflax.ckpt.restore import load_on_host
 from shardflax.ckpt.sources import Source
@@ -61,7 +62,7 @@ def load_msgpack(
     {'w': array([0, 1, 2])}
     """
     options = Options(cast, missing, extra, dict(rename or {}), include)
-    return restore_file(Path(path), open_msgpack, target, options)
+    return restore_file(local_file(path), open_msgpack, target, options)
 
 
 def save_msgpack(path: str | os.PathLike[str], tree: Any) -> None:
@@ -75,7 +76,7 @@ def save_msgpack(path: str | os.PathLike[str], tree: Any) -> None:
     >>> load_msgpack(file).state
     {'scale': 1.5}
     """
-    write_msgpack(Path(path), TreeSource(tree))
+    write_msgpack(local_file(path), TreeSource(tree))
 
 
 def write_msgpack(path: Path, source: Source) -> None:

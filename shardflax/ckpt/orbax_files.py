@@ -10,7 +10,7 @@ from typing import Any
 
 from shardflax.ckpt.durable import FileRecord, sync_folder, write_file
 from shardflax.ckpt.paths import Path as LeafPath
-from shardflax.ckpt.paths import Tree
+from shardflax.ckpt.paths import Tree, is_text
 from shardflax.ckpt.plan import Stored
 
 __all__ = [
@@ -50,7 +50,7 @@ def write_item_files(
     tree: Tree,
 ) -> dict[str, FileRecord]:
     """Writes what describes the arrays in a folder; the files."""
-    strings = {path: text for path, text in strings.items() if _is_text(text)}
+    strings = {path: text for path, text in strings.items() if is_text(text)}
     values = _values(stored, scalars, strings, tree)
     about = {
         "tree_metadata": _entries(values, tree),
@@ -125,15 +125,6 @@ def _entries(values: Mapping[LeafPath, dict[str, Any]], tree: Tree) -> dict[str,
 
 def _indexed(path: LeafPath, tree: Tree, gaps: set[LeafPath]) -> bool:
     return path in tree.items and path[:-1] not in gaps
-
-
-def _is_text(text: str) -> bool:
-    """False for lone surrogates, which TensorStore's JSON cannot hold."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _array(leaf: Stored) -> dict[str, Any]:

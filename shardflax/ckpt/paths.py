@@ -13,7 +13,7 @@ from shardflax.ckpt.errors import CheckpointLeafError
 from shardflax.core.boxes import is_box
 
 __all__ = [
-    "ROOT", "Names", "Path", "Tree", "leaves_by_path", "nest", "show", "storage_names",
+    "ROOT", "Names", "Path", "Tree", "is_text", "leaves_by_path", "nest", "show", "storage_names",
     "tree_and_leaves", "tree_of",
 ]  # fmt: skip
 
@@ -148,7 +148,8 @@ def storage_names(paths: tuple[Path, ...]) -> dict[Path, tuple[str, bool]]:
     """The name that each leaf is stored under, and whether other readers find it there.
 
     Orbax joins a path with dots.  Paths that would share a name then, or of which one would lie
-    inside the other, are stored under escaped names, which only the manifest knows.
+    inside the other, are stored under escaped names, which only the manifest knows.  Raises
+    CheckpointLeafError for what is no text.
 
     >>> storage_names((("a", "b"),))
     {('a', 'b'): ('a.b', True)}
@@ -156,6 +157,11 @@ def storage_names(paths: tuple[Path, ...]) -> dict[Path, tuple[str, bool]]:
     {('a.b',): ('%/a%2Eb', False), ('a', 'b'): ('%/a/b', False)}
     """
     joined = {path: ".".join(path) for path in paths}
+    for path, name in joined.items():
+        if not is_text(name):
+            raise CheckpointLeafError(
+                show(path), "its name is no text (a lone surrogate)", "Rename it."
+            )
     owners: dict[str, list[Path]] = {}
     for path, name in joined.items():
         owners.setdefault(name, []).append(path)
@@ -170,6 +176,19 @@ def storage_names(paths: tuple[Path, ...]) -> dict[Path, tuple[str, bool]]:
         path: (_escaped(path), False) if path in private else (name, True)
         for path, name in joined.items()
     }
+
+
+def is_text(text: str) -> bool:
+    """False for a string with lone surrogates, which no file can hold.
+
+    >>> is_text("\\ud800"), is_text("x")
+    (False, True)
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _escaped(path: Path) -> str:

@@ -13,6 +13,7 @@ import functools
 import io
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -21,10 +22,11 @@ import tensorstore as ts
 
 from shardflax.ckpt.errors import CheckpointFolderError
 
-__all__ = ["SCHEMES", "Place", "StorePath", "kvstore", "place"]
+__all__ = ["SCHEMES", "Place", "StorePath", "kvstore", "local_file", "place"]
 
 SCHEMES = {"gs": "gcs", "s3": "s3"}
 """What begins a path in an object store, and TensorStore's driver for it."""
+_COLLAPSED = re.compile(r"(gs|s3|az|abfss?|hdfs|https?|file):/")
 _RETRIES = 8
 """After two minutes, something is wrong."""
 
@@ -219,7 +221,7 @@ Place = Path | StorePath
 def place(path: str | os.PathLike[str]) -> Any:
     """A path as what it is: one of a file system, or of an object store (`gs://`, `s3://`).
 
-    Raises CheckpointFolderError for other schemes, and for no name at all.
+    Raises CheckpointFolderError for other schemes, and for what cannot be a name at all.
 
     >>> place("/data/run"), place("s3://bucket/run").bucket
     (PosixPath('/data/run'), 'bucket')
@@ -230,8 +232,10 @@ def place(path: str | os.PathLike[str]) -> Any:
     scheme, found, rest = text.partition("://")
     if not text:
         raise CheckpointFolderError(text, "it has no name", "Give a folder: '.' is this one.")
+    if "\0" in text:
+        raise CheckpointFolderError(text, "names have no NUL in them", "Leave it out.")
     if not found:
-        return Path(text).expanduser()
+        return _local(text)
     if scheme == "file" and rest.startswith("/"):
         return Path(rest)
     bucket, _, key = rest.partition("/")
@@ -243,6 +247,38 @@ def place(path: str | os.PathLike[str]) -> Any:
             "Mount other stores, and give the folder they are mounted at.",
         )
     return StorePath(scheme, bucket, "/".join(part for part in key.split("/") if part))
+
+
+def _local(text: str) -> Path:
+    if lost := _COLLAPSED.match(text):
+        raise CheckpointFolderError(
+            text,
+            f"pathlib has made one slash of the two in {lost[1]}://",
+            f"Give a string, or an `etils.epath.Path`; './{text}' is a folder of this name.",
+        )
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        user = text.split("/")[0]
+        raise CheckpointFolderError(
+            text, f"there is no user {user}", f"Or is it ./{text}?"
+        ) from error
+
+
+def local_file(path: str | os.PathLike[str]) -> Path:
+    """The path of a file of weights; raises CheckpointFolderError for one in an object store.
+
+    >>> local_file("/data/model.safetensors")
+    PosixPath('/data/model.safetensors')
+    """
+    where = place(path)
+    if isinstance(where, StorePath):
+        raise CheckpointFolderError(
+            where,
+            "files of weights are read from file systems, and written to them",
+            "Copy it from there, or to there, or use a CheckpointManager.",
+        )
+    return where
 
 
 def _spec(scheme: str, bucket: str) -> dict[str, Any]:

@@ -126,10 +126,12 @@ class StoreFolder(StepFolder):
             if not self._whole(step, found.get(step, set()))
         ]
 
-    def is_busy(self, path: Any) -> bool:
-        """True if a save began not long ago, and was not seen to end."""
+    def is_busy(self, path: Any, sure: bool = False) -> bool:
+        """True if a save began not long ago, and was not seen to end; one is never `sure`."""
         _, marks = self._listing()
-        return any(time.time() - _began(mark) < _FRESH for mark in marks.get(int(path.name), ()))
+        return not sure and any(
+            time.time() - _began(mark) < _FRESH for mark in marks.get(int(path.name), ())
+        )
 
     def discard(self, path: Any, mine: StorePath | None = None) -> None:
         """Removes what is left of a step, and what marks it, but for the mark `mine`.

@@ -25,6 +25,7 @@ from shardflax.ckpt.match import Options
 from shardflax.ckpt.paths import Path as LeafPath
 from shardflax.ckpt.paths import show
 from shardflax.ckpt.patterns import Patterns
+from shardflax.ckpt.place import local_file
 from shardflax.ckpt.reading import Restored, restore_file
 from shardflax.ckpt.regions import Box
 from shardflax.ckpt.safetensors_header import CODES, Tensor, header_bytes, read_header
@@ -189,7 +190,7 @@ def load_safetensors(
     {'backbone': {'w': array([0., 1., 2.])}}
     """
     options = Options(cast, missing, extra, dict(rename or {}), include)
-    return restore_file(Path(path), open_safetensors, target, options, _metadata)
+    return restore_file(local_file(path), open_safetensors, target, options, _metadata)
 
 
 def _metadata(source: Source) -> dict[str, Any]:
@@ -211,7 +212,7 @@ def save_safetensors(
     >>> load_safetensors(file).extras
     {'format': 'np'}
     """
-    write_safetensors(Path(path), TreeSource(tree), metadata or {})
+    write_safetensors(local_file(path), TreeSource(tree), metadata or {})
 
 
 def write_safetensors(

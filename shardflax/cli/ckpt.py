@@ -278,11 +278,15 @@ class _Gc:
     yes: bool = False
     """Remove it."""
 
+    force: bool = False
+    """Also what was changed in the last hour and nobody can tell about: saves of Orbax, and those
+    in object stores."""
+
     def run(self) -> int:
         """Prints what is, or would be, removed."""
-        found = ckpt.find_leftovers(self.folder)
+        found = ckpt.find_leftovers(self.folder, force=self.force)
         if self.yes:
-            found = ckpt.remove_leftovers(found)
+            found = ckpt.remove_leftovers(found, force=self.force)
         for line in _columns([_leftover_cells(x) for x in found]):
             print(line)
         total = bytes_text(sum(x.nbytes for x in found))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import os
 import re
 from collections.abc import Callable, Generator
@@ -324,7 +325,8 @@ def _unfinished(save: _Save) -> Generator[None]:
 
 def _remove_temporary(save: _Save) -> None:
     if jax.process_index() == 0:
-        for path in save.folder.glob(f"{save.temporary.name}*"):  # Orbax adds to the name
+        name = glob.escape(save.temporary.name)
+        for path in save.folder.glob(f"{name}*"):  # Orbax adds to the name
             StepFile(path, "").delete()
 
 

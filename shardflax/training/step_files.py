@@ -17,22 +17,22 @@ __all__ = ["MPA_SUFFIX", "StepFile", "expire", "natural_sort", "safe_normpath", 
 MPA_SUFFIX = "_gda"  # of the folder with a checkpoint's multiprocess arrays
 
 _DIGITS = r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
-_UNSIGNED, _SIGNED = (re.compile(f"({sign}{_DIGITS})") for sign in ("", "[-+]?"))
+_SIGNED = re.compile(f"([-+]?{_DIGITS})")
 
 
 def natural_sort(file_list: Iterable[str], signed: bool = True) -> list[str]:
     """Sorts names by the numbers in them, not digit by digit.
 
-    `signed` says that a sign before a number belongs to it.
+    `signed` says that a sign before a number belongs to it; else it is as if it was not there.
 
     >>> natural_sort(["ckpt_1e5", "ckpt_-1.0", "ckpt_10", "ckpt_9"])
     ['ckpt_-1.0', 'ckpt_9', 'ckpt_10', 'ckpt_1e5']
     """
-    number = _SIGNED if signed else _UNSIGNED
+    number = float if signed else lambda text: abs(float(text))
 
     def key(name: str) -> list[Any]:
         # Text and numbers take turns, so that like is compared with like.
-        return [float(s) if i % 2 else s for i, s in enumerate(number.split(name))]
+        return [number(s) if i % 2 else s for i, s in enumerate(_SIGNED.split(name))]
 
     return sorted(file_list, key=key)
 

@@ -179,7 +179,9 @@ def test_leftovers_of_killed_runs(tmp_path: Path) -> None:
     for name in ("2.saving-x-1", "3.orbax-checkpoint-tmp", "4.deleting", "5", "mine.saving-"):
         (tmp_path / name).mkdir()
     (tmp_path / "2.saving-x-1" / "data").write_bytes(bytes(10))
-    for name, age in ((".write-test-old", 7200), (".write-test-new", 0)):
+    for name, age in (
+        (".write-test-old", 7200), (".write-test-new", 0), ("3.orbax-checkpoint-tmp", 7200),
+    ):  # fmt: skip
         (tmp_path / name).touch()
         then = time.time() - age
         os.utime(tmp_path / name, (then, then))

@@ -521,7 +521,8 @@ def test_leaving_the_block_by_an_error_still_commits_and_keeps_the_error(folder:
 def test_leftovers_of_a_killed_run_are_removed_at_the_next_start(folder: Path) -> None:
     with ckpt.CheckpointManager(folder) as manager:
         manager.save(1, {"w": jnp.ones(3)})
-    shutil.copytree(folder / "1", folder / "2.orbax-checkpoint-tmp")
+    (folder / "2.orbax-checkpoint-tmp").mkdir()
+    os.utime(folder / "2.orbax-checkpoint-tmp", (1, 1))
     shutil.copytree(folder / "1", folder / "3.deleting")
     shutil.copytree(folder / "1", folder / "3.saving-abc-1")
     (folder / "4").mkdir()
