@@ -133,7 +133,8 @@ def compare_presets(
     `batch_names`.
 
     What is held is exact.  What is sent is counted from names and specs, for weights and gradients
-    alone (a weight whose input needs no gradient is gathered once less, one under remat once more).
+    alone (a weight whose input needs no gradient is gathered once less, one in a loop that is
+    rematerialised as a whole once more).
     What a model sends for its activations, under `tp_sp` above all, and what those hold, is in the
     compiled program: `collectives`, or `shardflax lock`.
 
