@@ -285,6 +285,7 @@ class _Gc:
     def run(self) -> int:
         """Prints what is, or would be, removed."""
         found = ckpt.find_leftovers(self.folder, force=self.force)
+        rest = [x.path.name for x in ckpt.find_leftovers(self.folder, force=True) if x not in found]
         if self.yes:
             found = ckpt.remove_leftovers(found, force=self.force)
         for line in _columns([_leftover_cells(x) for x in found]):
@@ -294,6 +295,8 @@ class _Gc:
             print("nothing to remove")
         else:
             print(f"removed {total}" if self.yes else f"{total}; --yes removes it")
+        if rest:
+            print(f"changed in the last hour, and left alone without --force: {', '.join(rest)}")
         return 0
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from shardflax import ckpt
+from shardflax.cli import main
 from shardflax.ckpt.leftovers import find_leftovers, remove_leftovers
 
 
@@ -79,6 +80,14 @@ def test_nobody_waits_for_a_named_pipe_in_the_place_of_a_file(tmp_path: Path) ->
     assert ckpt.verify_checkpoint(tmp_path / "1").ok
 
 
+def test_a_step_without_its_manifest_is_listed_as_damaged(tmp_path: Path) -> None:
+    """Not as one of Orbax, though all that Orbax wants is there."""
+    with ckpt.CheckpointManager(tmp_path) as manager:
+        manager.save(7, {"n": 1})
+    (tmp_path / "7" / "MANIFEST.json").unlink()
+    assert [step.state for step in ckpt.list_steps(tmp_path)] == ["damaged"]
+
+
 def test_a_number_that_no_step_has(tmp_path: Path) -> None:
     with ckpt.CheckpointManager(tmp_path) as manager:
         manager.save(7, {"n": 1})
@@ -87,12 +96,16 @@ def test_a_number_that_no_step_has(tmp_path: Path) -> None:
         assert manager.all_steps() == []
 
 
-def test_what_orbax_may_still_be_writing_stays(tmp_path: Path) -> None:
+def test_what_orbax_may_still_be_writing_stays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """It knows no locks: an hour must have passed, or somebody must be sure."""
     folder = tmp_path / "3.orbax-checkpoint-tmp"
     (folder / "state").mkdir(parents=True)
     ckpt.CheckpointManager(tmp_path).close()
     assert find_leftovers(tmp_path) == [] and folder.exists()
+    assert main(["ckpt", "gc", str(tmp_path), "--yes"]) == 0
+    assert f"left alone without --force: {folder.name}" in capsys.readouterr().out
     (found,) = find_leftovers(tmp_path, force=True)
     assert remove_leftovers([found]) == [] and folder.exists()
     os.utime(folder, (1, 1))  # a file in it was changed later
