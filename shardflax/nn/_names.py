@@ -123,15 +123,6 @@ def said(
     return None if all(n is PartitionSpec.UNCONSTRAINED for n in fitting) else fitting
 
 
-def that_fit(names: Names, shape: tuple[int, ...]) -> Names:
-    """Default names with `None` for each dim that cannot have its name under the rules in scope."""
-    rules = rules_in_scope()
-    if not is_default(names) or not isinstance(rules, AxisRules):
-        return names
-    fitting = _fitting(tuple(names), rules, shape)
-    return default_names(*[None if n is PartitionSpec.UNCONSTRAINED else n for n in fitting])
-
-
 def _fitting(names: tuple[Any, ...], rules: AxisRules, shape: tuple[int, ...]) -> tuple[Any, ...]:
     """`names` with every dim that cannot have its name left to the compiler."""
     mesh = mesh_in_scope()

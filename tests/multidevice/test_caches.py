@@ -85,3 +85,16 @@ def test_the_cache_of_a_decoder_is_part_of_its_layout() -> None:
         for part in ("cached_key", "cached_value"):
             leaf = layout.leaf(f"cache/layers/attention/{part}")
             assert (leaf.spec, leaf.shape) == (wanted, (3, 8, 32, config.num_kv_heads, 4)), name
+
+
+def test_rows_of_a_cache_are_not_replicated_in_silence() -> None:
+    """They are those of a batch; `decode` says that they may yield."""
+    layer, mesh = LAYERS["grouped"], make_mesh("fsdp=8")
+    found = abstract_layout(init_of(layer), quick_key(0), mesh=mesh, rules=preset("fsdp"))
+    assert {(p.where, p.error.__name__) for p in found.problems} == {
+        (f"cache/cached_{what}, shape (4, 8, 2, 4)", "IndivisibleDimError")
+        for what in ("key", "value")
+    }
+    whole = abstract_layout(init_of(layer), quick_key(0), mesh=mesh, rules=preset("decode"))
+    rows = whole.leaf("cache/cached_key").dims[0]
+    assert rows.given_up[-1] == ("fsdp", "8 does not divide 4") and whole.problems == ()
