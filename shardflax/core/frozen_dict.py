@@ -48,7 +48,7 @@ class FrozenDict(Mapping[K, V]):
 
     def __init__(self, *args: Any, __unsafe_skip_copy__: bool = False, **kwargs: Any) -> None:
         given: dict[Any, Any] = dict(*args, **kwargs)
-        self._dict = given if __unsafe_skip_copy__ else unfreeze(given)
+        self._dict = given if __unsafe_skip_copy__ else _thawed(given)
         self._hash = None
 
     @classmethod
@@ -100,7 +100,7 @@ class FrozenDict(Mapping[K, V]):
         >>> sorted(FrozenDict(a=1).copy({"b": 2}).items())
         [('a', 1), ('b', 2)]
         """
-        return self._around({**self._dict, **unfreeze(add_or_replace or {})})
+        return self._around({**self._dict, **_thawed(add_or_replace or {})})
 
     def pop(self, key: K) -> tuple[FrozenDict[K, V], V]:
         """A FrozenDict without `key`, and the value that it had; KeyError if there is none.
@@ -176,17 +176,40 @@ def freeze(xs: Mapping[Any, Any]) -> FrozenDict[Any, Any]:
 def unfreeze(x: Any) -> Any:
     """A copy of a nested dict, frozen or not, that may be changed; its leaves are shared.
 
-    What is no mapping comes back as it is.
+    What is no mapping comes back as it is.  What was frozen comes back sorted by key, as from
+    `jax.tree.map`.
 
     >>> unfreeze(freeze({"a": {"b": 1}}))
     {'a': {'b': 1}}
     """
     if isinstance(x, FrozenDict):
-        x = cast("FrozenDict[Any, Any]", x)._dict  # pyright: ignore[reportPrivateUsage]
+        return _by_key(cast("FrozenDict[Any, Any]", x)._dict)  # pyright: ignore[reportPrivateUsage]
     if not isinstance(x, Mapping):
         return x
     mapping = cast("Mapping[Any, Any]", x)
     return {key: unfreeze(mapping[key]) for key in mapping}
+
+
+def _thawed(x: Any) -> Any:
+    """A copy of a nested dict, frozen or not, in its order."""
+    if isinstance(x, FrozenDict):
+        x = cast("FrozenDict[Any, Any]", x)._dict  # pyright: ignore[reportPrivateUsage]
+    if not isinstance(x, Mapping):
+        return x
+    mapping = cast("Mapping[Any, Any]", x)
+    return {key: _thawed(mapping[key]) for key in mapping}
+
+
+def _by_key(x: Any) -> Any:
+    """A copy of a nested dict, sorted by key where keys compare."""
+    if not isinstance(x, Mapping):
+        return x
+    mapping = cast("Mapping[Any, Any]", x)
+    try:
+        keys = sorted(mapping)
+    except TypeError:
+        keys = list(mapping)
+    return {key: _by_key(mapping[key]) for key in keys}
 
 
 def _checked(x: Any) -> Any:
@@ -205,7 +228,7 @@ def copy(x: Any, add_or_replace: Mapping[Any, Any] | None = None) -> Any:
     """
     if isinstance(_checked(x), FrozenDict):
         return x.copy(add_or_replace)
-    return {**unfreeze(x), **unfreeze(add_or_replace or {})}
+    return {**_by_key(x), **unfreeze(add_or_replace or {})}
 
 
 def pop(x: Any, key: Any) -> tuple[Any, Any]:
@@ -218,7 +241,7 @@ def pop(x: Any, key: Any) -> tuple[Any, Any]:
     """
     if isinstance(_checked(x), FrozenDict):
         return x.pop(key)
-    rest = unfreeze(x)
+    rest = _by_key(x)
     return rest, rest.pop(key)
 
 

@@ -55,6 +55,14 @@ def changed_copies(c: Any) -> Any:
 
 
 @program
+def the_order_of_keys(c: Any) -> Any:
+    f = c.freeze(NESTED)
+    made = [f, c.unfreeze(f), f.unfreeze(), c.unfreeze(NESTED), c.unfreeze({"z": f, "b": 1})["z"]]
+    made += [f.copy({}), c.copy(NESTED), c.pop({**NESTED, "x": 1}, "x")[0], c.FrozenDict(f)]
+    return [list(d) for d in made]
+
+
+@program
 def text(c: Any) -> Any:
     f = c.freeze({**NESTED, "list": [1, {"q": 2}], "s": "x", 3: None})
     return [
