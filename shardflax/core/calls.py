@@ -195,6 +195,12 @@ def wrap_method(fn: Callable[..., Any], function_target: bool = False) -> Callab
 
     @functools.wraps(fn)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        local = context.__dict__  # this thread's, looked up once
+        stack = local["stack"]
+        if not stack:
+            scope: Any = self.scope
+            if scope is not None and scope.store.lock is not None:
+                return _in_turn(method, self, args, kwargs)
         progress = self._progress
         if not progress.ready:
             self._prepare()
@@ -203,8 +209,6 @@ def wrap_method(fn: Callable[..., Any], function_target: bool = False) -> Callab
             if self.scope is None:
                 raise CallCompactUnboundModuleError(type(self).__name__)
             progress.compact = True
-        local = context.__dict__  # this thread's, looked up once
-        stack = local["stack"]
         stack.append(self)
         call = fn
         if local["interceptors"] and not function_target:
@@ -231,6 +235,16 @@ def wrap_method(fn: Callable[..., Any], function_target: bool = False) -> Callab
 
     vars(method)["wrapped"] = True
     return method
+
+
+def _in_turn(method: Callable[..., Any], module: Any, args: Any, kwargs: Any) -> Any:
+    """A call from outside of a module that threads may share."""
+    with module.scope.store.lock:
+        context.stack.append(None)  # from now on it is one from inside
+        try:
+            return method(module, *args, **kwargs)
+        finally:
+            context.stack.pop()
 
 
 def _in_name_scope(fn: Callable[..., Any], name: str) -> Callable[..., Any]:

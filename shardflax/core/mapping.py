@@ -181,6 +181,8 @@ def remat_scan(
     >>> variables["params"]["kernel"].shape
     (2, 3, 4, 4)
     """
+    if not lengths:
+        raise TransformAxisError("remat_scan: lengths are missing: one for each level, as (4, 3).")
     single = isinstance(metadata_params, Mapping)
     metas: Any = [metadata_params] * len(lengths) if single else metadata_params
     if not isinstance(metas, Sequence) or len(cast("Sequence[Any]", metas)) != len(lengths):

@@ -29,12 +29,13 @@ from shardflax.core.module_errors import (
     CallUnbindOnUnboundModuleError,
     IncorrectPostInitOverrideError,
     InvalidInstanceModuleError,
+    InvalidNameError,
     InvalidParentError,
     SetAttributeFrozenModuleError,
     SetAttributeInModuleSetupError,
 )
 from shardflax.core.names import CollectionFilter
-from shardflax.core.scope import Scope
+from shardflax.core.scope import Scope, Turns
 from shardflax.core.stateful import Progress, Stateful
 
 __all__ = ["Module", "compact", "compact_name_scope", "nowrap"]
@@ -124,14 +125,20 @@ class Module(Stateful, _Typed):
     def _adopt_new(self, child: Module) -> None:
         """Takes a submodule that is being made in one of this module's methods."""
         progress = self._progress
-        if child.name is not None and isinstance(self.__dict__.get(child.name), Module):
-            raise NameInUseError("submodule", child.name, type(self).__name__)
+        name = child.name
+        if name is not None:
+            if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise InvalidNameError(type(child).__name__, name)
+            if isinstance(self.__dict__.get(name), Module):
+                raise NameInUseError("submodule", name, type(self).__name__)
         if progress.setup:
-            if child.name is not None:
-                self._bind_child(child, child.name)
+            if name is not None:
+                self._bind_child(child, name)
         elif progress.compact:
             assert self.scope is not None
-            self._bind_child(child, child.name or self.scope.auto_name(type(child).__name__))
+            if name is None:
+                name = self.scope.auto_name(type(child).__name__)
+            self._bind_child(child, name)
         else:
             where = self.scope.path_text if self.scope is not None else type(self).__name__
             raise AssignSubModuleError(type(child).__name__, where)
@@ -156,16 +163,26 @@ class Module(Stateful, _Typed):
         progress = self.__dict__.get("_progress")
         if progress is None:
             raise IncorrectPostInitOverrideError(type(self).__name__)
-        if self.scope is None or progress.ready or progress.setup:
+        if self.scope is None or progress.ready:
+            return
+        turns = self.scope.store.lock
+        if turns is None:
+            self._set_up(self.scope, progress)
+        else:
+            with turns:
+                self._set_up(self.scope, progress)
+
+    def _set_up(self, scope: Scope, progress: Progress) -> None:
+        if progress.ready or progress.setup:
             return
         if self.__class__.setup is not Module.setup:
             progress.setup = True
-            reserved = self.scope.node.names()
+            reserved = scope.node.names()
             try:
                 run_setup(self)
             except BaseException:
                 # It runs anew at the next call, and shall fail then for the same reason.
-                self.scope.node.reserved = reserved
+                scope.node.reserved = reserved
                 raise
             finally:
                 progress.setup = False
@@ -228,7 +245,7 @@ class Module(Stateful, _Typed):
             object.__setattr__(self, name, value)
         elif not progress.setup:
             raise SetAttributeFrozenModuleError(type(self).__name__, name)
-        elif name in field_names(type(self)):
+        elif name in field_names(type(self)) or name in ("parent", "scope"):
             raise SetAttributeInModuleSetupError(type(self).__name__, name)
         else:
             object.__setattr__(self, name, self._adopt(name, value))
@@ -354,11 +371,14 @@ class Module(Stateful, _Typed):
     ) -> M:
         """The module with its variables, for interactive use: call its methods as they are.
 
-        `args` are ignored.  `setup` runs when its results are first needed.
+        `args` are ignored.  `setup` runs when its results are first needed.  Threads that call one
+        bound module wait for one another.
         """
         if not is_module(self):
             raise InvalidInstanceModuleError(self)
-        return self._bind_root(bind(variables, rngs, mutable))
+        scope = bind(variables, rngs, mutable)
+        scope.store.lock = Turns()
+        return self._bind_root(scope)
 
     def _bind_root(self: M, scope: Scope) -> M:
         """The module of a new run; what is in its fields takes no part in any other run."""

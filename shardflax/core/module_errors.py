@@ -19,6 +19,7 @@ __all__ = [
     "HashBoundModuleError",
     "IncorrectPostInitOverrideError",
     "InvalidInstanceModuleError",
+    "InvalidNameError",
     "InvalidParentError",
     "MultipleMethodsCompactError",
     "PerturbationNotFoundError",
@@ -259,6 +260,20 @@ class UnhashableFieldError(FlaxError, TypeError):
         super().__init__(
             f"{cls} cannot be hashed, for its field {name!r} cannot: {cause}. Make the module with "
             f"tuples for lists, and FrozenDicts for dicts."
+        )
+
+
+class InvalidNameError(FlaxError, TypeError):
+    """`name=` is no text.
+
+    >>> print(InvalidNameError("Dense", 3))
+    Dense got name=3; expected a text such as 'out', or None (the default) for a name by its ...
+    """
+
+    def __init__(self, cls: str, name: Any) -> None:
+        super().__init__(
+            f"{cls} got name={name!r}; expected a text such as 'out', or None (the default) for a "
+            f"name by its class."
         )
 
 

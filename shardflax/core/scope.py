@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import threading
 from collections.abc import Callable, Generator, Mapping
 from typing import Any, cast
 
@@ -37,7 +38,29 @@ from shardflax.core.rng import Stream, is_keyless, open_streams
 from shardflax.core.shapes import shapes_of, stored_shapes
 from shardflax.core.variable import Variable, is_array
 
-__all__ = ["Scope", "Store", "open_store"]
+__all__ = ["Scope", "Store", "Turns", "open_store"]
+
+
+class Turns:
+    """Lets one thread after the other work with the state of a run.
+
+    >>> with Turns() as turns, turns:
+    ...     print("the same thread may enter twice")
+    the same thread may enter twice
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> Turns:
+        self._lock.acquire()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[Turns], tuple[()]]:
+        return Turns, ()  # copies are entered apart from it
 
 
 class Store:
@@ -52,6 +75,7 @@ class Store:
         "collections",
         "flags",
         "live",
+        "lock",
         "mutable",
         "path",
         "streams",
@@ -73,6 +97,7 @@ class Store:
         self.flags = flags or {}
         self.adopted: dict[int, Any] = {}  # modules from outside, and their copies in this run
         self.live = True
+        self.lock: Turns | None = None  # where threads may meet: in modules that `bind` returns
         self.trace = staging.current_trace()
 
     def end(self) -> None:

@@ -140,7 +140,7 @@ class Stateful(Crossable):
         col: str,
         name: str,
         value: Any,
-        reduce_fn: Callable[[Any, Any], Any] = lambda old, new: (*old, new),
+        reduce_fn: Callable[[Any, Any], Any] = lambda old, new: old + (new,),  # noqa: RUF005
         init_fn: Callable[[], Any] = tuple,
     ) -> bool:
         """Stores `value` in a collection if that may change; tells whether it did.
@@ -176,6 +176,7 @@ class Stateful(Crossable):
         scope = self._bound()
         if not scope.has_variable(collection, name):
             if scope.is_mutable_collection(collection):
+                scope.reserve(name, collection)
                 scope.put_variable(collection, name, jx.tree.map(jx.numpy.zeros_like, value))
             elif collection not in scope.store.collections:
                 return value

@@ -175,7 +175,7 @@ def _size(what: str, pure: Pure, given: int | None, dims: Iterable[Dim]) -> int:
 
 
 def _where(pure: Pure) -> str:
-    return "/" + "/".join(pure.entries[pure.home].path)
+    return "/" + "/".join(pure.entries[pure.home].path if pure.entries else ())
 
 
 def _state_dims(groups: tuple[Group, ...], trees: Groups) -> list[Dim]:

@@ -72,6 +72,32 @@ def test_threads_share_no_state() -> None:
     assert second[1]["params"]["inner"]["Lin_0"]["kernel"] == (5, 6)
 
 
+def test_threads_take_turns_with_a_bound_module() -> None:
+    met = threading.Event()
+
+    class Slow(nn.Module):
+        inner: Any
+
+        def setup(self) -> None:
+            self.layer = nn.Lin()
+            met.set()  # the other thread comes now, and has to wait
+
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            return nn.Lin(name="out")(self.layer(self.inner(x))) + nn.Drop("noise")(x)
+
+    model, keys = Slow(nn.Lin()), {"params": KEY, "noise": quick_key(1)}
+    bound = model.bind(model.init(keys, X), rngs=keys)
+    met.clear()
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(bound, X)
+        met.wait(timeout=300)
+        second = pool.submit(lambda: bound.layer(bound(X)))
+        assert first.result().shape == second.result().shape == (2, 3)
+    again = model.bind(bound.variables, rngs=keys)
+    assert (first.result() == again(X)).all() and (second.result() == again.layer(again(X))).all()
+
+
 def test_override_of_names_holds_in_its_thread() -> None:
     inside, done = threading.Event(), threading.Event()
 

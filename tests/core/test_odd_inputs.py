@@ -133,3 +133,20 @@ def test_a_module_with_a_list_says_why_it_has_no_hash() -> None:
 def test_remat_has_no_concrete_arguments() -> None:
     with pytest.raises(ValueError, match="static_argnums"):
         nn.remat(nn.Dense, concrete=True)
+
+
+def test_names_of_modules_are_texts() -> None:
+    class Named(nn.Module):
+        name_of_layer: Any
+
+        @nn.compact
+        def __call__(self) -> None:
+            nn.Dense(2, name=self.name_of_layer)
+
+    with pytest.raises(errors.InvalidNameError, match=r"Dense got name=3; expected a text"):
+        Named(3).apply({})
+
+
+def test_levels_of_remat_scan_are_asked_for() -> None:
+    with pytest.raises(errors.TransformAxisError, match="lengths are missing"):
+        nn.remat_scan(nn.Dense)

@@ -203,6 +203,29 @@ def submodule_outside_of_compact(nn: Any) -> None:
     M().init(KEY, X)
 
 
+@raises("NameInUseError", "at /", "'a'")
+def submodule_named_as_perturbation(nn: Any) -> None:
+    calling(nn, lambda self, x: (self.perturb("a", x), nn.Lin(name="a")(x))).init(KEY, X)
+
+
+@raises("TypeError", "unsupported operand")
+def sown_where_no_tuple_is(nn: Any) -> None:
+    model = calling(nn, lambda self, x: self.sow("state", "a", x))
+    model.apply({"state": {"a": X}}, X, mutable=["state"])
+
+
+@raises("SetAttributeInModuleSetupError", "M.setup", "'parent'")
+def parent_set_in_setup(nn: Any) -> None:
+    class M(nn.Module):
+        def setup(self) -> None:
+            self.parent = None
+
+        def __call__(self) -> None:
+            pass
+
+    M().apply({})
+
+
 @raises("ReservedModuleAttributeError", "'name'")
 def reserved_name(nn: Any) -> None:
     class M(nn.Module):

@@ -147,6 +147,16 @@ def called_twice_makes_all_below_anew(nn: Any) -> Any:
 
 
 @program
+def names_that_are_empty_or_odd(nn: Any) -> Any:
+    class M(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            return [nn.Lin(name=name)(x) for name in ("", "a/b", "apply", "Lin_0")]
+
+    return M().init_with_output(KEY, X)
+
+
+@program
 def passed_as_fields(nn: Any) -> Any:
     class M(nn.Module):
         one: Any
