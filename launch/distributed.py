@@ -116,6 +116,7 @@ def initialize_from_env(
         return None
     import jax
 
+    _ask_no_proxy(cluster.coordinator)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
         cluster.coordinator,
@@ -127,6 +128,14 @@ def initialize_from_env(
         shutdown_timeout_seconds=shutdown_timeout,
     )
     return cluster
+
+
+def _ask_no_proxy(coordinator: str) -> None:
+    """The processes of a run talk directly, also where the environment names a proxy for gRPC."""
+    host = coordinator.rpartition(":")[0].strip("[]")
+    direct = "no_grpc_proxy"  # as gRPC spells it
+    others = os.environ.get(direct) or os.environ.get("no_proxy")
+    os.environ[direct] = f"{others},{host}" if others else host
 
 
 def leave_together(seconds: float = 5.0) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -143,6 +144,7 @@ for line in sys.argv[1].splitlines():
 
 def test_nothing_needs_a_device(run: Path, tmp_path: Path) -> None:
     """There is no backend at all: whatever would initialise one fails."""
+    run = shutil.copytree(run, tmp_path / "run")  # of which it cleans up
     lines = f"""ls {run}
 show {run}
 verify {run}

@@ -23,6 +23,8 @@ from pathlib import Path
 
 __all__ = ["google", "s3"]
 
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
 
 @contextlib.contextmanager
 def s3(bucket: str) -> Iterator[dict[str, str]]:
@@ -30,9 +32,10 @@ def s3(bucket: str) -> Iterator[dict[str, str]]:
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p"]
     with _server(command) as port:
         url = f"http://127.0.0.1:{port}"
-        with urllib.request.urlopen(urllib.request.Request(f"{url}/{bucket}", method="PUT")):
+        with _DIRECT.open(urllib.request.Request(f"{url}/{bucket}", method="PUT")):
             pass
         yield {
+            "no_proxy": "127.0.0.1",
             "AWS_ENDPOINT_URL": url,
             "AWS_ACCESS_KEY_ID": "anybody",
             "AWS_SECRET_ACCESS_KEY": "anything",
@@ -48,6 +51,7 @@ def google(bucket: str) -> Iterator[dict[str, str]]:
     options = ["start", "--host", "127.0.0.1", "--in-memory", "--default-bucket", bucket, "--port"]
     with _server([command, *options]) as port, _Proxy(port) as front:
         yield {
+            "no_proxy": "127.0.0.1",
             "TENSORSTORE_GCS_HTTP_URL": f"http://127.0.0.1:{front}",
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "anybody",
         }
@@ -90,7 +94,7 @@ def _is_up(process: subprocess.Popen[bytes], port: int) -> bool:
 
 def _answers(port: int) -> bool:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=60):
+        with _DIRECT.open(f"http://127.0.0.1:{port}/", timeout=60):
             return True
     except urllib.error.HTTPError:
         return True
