@@ -25,7 +25,8 @@ from shardflax.partitioning import (
     init_sharded,
     use,
 )
-from shardflax.partitioning.spec_check import spec_axes, spec_parts
+from shardflax.partitioning.compare import costs_on
+from shardflax.partitioning.spec_check import spec_axes
 from tests.core.harness import quick_key
 from tests.multidevice.states import (
     ACTIVATIONS,
@@ -176,9 +177,9 @@ def check_sent(case: Case, layout: Layout, compiled: Any) -> None:
         if kind == "all-reduce" and {*axes.split(",")} <= summed | {"context"}:
             most += arrays
         assert gathers[what] <= times <= most, what
-    gradients = sum(summed_bytes(case, layout))
+    (cost,) = costs_on(layout.mesh, {}, [case.rules], abstract_state()[0])  # what the table says
     if summed and case.name not in ("pp", "tp_embed"):  # these take some of it apart
-        assert gradients <= sums <= gradients + 256
+        assert cost.summed <= sums <= cost.summed + 256
 
 
 def _promise(words: str) -> tuple[str, tuple[int, bool]]:
@@ -189,20 +190,16 @@ def _promise(words: str) -> tuple[str, tuple[int, bool]]:
     return f"{kind} over {axes.replace('+', ',')}", (int(times or 0), optional is not None)
 
 
-def _parameters(case: Case, layout: Layout) -> Any:
-    """Each parameter, its spec where it is used, and how often a step uses it."""
-    for leaf, used in zip(layout.leaves, case.used(layout), strict=True):
-        if leaf.path[0] == "params":
-            yield leaf, used, LAYERS if "layers" in (leaf.names or ()) else 1
-
-
 def gathered(case: Case, layout: Layout) -> Counter[str]:
     """How often weights are gathered: each dim for the forward pass, and again for the backward.
 
     The table of rows is looked up once: ids have no gradient.
     """
     found: Counter[str] = Counter()
-    for leaf, used, times in _parameters(case, layout):
+    for leaf, used in zip(layout.leaves, case.used(layout), strict=True):
+        if leaf.path[0] != "params":
+            continue
+        times = LAYERS if "layers" in (leaf.names or ()) else 1
         passes = 1 if leaf.path[-1] == "embedding" else 2
         for dim, part in enumerate(leaf.spec):
             kept = spec_axes(used[dim]) if dim < len(used) else ()
@@ -218,13 +215,6 @@ def summed_arrays(layout: Layout) -> int:
         for leaf in layout.leaves
         if leaf.path[0] == "params" and leaf.names
     )
-
-
-def summed_bytes(case: Case, layout: Layout) -> Any:
-    """The bytes of each gradient on a device, before it is cut as its parameter is stored."""
-    for leaf, used, _ in _parameters(case, layout):
-        size = int(np.prod(leaf.shape)) * leaf.dtype.itemsize
-        yield size // spec_parts(used, dict(layout.mesh.shape))
 
 
 def test_every_preset_names_every_leaf() -> None:
