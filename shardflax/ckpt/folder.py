@@ -56,8 +56,14 @@ class StepFolder:
         return sorted(n for n in numbers if n < 2**63 and self.is_committed(n))
 
     def is_committed(self, step: int) -> bool:
-        """True if the step is complete."""
-        return any((self.step(step) / name).is_file() for name in (NAME, MARKER, TREE))
+        """True if the step is complete, or if nobody may look into it.
+
+        A run must not go on from an earlier step because the latest belongs to another user.
+        """
+        try:
+            return any((self.step(step) / name).is_file() for name in (NAME, MARKER, TREE))
+        except OSError:
+            return True
 
     def prepare(self) -> None:
         """Makes the folder and proves that files can be written to it.

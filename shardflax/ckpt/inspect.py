@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import functools
 import json
 import os
+import stat
 from collections.abc import Mapping
 from typing import Any
 
@@ -256,7 +258,7 @@ def _step_info(path: Place) -> StepInfo:
         kind = "shardflax" if found else "flax msgpack" if path.is_file() else "orbax"
         if found and found.manifest:
             time, temporary = found.manifest.time, found.manifest.temporary
-    except CheckpointError:
+    except (CheckpointError, OSError):
         state = "damaged"
     return StepInfo(path.name, path, state, kind, disk_bytes(path), time, temporary)
 
@@ -282,13 +284,11 @@ def disk_bytes(path: Any) -> int:
     >>> disk_bytes(Path("/nowhere"))
     0
     """
-    files = [path] if path.is_file() else (p for p in path.rglob("*") if p.is_file())
     total = 0
-    for file in files:
-        try:
-            total += file.stat().st_size
-        except OSError:
-            continue
+    for file in (path, *path.rglob("*")):
+        with contextlib.suppress(OSError):
+            about = file.stat()
+            total += about.st_size if stat.S_ISREG(about.st_mode) else 0
     return total
 
 

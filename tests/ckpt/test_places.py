@@ -88,6 +88,27 @@ def test_a_step_without_its_manifest_is_listed_as_damaged(tmp_path: Path) -> Non
     assert [step.state for step in ckpt.list_steps(tmp_path)] == ["damaged"]
 
 
+def test_a_step_that_nobody_may_look_into_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ckpt.CheckpointManager(tmp_path) as manager:
+        for step in (1, 2):
+            manager.save(step, {"n": step})
+    is_file = Path.is_file
+
+    def refused(path: Path) -> bool:
+        if path.parent == tmp_path / "2":
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    with ckpt.CheckpointManager(tmp_path) as manager:
+        with pytest.raises(ckpt.CheckpointReadError, match=r"Step 2 .*Permission denied"):
+            manager.restore({"n": 0})
+        assert manager.restore({"n": 0}, fallback=True).step == 1
+    assert [step.state for step in ckpt.list_steps(tmp_path)] == ["committed", "damaged"]
+
+
 def test_a_number_that_no_step_has(tmp_path: Path) -> None:
     with ckpt.CheckpointManager(tmp_path) as manager:
         manager.save(7, {"n": 1})
