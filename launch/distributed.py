@@ -138,7 +138,7 @@ def _ask_no_proxy(coordinator: str) -> None:
     os.environ[direct] = f"{others},{host}" if others else host
 
 
-def leave_together(seconds: float = 5.0) -> bool:
+def leave_together(seconds: float = 15.0) -> bool:
     """Waits at most so long for all processes of the run to come here; tells whether they did.
 
     For an error that all processes meet alike: they part in order, and one of them reports it.

@@ -112,7 +112,8 @@ class Nursery:
         env: Mapping[str, str] = os.environ,
     ) -> Launcher:
         """Starts `launch.local --processes N --devices M -- command`; see `tests/conftest.py`."""
-        args = [f"--processes={processes}", f"--devices={devices}", "--", *map(str, command)]
+        options = [f"--processes={processes}", f"--devices={devices}", "--grace=300"]
+        args = [*options, "--", *map(str, command)]
         pipes = [os.pipe() for _ in range(3)]
         theirs = [writing for _, writing in pipes]
         text = json.dumps({"args": args, "env": dict(env)}).encode()
