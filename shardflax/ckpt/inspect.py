@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import functools
 import json
+import math
 import os
 import stat
 from collections.abc import Mapping
@@ -77,6 +78,15 @@ class LeafInfo:
         }
 
 
+def _valid(value: Any) -> Any:
+    """A JSON value without numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _valid(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_valid(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _text(part: Any) -> str:
     """A name or axis, or several, or none."""
     if isinstance(part, tuple | list):
@@ -134,12 +144,12 @@ class CheckpointInfo:
         return " ".join(parts)
 
     def to_json(self) -> str:
-        """All of it as JSON."""
+        """All of it as JSON, which has no NaN and no infinity: they are strings."""
         values = dataclasses.asdict(dataclasses.replace(self, leaves=()))
         values |= {"path": str(self.path), "bytes": self.nbytes, "mesh": dict(self.mesh)}
         values |= {"metrics": dict(self.metrics), "extras": dict(self.extras)}
         values["leaves"] = [leaf.to_json() for leaf in self.leaves]
-        return json.dumps(values, indent=1)
+        return json.dumps(_valid(values), indent=1, allow_nan=False)
 
 
 def inspect_checkpoint(path: str | os.PathLike[str], step: int | None = None) -> CheckpointInfo:

@@ -79,7 +79,7 @@ def open_safetensors(path: Path) -> SafetensorsSource:
 
     Raises ValueError for what is not a safetensors file.
     """
-    files = _files(path)
+    files, listed = _files(path)
     found: dict[str, tuple[Path, Tensor]] = {}
     metadata: dict[str, str] = {}
     for file in files:
@@ -93,6 +93,9 @@ def open_safetensors(path: Path) -> SafetensorsSource:
             raise ValueError(f"tensor {twice[0]!r} is in {found[twice[0]][0]} and in {file}")
         found |= {name: (file, tensor) for name, tensor in header.tensors.items()}
         metadata |= header.metadata
+    for name, file in listed.items():
+        if name not in found or found[name][0].name != file:
+            raise ValueError(f"{path}: it lists tensor {name!r} in {file}, which has none")
     try:
         return _source(found, metadata)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
@@ -146,23 +149,23 @@ def _paths(names: Mapping[str, Any]) -> dict[str, LeafPath]:
     return {name: (name,) for name in names} if whole else paths
 
 
-def _files(path: Path) -> list[Path]:
-    """The files with tensors."""
+def _files(path: Path) -> tuple[list[Path], dict[str, str]]:
+    """The files with tensors, and, where there is an index, what it says is in which of them."""
     if path.is_dir():
         indexes, files = sorted(path.glob(f"*{INDEX}")), sorted(path.glob("*.safetensors"))
         if len(indexes) > 1 or (not indexes and len(files) != 1):
             raise ValueError(f"{path} has {len(files)} safetensors files, and no single index")
         return _files((indexes or files)[0])
     if not path.name.endswith(INDEX):
-        return [path]
+        return [path], {}
     try:
-        names = set(json.loads(path.read_bytes())["weight_map"].values())
+        listed = dict(json.loads(path.read_bytes())["weight_map"])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: it is not an index of safetensors files: {error!r}") from error
-    for name in names:
-        if not isinstance(name, str) or not name or name in (".", "..") or set(name) & set("/\\\0"):
+    for name in listed.values():
+        if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):
             raise ValueError(f"{path}: it names a file outside of its folder: {name!r}")
-    return [path.with_name(name) for name in sorted(names)]
+    return [path.with_name(name) for name in sorted(set(listed.values()))], listed
 
 
 def load_safetensors(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import time
@@ -123,6 +124,9 @@ def test_a_description(run: Path) -> None:
     leaves = {"/".join(leaf["path"]): leaf for leaf in values["leaves"]}
     assert leaves["params/w"]["shape"] == [600, 1000] and leaves["params/w"]["bytes"] == 2_400_000
     assert leaves["name"]["value"] == "run" and leaves["half"]["dtype"] == "bfloat16"
+    odd = dataclasses.replace(info, metrics={"loss": float("inf")}, extras={"x": [float("nan")]})
+    values = json.loads(odd.to_json(), parse_constant=pytest.fail)
+    assert values["metrics"] == {"loss": "inf"} and values["extras"] == {"x": ["nan"]}
     with pytest.raises(ckpt.CheckpointNotFoundError, match="no committed step 11; it has: 10"):
         ckpt.inspect_checkpoint(run, 11)
     with pytest.raises(ckpt.CheckpointFolderError, match="neither a folder nor a file"):

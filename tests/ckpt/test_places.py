@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from shardflax import ckpt
-from shardflax.cli import main
 from shardflax.ckpt.leftovers import find_leftovers, remove_leftovers
+from shardflax.cli import main
 
 
 @pytest.mark.parametrize(

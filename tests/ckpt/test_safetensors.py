@@ -119,6 +119,12 @@ def test_several_files_and_their_index(tmp_path: Path) -> None:
     index.write_text(json.dumps({"weight_map": {f"l.{i}": f"m-{i}.safetensors" for i in range(2)}}))
     for path in (tmp_path, index):
         assert ckpt.load_safetensors(path).state["l"]["1"].tolist() == [1, 1, 1]
+    for name in ("l.1", "l.2"):
+        index.write_text(json.dumps({"weight_map": {name: "m-0.safetensors"}}))
+        with pytest.raises(
+            ckpt.CheckpointReadError, match=f"'{name}' in m-0.safetensors, which has"
+        ):
+            ckpt.load_safetensors(index)
     for name in ("../w.safetensors", "/etc/passwd", "a\0b", 3, "", ".."):
         index.write_text(json.dumps({"weight_map": {"a": name}}))
         with pytest.raises(ckpt.CheckpointReadError, match="outside of its folder"):
