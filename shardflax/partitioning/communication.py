@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from shardflax.core.errors import did_you_mean
 from shardflax.partitioning.errors import CollectivesError, MeshScopeError
@@ -79,7 +79,8 @@ class Collective:
 def collectives(compiled: Any, mesh: Mesh | None = None) -> list[Collective]:
     """The collectives of a program that `jax.jit(...).lower(...).compile()` gave.
 
-    `mesh` defaults to that of the program's arguments.  Raises `MeshScopeError` if there is none.
+    `mesh` defaults to that of the program's arguments.  Raises `MeshScopeError` if there is none,
+    or for one that is not the program's: abstract, or of another size.
 
     >>> import jax, jax.numpy as jnp
     >>> from shardflax.partitioning import make_mesh
@@ -91,6 +92,11 @@ def collectives(compiled: Any, mesh: Mesh | None = None) -> list[Collective]:
     """
     mesh = _mesh(compiled, mesh)
     program = parse(compiled.as_text())
+    if mesh.size % (program.partitions or 1):
+        raise MeshScopeError(
+            f"the program is for {program.partitions} devices, and the mesh has {mesh.size}. Pass "
+            f"the mesh that it was compiled for, or none: that of its arguments counts then."
+        )
     return [*_found(program, mesh)]
 
 
@@ -98,6 +104,8 @@ def _mesh(compiled: Any, mesh: Any) -> Mesh:
     """The mesh that is given, or that of the program."""
     if mesh is not None:
         check_mesh(mesh)
+    if isinstance(mesh, AbstractMesh):
+        raise MeshScopeError("an abstract mesh does not say which device is where: make_mesh(...).")
     check_program(compiled)
     if mesh is None:
         mesh = mesh_of(compiled)

@@ -24,6 +24,7 @@ _MOST = 2  # paths of one operation that are shown
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 # What JAX adds to the names of operations: around a part of the path, and as a part of its own.
 _AROUND = re.compile(r"^(?:jvp|transpose|vmap|rematted_computation|custom_vjp|checkpoint)\((.*)\)$")
+_BRANCH = re.compile(r"branch_\d+_fun")
 _BETWEEN = {"", "body", "checkpoint", "closed_call", "cond", "eval_jaxpr", "pjit", "remat"} | {
     "rematted_computation",
     "scan",
@@ -39,6 +40,8 @@ def module_path(called: str) -> str:
 
     >>> module_path("jit(step)/transpose(jvp(layers))/while/body/layers.project/up/dot_general")
     'layers/up'
+    >>> module_path("jit(step)/cond/branch_1_fun/up/dot_general")
+    'up'
     >>> module_path("jit(step)/jvp(layers)/(up/dot_general:gate/dot_general:norm/mul:down/mul)")
     'layers/(up, gate and 2 more)'
     """
@@ -86,7 +89,8 @@ def _module_path(called: str) -> str:
         while found := _AROUND.match(part):
             part = found[1]
         method = parts and part.startswith(f"{parts[-1]}.")  # of the module that was there before
-        if part not in _BETWEEN and not method and not part.startswith(("jit(", "pjit(")):
+        between = part in _BETWEEN or _BRANCH.fullmatch(part)
+        if not between and not method and not part.startswith(("jit(", "pjit(")):
             parts.append(part)
     half = len(parts) // 2
     # A rematerialised region says its path twice: as it was, and where it is computed anew.

@@ -228,6 +228,14 @@ def test_one_string_is_not_taken_by_its_letters() -> None:
 
 # Not typed: what a type checker would refuse is what is tried.
 loose: Any = pt
+
+
+def _over_all() -> Any:
+    """A program for all devices of the mesh."""
+    x = jax.ShapeDtypeStruct((8, 8), "float32", sharding=jax.NamedSharding(MESH, jax.P("fsdp")))
+    return jax.jit(lambda x: x + 1).lower(x).compile()
+
+
 NOTHING = jax.jit(lambda: 0).lower().compile()
 LOOSE: Any = RULES
 WRONG_TYPES: dict[str, tuple[type[Exception], str, Any]] = {
@@ -278,6 +286,10 @@ WRONG_TYPES: dict[str, tuple[type[Exception], str, Any]] = {
                       lambda: loose.logical_to_mesh_sharding({}, None, RULES)),
     "mesh-box": (pt.MeshSpecError, "not None", lambda: loose.get_sharding({}, None)),
     "mesh-program": (pt.MeshScopeError, "pass mesh=", lambda: pt.collectives(NOTHING)),
+    "mesh-other": (pt.MeshScopeError, "is for 8 devices, and the mesh has 2",
+                   lambda: pt.collectives(_over_all(), pt.make_mesh("data=2", jax.devices()[:2]))),
+    "mesh-nowhere": (pt.MeshScopeError, "does not say which device is where",
+                     lambda: loose.collectives(NOTHING, pt.make_abstract_mesh("data=8"))),
     "then": (pt.LayoutError, "then='eror': did you mean 'error'",
              lambda: loose.compile(jax.jit(lambda x: x), X, then="eror")),
     "names": (pt.NamesRankError, "not None",
