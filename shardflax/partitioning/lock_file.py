@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
@@ -122,7 +123,9 @@ def read_lock(path: str | Path) -> dict[str, LockEntry]:
     writes one, or `shardflax lock MODEL --mesh ...`.
     """
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        _check_merged(path, text)
+        found = json.loads(text, object_pairs_hook=_once)
     except FileNotFoundError:
         how = "write_lock writes one, or `shardflax lock MODEL --mesh ...`."
         raise LockFileError(path, f"there is no such file. {how}") from None
@@ -177,6 +180,25 @@ def write_lock(path: str | Path, entries: Mapping[str, LockEntry]) -> Path:
     return path
 
 
+_MARK = re.compile(r"^(<{7}|\|{7}|={7}|>{7})( |$)", re.MULTILINE)
+
+
+def _check_merged(path: str | Path, text: str) -> None:
+    if mark := _MARK.search(text):
+        line = text.count("\n", 0, mark.start()) + 1
+        how = "Keep either side, and renew what is asked for: shardflax lock."
+        raise LockFileError(path, f"line {line} is a mark of a merge that is not done. {how}")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, if each key stands there once: a merge of lines may leave two."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"{twice!r} stands there twice")
+    return found
+
+
 _ABOUT = ("asked", "mesh", "rules", "bytes_per_device", "compiler", "memory")
 
 
@@ -202,12 +224,18 @@ def _sent(one: LockedCollective) -> dict[str, Any]:
 
 def _entry(values: Mapping[str, Any]) -> LockEntry:
     sent = values.get("collectives")
+    leaves = {path: LockedLeaf(**leaf) for path, leaf in values["leaves"].items()}
+    collectives = None if sent is None else tuple(LockedCollective(**one) for one in sent)
+    numbers = [values["bytes_per_device"], *(leaf.bytes_per_device for leaf in leaves.values())]
+    numbers += [number for one in collectives or () for number in (one.bytes, one.count)]
+    if not all(isinstance(number, int) for number in numbers):
+        raise TypeError
     return LockEntry(
         mesh=values["mesh"],
         rules=values["rules"],
         bytes_per_device=values["bytes_per_device"],
-        leaves={path: LockedLeaf(**leaf) for path, leaf in values["leaves"].items()},
-        collectives=None if sent is None else tuple(LockedCollective(**one) for one in sent),
+        leaves=leaves,
+        collectives=collectives,
         compiler=values.get("compiler", ""),
         asked=values.get("asked", {}),
         memory=values.get("memory"),

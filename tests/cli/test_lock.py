@@ -180,14 +180,19 @@ def test_the_memory_of_a_step_is_kept_and_compared(tmp_path: Path) -> None:
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     file = tmp_path / "shardflax.lock"
+    whole = pt.write_lock(file, {"mine": pt.lock(layout())}).read_text("utf-8")
+    assert ": 3072}" in whole
     for text, expected in (
         ("{", "it cannot be read: .*Take it from version control again"),
         ("[" * 100_000, "it cannot be read: "),
         ("[]", "it is no lock file"),
+        ('{\n<<<<<<< HEAD\n"a": 1\n=======', "line 2 is a mark of a merge .* shardflax lock"),
+        ('{"format": 1, "format": 2}', "it cannot be read: 'format' stands there twice"),
         ('{"format": "shardflax.lock", "version": 2}', "version 2, and this library reads .* 1"),
         ('{"format": "shardflax.lock", "version": 1}', 'it has no "entries"'),
-        ('{"format": "shardflax.lock", "version": 1, "entries": {"a": {}}}', "'a' lacks 'mesh'"),
+        ('{"format": "shardflax.lock", "version": 1, "entries": {"a": {}}}', "'a' lacks 'leaves'"),
         ('{"format": "shardflax.lock", "version": 1, "entries": {"a": 1}}', "something else"),
+        (whole.replace(": 3072}", ': "64"}'), "'mine' holds something else than was written"),
     ):
         file.write_text(text)
         with pytest.raises(LockFileError, match=expected):
