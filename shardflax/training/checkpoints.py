@@ -36,6 +36,7 @@ from shardflax.serialization import to_state_dict as _to_state_dict
 from shardflax.training import multiprocess_arrays, orbax_folder
 from shardflax.training.checkpoint_fit import check_fit, leaves_of
 from shardflax.training.step_files import (
+    REPLACED,
     StepFile,
     expire,
     natural_sort,
@@ -122,11 +123,12 @@ class _Save:
 
     def commit(self) -> None:
         """Puts what was written in its place, whole; only then is anything deleted."""
-        before = self.path.with_name(f".{self.name}.replaced")
+        before = self.path.with_name(f".{self.name}{REPLACED}")
         if self.path.exists():
             if not self.overwrite:
                 raise AlreadyExistsError(str(self.path))
             StepFile(before, "").delete()  # left by a save that was killed
+            # Between these two lines, and if we are killed there, it is found under this name.
             os.replace(self.path, before)
         os.replace(self.temporary, self.path)
         sync_folder(self.folder)
@@ -421,10 +423,12 @@ def _to_restore(ckpt_dir: Any, step: Any, prefix: str) -> str | None:
     folder = _local(ckpt_dir)
     if step is not None:
         path = _local(folder, f"{prefix}{step}")
-        if not os.path.exists(path):
-            known = [file.number for file in step_files(folder, prefix)]
-            raise StepNotFoundError(path, known)
-        return path
+        if os.path.exists(path):
+            return path
+        files = step_files(folder, prefix)
+        if replaced := next((file.path for file in files if file.number == f"{step}"), None):
+            return str(replaced)
+        raise StepNotFoundError(path, [file.number for file in files])
     if os.path.isfile(folder) or orbax_folder.is_one(folder):
         return folder
     return latest_checkpoint(folder, prefix)

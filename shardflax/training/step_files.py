@@ -12,9 +12,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["MPA_SUFFIX", "StepFile", "expire", "natural_sort", "safe_normpath", "step_files"]
+__all__ = [
+    "MPA_SUFFIX",
+    "REPLACED",
+    "StepFile",
+    "expire",
+    "natural_sort",
+    "safe_normpath",
+    "step_files",
+]
 
 MPA_SUFFIX = "_gda"  # of the folder with a checkpoint's multiprocess arrays
+REPLACED = ".replaced"  # of a checkpoint that is about to be overwritten; its name begins with "."
 
 _DIGITS = r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _SIGNED = re.compile(f"([-+]?{_DIGITS})")
@@ -74,6 +83,8 @@ class StepFile(NamedTuple):
 def step_files(ckpt_dir: str | os.PathLike[str], prefix: str) -> list[StepFile]:
     """The checkpoints of a folder, in the order of their steps; files of other names are not seen.
 
+    One that was to be overwritten when the program was killed is still there, under another name.
+
     >>> step_files("/not/there", "checkpoint_")
     []
     """
@@ -81,9 +92,16 @@ def step_files(ckpt_dir: str | os.PathLike[str], prefix: str) -> list[StepFile]:
     start = os.path.basename(prefix)
     if not folder.is_dir():
         return []
-    names = (path.name for path in folder.iterdir() if path.name.startswith(start))
-    numbers = (name[len(start) :] for name in names)
-    found = (StepFile(folder / f"{start}{n}", n) for n in numbers if _SIGNED.fullmatch(n))
+    files: dict[str, Path] = {}
+    for path in folder.iterdir():
+        replaced = path.name.startswith(".") and path.name.endswith(REPLACED)
+        name = path.name[1 : -len(REPLACED)] if replaced else path.name
+        number = name[len(start) :]
+        if not name.startswith(start) or not _SIGNED.fullmatch(number):
+            continue
+        if not replaced or number not in files:
+            files[number] = path
+    found = (StepFile(path, number) for number, path in files.items())
     return sorted(found, key=lambda file: file.step)
 
 

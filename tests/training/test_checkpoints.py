@@ -5,6 +5,7 @@ Flax is the oracle: it reads what is written here, and the other way round.
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -246,6 +247,31 @@ def test_what_a_save_left_that_was_killed_is_not_in_the_way(backend: str, tmp_pa
     ours.save_checkpoint(tmp_path, {"w": np.zeros(1)}, 1, overwrite=True)
     assert names(tmp_path) == ["checkpoint_1"]
     assert ours.restore_checkpoint(tmp_path, None)["w"].tolist() == [0]
+
+
+def test_what_is_overwritten_is_there_until_the_new_one_is(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in between, it has another name; who restores finds it, and who saves goes on."""
+    prefix = "x_" if backend == "orbax" else "x[1]_"  # in brackets, Orbax finds nothing
+    ours.save_checkpoint(tmp_path, {"w": np.ones(1)}, 1, prefix=prefix)
+    replace = os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        replace(source, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        ours.save_checkpoint(tmp_path, {"w": np.zeros(1)}, 1, prefix=prefix, overwrite=True)
+    monkeypatch.undo()
+    assert names(tmp_path) == [f".{prefix}1.replaced"]
+    assert ours.available_steps(tmp_path, prefix) == [1]
+    for step in (1, None):
+        got = ours.restore_checkpoint(tmp_path, None, step, prefix=prefix)
+        assert got["w"].tolist() == [1]
+    ours.save_checkpoint(tmp_path, {"w": np.full(1, 2)}, 2, prefix=prefix)
+    assert names(tmp_path) == [f"{prefix}2"]
 
 
 def test_a_checkpointer_of_the_users(tmp_path: Path) -> None:
