@@ -100,10 +100,11 @@ class Manifest:
             raise ValueError("its checksum is wrong")
         try:
             body = json.loads(rest[:-1])
-            if body["format"] != FORMAT or body["version"] != VERSION:
-                raise ValueError(
-                    f"it has version {body['version']!r}; this library reads {VERSION}"
-                )
+            version = body["version"]
+            if body["format"] != FORMAT or version != VERSION:
+                newer = isinstance(version, int) and version > VERSION
+                cure = ": it was written by a later one, so update it" if newer else ""
+                raise ValueError(f"it has version {version!r}; this library reads {VERSION}{cure}")
             return cls._of(body)
         except (KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise ValueError(f"it is not what a manifest is: {error!r}") from error
