@@ -556,7 +556,7 @@ def test_a_newer_manifest_and_lost_arrays_are_named(folder: Path) -> None:
         path = folder / "1/MANIFEST.json"
         body = path.read_bytes().split(b"\n")[1].replace(b'"version": 2', b'"version": 99')
         path.write_bytes(b'{"crc32": "%08x", "body":\n' % zlib.crc32(body) + body)
-        with pytest.raises(ckpt.CheckpointReadError, match="version 99; this .*update it"):
+        with pytest.raises(ckpt.CheckpointReadError, match=r"version 99; this .*update it"):
             manager.restore({"w": jnp.ones(3)}, step=1)
         shutil.rmtree(folder / "2" / "state" / "d")
         with pytest.raises(ckpt.CheckpointReadError, match=r"Step 2.*/state/d/\w+ is missing"):
