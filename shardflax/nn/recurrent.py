@@ -206,7 +206,8 @@ def _last_that_count(carries: Any, lengths: Any) -> Any:
 
     def last(x: Array, lengths: Array) -> Array:
         # Not by indices of the batch, which would be sent around where the batch is spread.
-        at = _wide(lengths) - 1
+        # A length beyond the end (of what was cut off, say) means all steps, as in Linen.
+        at = jnp.minimum(_wide(lengths), x.shape[0]) - 1
         at = jnp.reshape(at, (1, *lengths.shape, *(1,) * (x.ndim - lengths.ndim - 1)))
         return jnp.squeeze(jnp.take_along_axis(x, at, axis=0), 0)
 

@@ -82,10 +82,11 @@ class SpectralNorm(LayerBase):
 
     That value is estimated by `n_steps` power iterations a call (arXiv:1802.05957), from a vector
     `<path>/u` that is kept, with the estimate `<path>/sigma`, in the collection `batch_stats` (or
-    `collection_name`); with `update_stats` they are stored anew, which needs that collection
-    mutable.  Parameters of one dim and scalars stay as they are; of more than two dims, all but the
-    last are merged, or, with `error_on_non_matrix`, they are an `InputRankError`.  `stats_axes`
-    names the dims of `u`, `(1, features)`; by default the last has the parameter's name.
+    `collection_name`); without a step nothing is divided or kept.  With `update_stats` they are
+    stored anew, which needs that collection mutable.  Parameters of one dim and scalars stay as
+    they are; of more than two dims, all but the last are merged, or, with `error_on_non_matrix`,
+    they are an `InputRankError`.  `stats_axes` names the dims of `u`, `(1, features)`; by default
+    the last has the parameter's name.
 
     >>> import jax, jax.numpy as jnp, shardflax.nn as nn
     >>> dense = nn.Dense(2, use_bias=False, kernel_init=nn.initializers.ones)
@@ -113,7 +114,7 @@ class SpectralNorm(LayerBase):
 
     @nowrap
     def _normalized(self, name: str, value: Array, known: Names | None, update: bool) -> Array:
-        if value.ndim < 2:
+        if value.ndim < 2 or self.n_steps < 1:
             return value
         if value.ndim > 2 and self.error_on_non_matrix:
             raise InputRankError(

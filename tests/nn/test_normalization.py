@@ -241,6 +241,7 @@ def test_weights_of_nested_layers_are_flax_s() -> None:
                 few = namespace.WeightNorm(Pair(), variable_filter={"query", "value/bias"})
                 x = namespace.WeightNorm(dense(4, axis=(-2, -1)), feature_axes=None)(few(x))
                 x = namespace.WeightNorm(dense(3), use_scale=False)(x)
+                x = namespace.SpectralNorm(dense(3), n_steps=0)(x, update_stats=True)
                 return namespace.SpectralNorm(dense(4), name="last")(x, update_stats=False)
 
         def twice() -> Any:

@@ -73,7 +73,7 @@ def test_options_of_the_call(options: dict[str, Any]) -> None:
     calls: list[dict[str, Any]] = [
         {},
         {"seq_lengths": LENGTHS},
-        {"seq_lengths": LENGTHS, "keep_order": True, "return_carry": True},
+        {"seq_lengths": np.array([9, 3]), "keep_order": True, "return_carry": True},
         {"initial_carry": carry, "return_carry": True},
     ]
 
