@@ -76,6 +76,8 @@ class StateNames:
             return found
         if parameter:
             return parameter
+        if owner and self._of_parameters[owner.path].problems:
+            return NamedLeaf(None, "nothing names its parameter")  # which says why
         shape, box = tuple(leaf.value.shape), leaf.box
         if isinstance(box, Partitioned) and not (owner and owner.copied_to(box, len(shape))):
             return self._named(tuple(box.names), "its box", self._rules_of(box), kind)
@@ -142,11 +144,12 @@ class StateNames:
         found: dict[Path, Parameter] = {}
         for leaf in leaves:
             named = self._of_parameters.get(leaf.path)
-            if named is not None and named.names is not None:
+            if named is not None and (named.names is not None or named.problems):
                 by_box = named.origin != _BY_PATH and isinstance(leaf.box, Partitioned)
                 rules = self._rules_of(leaf.box) if by_box else self._rules
                 below, shape = leaf.path[len(self._root) :], tuple(leaf.value.shape)
-                found[below] = Parameter(leaf.path, shape, named.names, rules, leaf.box)
+                said = named.names or ()
+                found[below] = Parameter(leaf.path, shape, said, rules, leaf.box)
         for path, parameter in list(found.items()):
             if len(path) > 1 and path[0] in _WRAPPERS:
                 found.setdefault(path[1:], parameter)

@@ -62,6 +62,14 @@ def test_names_by_path_are_those_of_the_boxed_moments_too() -> None:
     assert found.leaf("params/kernel").spec == found.leaf("opt/0/nu/kernel").spec
 
 
+def test_names_that_differ_are_said_of_the_parameter_alone() -> None:
+    names = {".*kernel": ("mlp", "embed"), "kernel": ("embed", "mlp")}
+    tx = optax.adafactor(0.1, min_dim_size_to_factor=4, momentum=0.9)
+    for whole in (False, True):
+        found = layout(tx, whole, RULES.with_overrides(params=names))
+        assert [problem.where for problem in found.problems] == ["params/kernel, shape (8, 16)"]
+
+
 def test_a_box_of_its_own_is_kept() -> None:
     mine = named(ONES, ("embed", None))(jax.random.key(0), (8, 16))
     found = Layout({"params": boxed(), "ema": {"kernel": mine}}, MESH, RULES)
