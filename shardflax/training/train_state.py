@@ -9,7 +9,7 @@ import jax
 import optax
 
 from shardflax import struct
-from shardflax.core.boxes import rebox, unbox
+from shardflax.core.boxes import is_box, rebox, unbox
 from shardflax.core.frozen_dict import FrozenDict, freeze
 
 __all__ = ["OVERWRITE_WITH_GRADIENT", "TrainState", "join", "separate"]
@@ -21,8 +21,10 @@ class TrainState(struct.PyTreeNode):
     """Parameters, optimizer state and step count, updated together by `apply_gradients`.
 
     `step` counts the updates; `apply_fn` (usually `model.apply`) and `tx` (an optax gradient
-    transformation) are static.  `params` may hold boxes; the optimizer never sees them, so
-    `opt_state` is always plain.  Subclass it to add fields.
+    transformation) are static.  Subclass it to add fields.
+
+    `params` may hold boxes.  What the optimizer makes of them, leaf by leaf, is boxed as they are,
+    so that moments have the names of their parameters.
 
     A collection named `"_overwrite_with_gradient"` beside `"params"` is not optimized: its
     "gradient" is its next value (quantisation scales are kept so).
@@ -43,20 +45,25 @@ class TrainState(struct.PyTreeNode):
     def apply_gradients(self, *, grads: Any, **kwargs: Any) -> Self:
         """The state after one update, with `step` one higher.
 
-        `grads` has the structure of `params`, boxed or not.  `kwargs` replace further fields.
+        `grads` has the structure of `params`, boxed or not; `opt_state` may be one that was made
+        from plain parameters.  `kwargs` replace further fields.
 
         >>> import jax.numpy as jnp
         >>> state = TrainState.create(apply_fn=None, params=jnp.ones(()), tx=optax.sgd(0.5))
         >>> float(state.apply_gradients(grads=jnp.ones(())).params)
         0.5
         """
-        values = unbox(self.params)
-        (trained, _), (updates, overwritten) = separate(values), separate(unbox(grads))
+        params = self.params
+        if not _has_boxes(self.opt_state):
+            params, grads = unbox(params), unbox(grads)
+        elif not _has_boxes(grads):
+            grads = rebox(params, grads)
+        (trained, _), (updates, overwritten) = separate(params), separate(grads)
         updates, opt_state = self.tx.update(updates, self.opt_state, trained)
-        new = join(values, optax.apply_updates(trained, updates), overwritten)
-        return self.replace(
-            step=self.step + 1, params=rebox(self.params, new), opt_state=opt_state, **kwargs
-        )
+        new = join(params, optax.apply_updates(trained, updates), overwritten)
+        if params is not self.params:
+            new = rebox(self.params, new)
+        return self.replace(step=self.step + 1, params=new, opt_state=opt_state, **kwargs)
 
     @classmethod
     def create(
@@ -67,18 +74,23 @@ class TrainState(struct.PyTreeNode):
         tx: optax.GradientTransformation,
         **kwargs: Any,
     ) -> Self:
-        """A state at step 0, with the optimizer state of the (unboxed) parameters.
+        """A state at step 0, with the optimizer state of the parameters.
 
-        `params` is kept as given, boxes included, so that its logical names can still be read.
+        Boxes stay on both, so that their names can still be read.
 
         >>> import jax.numpy as jnp
         >>> TrainState.create(apply_fn=None, params=jnp.ones(2), tx=optax.sgd(0.1)).step
         0
         """
-        trained, _ = separate(unbox(params))
+        trained, _ = separate(params)
         return cls(
             step=0, apply_fn=apply_fn, params=params, tx=tx, opt_state=tx.init(trained), **kwargs
         )
+
+
+def _has_boxes(tree: Any) -> bool:
+    """True if a leaf of the tree is in a box."""
+    return any(is_box(x) for x in jax.tree.leaves(tree, is_leaf=is_box))
 
 
 def separate(params: Any) -> tuple[Any, Any]:

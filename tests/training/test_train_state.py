@@ -1,17 +1,21 @@
 """TrainState against flax.training.train_state, and what ours adds: boxes."""
 
 import dataclasses
+import functools
 from typing import Any
 
+import flax.linen
 import flax.training.train_state as oracle
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec
 
-from shardflax.core.boxes import AxisMetadata, is_box, unbox
+from shardflax.core.boxes import AxisMetadata, unbox
 from shardflax.core.frozen_dict import freeze
+from shardflax.partitioning import Partitioned, get_partition_spec
 from shardflax.training import train_state as ours
 
 
@@ -92,21 +96,39 @@ def test_subclasses_hold_more(module: Any) -> None:
     assert type(state) is State and state.stats.tolist() == [1.0, 1.0] and state.apply_fn is len
 
 
-def test_boxes_stay_on_the_parameters_and_off_the_optimizer() -> None:
+def test_boxes_stay_on_parameters_and_moments() -> None:
     plain = params_of()
     boxed = {
         "kernel": Named(plain["kernel"], ("embed", "mlp")),
         "bias": Named(plain["bias"], ("mlp",)),
     }
-    state = ours.TrainState.create(apply_fn=None, params=boxed, tx=optax.adamw(1e-2))
-    assert not any(is_box(x) for x in jax.tree.leaves(state.opt_state, is_leaf=is_box))
-    want = ours.TrainState.create(apply_fn=None, params=plain, tx=optax.adamw(1e-2))
+    tx = optax.adamw(1e-2)
+    state = ours.TrainState.create(apply_fn=None, params=boxed, tx=tx)
+    assert state.opt_state[0].mu["kernel"].names == ("embed", "mlp")
+    want = ours.TrainState.create(apply_fn=None, params=plain, tx=tx)
+    unboxed = state.replace(opt_state=want.opt_state)  # made from plain parameters
     want = want.apply_gradients(grads=plain)
-    for grads in (plain, boxed):
-        got = state.apply_gradients(grads=grads)
-        assert got.params["kernel"].names == ("embed", "mlp")
-        assert_same(unbox(got.params), want.params)
-        assert_same(got.opt_state, want.opt_state)
+    for before in (state, unboxed):
+        for grads in (plain, boxed):
+            got = before.apply_gradients(grads=grads)
+            assert jax.tree.structure(got) == jax.tree.structure(before)
+            assert got.params["kernel"].names == ("embed", "mlp")
+            assert_same(unbox(got.params), want.params)
+            assert_same(unbox(got.opt_state), want.opt_state)
+
+
+def test_linen_reads_the_specs_of_moments() -> None:
+    """The guide on pjit: `get_partition_spec` of a whole train state, boxes from both libraries."""
+    specs = []
+    for box, module, spec in (
+        (flax.linen.Partitioned, oracle, flax.linen.get_partition_spec),
+        (Partitioned, ours, get_partition_spec),
+    ):
+        params = {"kernel": box(params_of()["kernel"], (None, "model"))}
+        make = functools.partial(module.TrainState.create, apply_fn=None, tx=optax.adam(1e-3))
+        specs.append(spec(jax.eval_shape(lambda p, make=make: make(params=p), params)))
+    assert specs[1].opt_state[0].mu["kernel"] == PartitionSpec(None, "model")
+    assert specs[1].opt_state == specs[0].opt_state
 
 
 def test_under_jit_with_donation_it_is_traced_once() -> None:
