@@ -150,6 +150,14 @@ def _check_variables(given: Any) -> None:
         raise ApplyScopeInvalidVariablesStructureError(variables)
 
 
+def _into(old: Any, new: Any) -> Any:
+    """`old` with the entries of `new`, if both are dicts that may change; otherwise `new`."""
+    if not (isinstance(old, dict) and isinstance(new, Mapping)):
+        return new
+    known, items = cast("dict[str, Any]", old), cast("Mapping[str, Any]", new).items()
+    return {**known, **{key: _into(known.get(key), value) for key, value in items}}
+
+
 _REQUIRED: Any = object()
 _new = object.__new__
 
@@ -472,14 +480,15 @@ class Scope:
         return self.collection(col).get(name, default)
 
     def put_variable(self, col: str, name: str, value: Any) -> None:
-        """Writes a variable.
+        """Writes a variable; a dict is written into the dict that is there, if one is.
 
         Raises `ModifyScopeVariableError` if the collection may not change.
         """
         self.store.check_write(value)
         if col not in self.store.mutable:
             raise ModifyScopeVariableError(col, name, self.path_text)
-        self._writable(col)[name] = value
+        here = self._writable(col)
+        here[name] = _into(here.get(name), value) if isinstance(value, Mapping) else value
 
     def variable(
         self,

@@ -626,6 +626,24 @@ def put_and_get(nn: Any) -> Any:
 
 
 @program
+def dicts_as_variables(nn: Any) -> Any:
+    """A dict is written into the dict that is there."""
+
+    class M(nn.Module):
+        @nn.compact
+        def __call__(self) -> Any:
+            found = self.variable("state", "d", lambda: {"a": {"b": 1}, "c": 2})
+            found.value = {"a": {"d": 3}}
+            self.put_variable("state", "d", {"e": 4, "c": {"f": 5}})
+            self.put_variable("state", "number", {"a": 1})
+            return found.value
+
+    model = M()
+    given = {"state": {"d": {"a": 1, "z": 2}, "number": 3}}
+    return model.init_with_output({}), model.apply(given, mutable=["state"]), given
+
+
+@program
 def trees_as_params(nn: Any) -> Any:
     class M(nn.Module):
         @nn.compact
