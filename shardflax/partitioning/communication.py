@@ -134,6 +134,8 @@ def _found(program: Program, mesh: Mesh) -> Iterator[Collective]:
                 continue
             inputs = sum(type_bytes(types.get(o, "")) for o in instruction.operands)
             arrays, outputs = _outputs(instruction, inputs)
+            if kind == "ragged-all-to-all":  # besides what is sent: what it goes into, and where
+                inputs = type_bytes(types.get(instruction.operands[0], ""))
             yield Collective(
                 kind=kind,
                 axes=mesh_axes(groups, mesh),

@@ -237,6 +237,20 @@ ENTRY %main (a: bf16[4]) -> bf16[8] {
     assert (found.kind, found.shape, found.bytes) == ("all-gather", (8,), 16)
 
 
+def test_of_a_ragged_one_what_is_sent_counts() -> None:
+    """And not the array that it goes into, nor the places."""
+    text = """HloModule m
+
+ENTRY %main (a: f32[4], b: f32[8], c: s32[2]) -> f32[8] {
+  %a = f32[4]{0} parameter(0)
+  %b = f32[8]{0} parameter(1)
+  %c = s32[2]{0} parameter(2)
+  ROOT %r = f32[8]{0} ragged-all-to-all(%a, %b, %c, %c, %c, %c), replica_groups={{0,1}}
+}"""
+    (found,) = _found(parse(text), make_mesh("data=2", jax.devices()[:2]))
+    assert (found.what, found.bytes) == ("ragged-all-to-all over data", 32)
+
+
 def test_what_runs_in_the_background_counts_once() -> None:
     text = """HloModule m
 
