@@ -169,6 +169,54 @@ def fp8(variables: Any, x: jax.Array) -> jax.Array:
     return fp8_product(x, p["kernel"], state) + p["bias"]
 
 
+def fp8_einsum(variables: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return fp8_product(x, kernel, variables["_overwrite_with_gradient"])
+
+
+def rounded(x: jax.Array, scale: jax.Array, history: jax.Array, dtype: Any) -> Any:
+    """`x` as eight bits can hold it, in its own dtype, and the scale."""
+    q, scale = scaled(x, scale, history, dtype)
+    return q.astype(x.dtype) * scale, scale
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def rounded_product(types: Any, x: jax.Array, kernel: jax.Array, state: Any) -> jax.Array:
+    return _rounded_forward(types, x, kernel, state)[0]
+
+
+def _rounded_forward(types: Any, x: jax.Array, kernel: jax.Array, state: Any) -> Any:
+    history = {name: state[f"{name}_amax_history"] for name in ("input", "kernel")}
+    r_x, of_x = rounded(x, state["input_scale"], history["input"], types[0])
+    r_k, of_k = rounded(kernel, state["kernel_scale"], history["kernel"], types[0])
+    histories = seen(x, history["input"]), seen(kernel, history["kernel"])
+    return jnp.einsum("bli,io->blo", r_x, r_k), (r_x, of_x, r_k, of_k, histories, state)
+
+
+def _rounded_backward(types: Any, kept: Any, g: jax.Array) -> Any:
+    r_x, of_x, r_k, of_k, histories, state = kept
+    history = state["output_grad_amax_history"]
+    r_g, of_g = rounded(g, state["output_grad_scale"], history, types[1])
+    product = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+    to_kernel = product("blo,bli->oi", r_g, r_x).T
+    after = {
+        "input_scale": of_x,
+        "input_amax_history": histories[0],
+        "kernel_scale": of_k,
+        "kernel_amax_history": histories[1],
+        "output_grad_scale": of_g,
+        "output_grad_amax_history": seen(g, history),
+    }
+    return product("blo,io->bli", r_g, r_k), to_kernel, after
+
+
+rounded_product.defvjp(_rounded_forward, _rounded_backward)
+
+
+def fp8_rounded(narrow: Any, widest: Any, variables: Any, x: jax.Array) -> jax.Array:
+    p, (state,) = variables["params"], variables["_overwrite_with_gradient"].values()
+    return rounded_product((narrow, widest), x, p["kernel"], state) + p["bias"]
+
+
 # --- recurrent
 
 
@@ -286,10 +334,21 @@ BY_HAND: Mapping[str, Callable[..., Any]] = {
     "WeightNorm": weight_norm,
     "SpectralNorm": spectral_norm,
     "Fp8DirectDotGeneralOp": fp8,
+    "Fp8DotGeneralOp": partial(fp8_rounded, jnp.float8_e4m3fn, jnp.float8_e5m2),
+    "NANOOFp8DotGeneralOp": partial(fp8_rounded, jnp.float8_e4m3fnuz, jnp.float8_e5m2fnuz),
+    "Fp8Einsum": fp8_einsum,
+    "MultiHeadAttention": raw.attention,
+    "SelfAttention": raw.attention,
     "MGUCell": mgu_cell,
     "ConvLSTMCell": conv_lstm_cell,
     "Bidirectional": bidirectional,
 }
 
-STATEFUL = ("SpectralNorm", "Fp8DirectDotGeneralOp")
+STATEFUL = (
+    "SpectralNorm",
+    "Fp8DirectDotGeneralOp",
+    "Fp8DotGeneralOp",
+    "NANOOFp8DotGeneralOp",
+    "Fp8Einsum",
+)
 """Those that take all variables instead of the parameters."""

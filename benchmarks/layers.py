@@ -100,6 +100,10 @@ def keyed(s: dict[str, int]) -> Inputs:
     return *hidden(s), jax.random.PRNGKey(0)
 
 
+def operands(s: dict[str, int]) -> Inputs:
+    return *hidden(s), floats(s["width"], s["width"], seed=1)
+
+
 def case(
     name: str,
     layer: Callable[[dict[str, int]], nn.Module],
@@ -115,6 +119,10 @@ def with_key(layer: Any, x: jax.Array, key: jax.Array) -> jax.Array:
 
 def updating(layer: Any, x: jax.Array) -> jax.Array:
     return layer(x, update_stats=True)
+
+
+def multiplying(layer: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return layer("bli,io->blo", x, kernel)
 
 
 HALVED = {"window_shape": (2, 2), "strides": (2, 2)}
@@ -142,6 +150,17 @@ CASES = (
         lambda s: nn.Dense(s["width"], dot_general_cls=nn.Fp8DirectDotGeneralOp),
         hidden,
     ),
+    case(
+        "Fp8DotGeneralOp",
+        lambda s: nn.Dense(s["width"], dot_general_cls=nn.Fp8DotGeneralOp),
+        hidden,
+    ),
+    case(
+        "NANOOFp8DotGeneralOp",
+        lambda s: nn.Dense(s["width"], dot_general_cls=nn.NANOOFp8DotGeneralOp),
+        hidden,
+    ),
+    case("Fp8Einsum", lambda s: nn.Fp8Einsum(), operands, call=multiplying),
     case("LayerNorm", lambda s: nn.LayerNorm(), hidden),
     case("RMSNorm", lambda s: nn.RMSNorm(), hidden),
     case("BatchNorm", lambda s: nn.BatchNorm(use_running_average=False), images),
@@ -167,6 +186,8 @@ CASES = (
         hidden,
     ),
     case(ATTENTION, lambda s: nn.MultiHeadDotProductAttention(4), hidden),
+    case("MultiHeadAttention", lambda s: nn.MultiHeadAttention(4), hidden),
+    case("SelfAttention", lambda s: nn.SelfAttention(4), hidden),
     case(
         "GroupedQueryAttention",
         lambda s: nn.GroupedQueryAttention(4, num_kv_heads=2, rope_theta=None),

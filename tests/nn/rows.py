@@ -93,7 +93,7 @@ ROWS = [
         batch_dims=(0, None),
     ),
     Row(
-        "MultiHeadAttention-dropout",
+        "MultiHeadAttention",
         maker("MultiHeadAttention", 4, dropout_rate=0.5, deterministic=False),
         hidden,
         streams=("dropout",),

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import pytest
 
+import shardflax.nn as nn
 from benchmarks.layers import CASES, SMALL, Case, figures
+from tests.nn.row import layers_of
 
 SAME = [of for of in CASES if of.same_program]
+
+
+def test_every_layer_is_measured() -> None:
+    assert layers_of(nn) - {of.name for of in CASES} == set()
 
 
 @pytest.mark.parametrize("of", SAME, ids=[of.name for of in SAME])
