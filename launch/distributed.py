@@ -130,8 +130,14 @@ def initialize_from_env(
     return cluster
 
 
+_PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
+"""Where gRPC looks for a proxy."""
+
+
 def _ask_no_proxy(coordinator: str) -> None:
     """The processes of a run talk directly, also where the environment names a proxy for gRPC."""
+    if not any(os.environ.get(name) for name in _PROXIES):
+        return  # JAX warns of every variable of a proxy, this one too
     host = coordinator.rpartition(":")[0].strip("[]")
     direct = "no_grpc_proxy"  # as gRPC spells it
     others = os.environ.get(direct) or os.environ.get("no_proxy")
