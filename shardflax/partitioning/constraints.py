@@ -173,7 +173,7 @@ def _constrain(
         return _constrain_strict(x, names, rules.compute, mesh)
     if len(names) > len(shape):
         text = f"{len(names)} names {names!r} for an array of rank {len(shape)}, shape {shape}."
-        raise_problems([Problem(NamesRankError, text)])
+        raise_problems(located([Problem(NamesRankError, text)]))
     if not rules:
         return x
     axes, undecided = linen_axes(names, rules)
@@ -233,7 +233,8 @@ def constrain_spec(x: Any, spec: PartitionSpec, mesh: AnyMesh | None, what: str)
     target = mesh_in_scope(mesh, x) if _is_array(x) and init_trace() is None else None
     if target is None:
         return x
-    raise_problems(check_spec(tuple(np.shape(x)), spec, dict(free_axes(target)), what))
+    problems = check_spec(tuple(np.shape(x)), spec, dict(free_axes(target)), what)
+    raise_problems(located(problems))
     return lower(x, spec, target, what)
 
 

@@ -143,6 +143,13 @@ def test_12_names_are_checked_in_whatever_scope() -> None:
                 "test_users.py:",
                 "did you mean 'act_mlp'?",
             )
+    refused(
+        lambda: nn.with_logical_constraint(x, ("batch", "act_mlp", "x"), ()),
+        pt.NamesRankError,
+        "constraint at",
+        "test_users.py:",
+        "3 names ('batch', 'act_mlp', 'x') for an array of rank 2",
+    )
     with pt.logical_axis_rules(RULES), jax.set_mesh(MESH):
         assert nn.with_logical_constraint(x, ("batch", "act_mlp")).sharding.spec == P(
             "fsdp", "tensor"
