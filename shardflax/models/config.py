@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from shardflax.core.errors import did_you_mean
+from shardflax.core.remat import remat_policy
 from shardflax.models.errors import ModelConfigError, UnknownModelError
 
 __all__ = ["DECODERS", "DecoderConfig", "decoder_config"]
@@ -35,7 +36,8 @@ class DecoderConfig:
         dtype: dtype of the computation.
         param_dtype: dtype of the parameters.
 
-    Raises `ModelConfigError` for options that do not fit together.
+    Raises `ModelConfigError` for options that do not fit together, `RematPolicyError` for a policy
+    that JAX does not have.
 
     >>> DecoderConfig(num_heads=8, num_kv_heads=2).query_groups
     4
@@ -74,6 +76,7 @@ class DecoderConfig:
             self._refuse(f"head_dim={self.head_dim} is odd", "Rotary positions turn pairs")
         for name in ("dtype", "param_dtype"):
             self._check_dtype(name, getattr(self, name))
+        remat_policy(self.remat)
 
     def _refuse(self, problem: str, cure: str) -> None:
         raise ModelConfigError(type(self).__name__, problem, cure + ".")

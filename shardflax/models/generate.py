@@ -7,7 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from shardflax.core.staging import jx
 from shardflax.models.config import DecoderConfig
 from shardflax.models.decoder import Decoder
 from shardflax.models.errors import ModelConfigError, SampleError
@@ -44,7 +46,8 @@ def generate(
     tokens.  The prompt is read in one step.  Under strict rules rows and lengths lie over those of
     their axes that divide them: a step has one token, and a prompt any number.  Raises
     `ModelConfigError` if prompt and sample are longer than `config.max_length`, `SampleError` for
-    a prompt without tokens, a `length` below 1, and a temperature or `top_k` that make no sense.
+    a prompt without tokens, or with ids that the model has none for (where they are known), a
+    `length` below 1, and a temperature or `top_k` that make no sense.
 
     >>> config = DecoderConfig(num_layers=1, max_length=8)
     >>> prompt = jnp.ones((2, 3), jnp.int32)
@@ -53,6 +56,7 @@ def generate(
     >>> generate(config, params, prompt, 4, key).shape
     (2, 4)
     """
+    prompt = jnp.asarray(prompt)
     _check(config, prompt, length, temperature, top_k)
     total = prompt.shape[1] + length
     if total > config.max_length:
@@ -69,13 +73,28 @@ def _check(config: DecoderConfig, prompt: Any, length: int, temperature: Any, to
     """Raises for arguments that nothing can be sampled with."""
     if jnp.ndim(prompt) != 2 or not prompt.shape[1]:
         raise SampleError(f"a prompt of shape {jnp.shape(prompt)}", "(batch, tokens), tokens > 0")
-    if length < 1:
+    if _is_known(prompt) and prompt.size:
+        least, most = int(prompt.min()), int(prompt.max())
+        if least < 0 or most >= config.vocab_size:  # their embedding is NaN
+            found = f"a prompt with the id {least if least < 0 else most}"
+            raise SampleError(found, f"ids from 0 to {config.vocab_size - 1}")
+    if not _is_count(length):
         raise SampleError(f"length={length}", "a number from 1")
-    if isinstance(temperature, int | float) and temperature < 0:
+    if isinstance(temperature, int | float) and not temperature >= 0:
         raise SampleError(f"temperature={temperature}", "0, or a number above it")
-    if top_k is not None and not 1 <= top_k <= config.vocab_size:
+    if top_k is not None and not (_is_count(top_k) and top_k <= config.vocab_size):
         expected = f"None, or a number from 1 to {config.vocab_size} (vocab_size)"
         raise SampleError(f"top_k={top_k}", expected)
+
+
+def _is_known(x: jax.Array) -> bool:
+    """True for integers that this process can look at."""
+    whole = jnp.issubdtype(x.dtype, jnp.integer)
+    return whole and not isinstance(x, jx.core.Tracer) and x.is_fully_addressable
+
+
+def _is_count(x: Any) -> bool:
+    return isinstance(x, int | np.integer) and bool(x >= 1)
 
 
 def _of_any_size(rules: AxisRules) -> AxisRules:

@@ -51,8 +51,8 @@ class MetricsError(FlaxError):
 
     def __init__(self, found: str) -> None:
         super().__init__(
-            f"Train step: {found}. The loss function returns (loss, aux) with a scalar loss and "
-            f"a dict of scalar metrics; 'loss', 'grad_norm' and 'learning_rate' are taken."
+            f"Train step: {found}. The loss function returns (loss, aux) with a real scalar loss "
+            f"and a dict of scalar metrics; 'loss', 'grad_norm' and 'learning_rate' are taken."
         )
 
 

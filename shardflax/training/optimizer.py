@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -60,7 +61,7 @@ class OptimizerConfig:
         for field in ("b1", "b2"):
             self._expect(field, 0 <= getattr(self, field) < 1, "a number in [0, 1).")
         for field in ("learning_rate", "weight_decay", "final_ratio", "eps"):
-            self._expect(field, getattr(self, field) >= 0, "a number that is not negative.")
+            self._expect(field, 0 <= getattr(self, field) < math.inf, "finite, and not negative.")
         self._expect("clip_norm", self.clip_norm is None or self.clip_norm > 0, "above 0, or None.")
         self._expect("warmup_steps", self.warmup_steps >= 0, "a number that is not negative.")
         self._expect("no_decay", isinstance(self.no_decay, tuple), "a tuple of names of leaves.")

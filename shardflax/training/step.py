@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from shardflax.training.errors import BatchSplitError, MetricsError
@@ -51,7 +52,11 @@ class TrainStep:
 
     def _checked_loss(self, params: Any, batch: Any, rngs: Any) -> tuple[jax.Array, dict[str, Any]]:
         """The loss function's result, in float32 and checked."""
-        return _check_result(self.loss_fn(params, batch, rngs))
+        result = self.loss_fn(params, batch, rngs)
+        checked = _check_result(result)
+        if not jnp.issubdtype(jnp.result_type(result[0]), jnp.floating):  # without a gradient
+            raise MetricsError(f"the loss has dtype {jnp.result_type(result[0])}")
+        return checked
 
     def _rngs(self, key: jax.Array, microbatch: Any) -> dict[str, jax.Array]:
         """One key for each stream: a function of seed, step, microbatch and the stream's place."""
@@ -110,8 +115,9 @@ def make_train_step(
     `metrics` are the loss function's, averaged, with `loss`, `grad_norm` (before any clipping, of
     what is optimized) and, with a `schedule`, `learning_rate`: float32 scalars.
 
-    Raises ValueError for `accumulate` < 1; when called, BatchSplitError for a batch that
-    `accumulate` does not divide and MetricsError for metrics that are not scalars.
+    Raises ValueError for `accumulate` < 1 and for `streams` that are no tuple; when called,
+    BatchSplitError for a batch that `accumulate` does not divide and MetricsError for metrics that
+    are not scalars, or a loss that is no real number.
 
     >>> state = TrainState.create(apply_fn=None, params=jnp.ones(3), tx=optax.sgd(0.1))
     >>> step = make_train_step(lambda w, x, rngs: (jnp.mean(x @ w), {}), accumulate=2)
@@ -119,8 +125,10 @@ def make_train_step(
     >>> float(metrics["loss"]), int(state.step)
     (3.0, 1)
     """
-    if accumulate < 1:
-        raise ValueError(f"make_train_step: accumulate must be at least 1, not {accumulate}.")
+    if not isinstance(accumulate, int | np.integer) or accumulate < 1:
+        raise ValueError(f"make_train_step: accumulate must be a number from 1, not {accumulate}.")
+    if isinstance(streams, str):
+        raise ValueError(f"make_train_step: streams must be a tuple: streams=({streams!r},).")
     return TrainStep(loss_fn, accumulate, schedule, seed, tuple(streams))
 
 

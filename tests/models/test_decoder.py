@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import shardflax.nn as nn
+from shardflax.core.transform_errors import RematPolicyError
 from shardflax.models import (
     Decoder,
     DecoderBlock,
@@ -204,7 +205,12 @@ def test_options_that_do_not_fit(options: dict[str, Any], text: str) -> None:
         ({"prompt": TOKENS[0]}, r"shape \(8,\), expected \(batch, tokens\)"),
         ({"prompt": TOKENS[:, :0]}, r"shape \(2, 0\)"),
         ({"length": 0}, "length=0, expected a number from 1"),
+        ({"length": 2.5}, "length=2.5"),
+        ({"prompt": TOKENS[:, :2] + 32}, r"the id \d+, expected ids from 0 to 31"),
+        ({"prompt": [[1, -1]]}, "the id -1"),
         ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"temperature": math.nan}, "temperature=nan"),
+        ({"top_k": 2.0}, "top_k=2.0"),
         ({"top_k": 0}, r"top_k=0, expected None, or a number from 1 to 32 \(vocab_size\)"),
     ],
 )
@@ -215,6 +221,8 @@ def test_samples_that_cannot_be(change: dict[str, Any], text: str) -> None:
 
 
 def test_errors_by_name() -> None:
+    with pytest.raises(RematPolicyError, match="did you mean 'dots_saveable'"):
+        decoder_config("tiny", remat="dots_savable")
     with pytest.raises(UnknownModelError, match="did you mean 'tiny'"):
         decoder_config("tinny")
     with pytest.raises(ModelConfigError, match="did you mean 'num_layers'"):

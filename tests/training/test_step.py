@@ -183,8 +183,11 @@ def test_it_is_traced_once_and_donates() -> None:
 def test_a_batch_that_does_not_divide_names_both() -> None:
     with pytest.raises(BatchSplitError, match=r"accumulate=5 .* 48 rows .*'w'"):
         make_train_step(loss_fn, accumulate=5)(new_state(), new_batch())
-    with pytest.raises(ValueError, match="accumulate"):
-        make_train_step(loss_fn, accumulate=0)
+    for accumulate in (0, 2.5):
+        with pytest.raises(ValueError, match="accumulate"):
+            make_train_step(loss_fn, accumulate=accumulate)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"streams=\('dropout',\)"):
+        make_train_step(loss_fn, streams="dropout")  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(
@@ -192,6 +195,7 @@ def test_a_batch_that_does_not_divide_names_both() -> None:
     [
         (lambda: jnp.ones(()), "returned a"),
         (lambda: (jnp.ones(3), {}), r"loss has shape \(3,\)"),
+        (lambda: (jnp.ones((), int), {}), "loss has dtype int32"),
         (lambda: (jnp.ones(()), {"per_row": jnp.ones(3)}), r"aux\['per_row'\]"),
         (lambda: (jnp.ones(()), {"loss": 1.0}), "'loss'"),
     ],
