@@ -239,6 +239,10 @@ REFERENCE = {
         shard_prng_key(prng_key)
         stack_forest(forest)
     """,
+    "training.dynamic_scale": """
+        DynamicScale(growth_factor, backoff_factor, growth_interval, fin_steps, scale,
+            minimum_scale)
+    """,
     "training.early_stopping": """
         EarlyStopping(min_delta, patience, best_metric, patience_count, should_stop)
     """,
