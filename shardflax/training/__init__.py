@@ -2,6 +2,7 @@
 
 from shardflax.training.errors import (
     BatchSplitError,
+    GradientShapeError,
     LossInputError,
     MetricsError,
     OptimizerConfigError,
@@ -28,6 +29,7 @@ __all__ = [
     "PEAK_FLOPS",
     "BatchSplitError",
     "EvalStep",
+    "GradientShapeError",
     "LossInputError",
     "MetricsError",
     "OptimizerConfig",

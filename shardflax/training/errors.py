@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from shardflax.core.errors import FlaxError
 
-__all__ = ["BatchSplitError", "LossInputError", "MetricsError", "OptimizerConfigError"]
+__all__ = [
+    "BatchSplitError",
+    "GradientShapeError",
+    "LossInputError",
+    "MetricsError",
+    "OptimizerConfigError",
+]
 
 
 class LossInputError(FlaxError):
@@ -39,6 +45,22 @@ class BatchSplitError(FlaxError):
             f"Train step: accumulate={accumulate} does not divide the {rows} rows of batch leaf "
             f"{leaf!r}. Choose a batch size that is a multiple of {accumulate}, and of "
             f"{accumulate} times the size of the batch axes to keep every device busy."
+        )
+
+
+class GradientShapeError(FlaxError):
+    """An update would change the shape of a parameter: the gradient was another array's.
+
+    >>> print(GradientShapeError("Dense_0/bias", (3,), (2, 3)))
+    TrainState: the update of parameter 'Dense_0/bias' would make its shape (3,) into (2, 3). ...
+    """
+
+    def __init__(self, path: str, shape: tuple[int, ...], updated: tuple[int, ...]) -> None:
+        self.path, self.shape, self.updated = path, shape, updated
+        super().__init__(
+            f"TrainState: the update of parameter {path!r} would make its shape {shape} into "
+            f"{updated}. Give the gradients of these parameters, reduced over what they were "
+            f"mapped over, such as a dim for replicas."
         )
 
 

@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, Self, cast
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from shardflax import struct
 from shardflax.core.boxes import is_box, rebox, unbox
 from shardflax.core.frozen_dict import FrozenDict, freeze
+from shardflax.training.errors import GradientShapeError
 
 __all__ = ["OVERWRITE_WITH_GRADIENT", "TrainState", "join", "separate"]
 
@@ -46,7 +48,8 @@ class TrainState(struct.PyTreeNode):
         """The state after one update, with `step` one higher.
 
         `grads` has the structure of `params`, boxed or not; `opt_state` may be one that was made
-        from plain parameters.  `kwargs` replace further fields.
+        from plain parameters.  `kwargs` replace further fields.  Raises `GradientShapeError` where
+        a gradient would change the shape of its parameter.
 
         >>> import jax.numpy as jnp
         >>> state = TrainState.create(apply_fn=None, params=jnp.ones(()), tx=optax.sgd(0.5))
@@ -60,7 +63,9 @@ class TrainState(struct.PyTreeNode):
             grads = rebox(params, grads)
         (trained, _), (updates, overwritten) = separate(params), separate(grads)
         updates, opt_state = self.tx.update(updates, self.opt_state, trained)
-        new = join(params, optax.apply_updates(trained, updates), overwritten)
+        updated = optax.apply_updates(trained, updates)
+        _check_shapes(trained, updated)
+        new = join(params, updated, overwritten)
         if params is not self.params:
             new = rebox(self.params, new)
         return self.replace(step=self.step + 1, params=new, opt_state=opt_state, **kwargs)
@@ -91,6 +96,15 @@ class TrainState(struct.PyTreeNode):
 def _has_boxes(tree: Any) -> bool:
     """True if a leaf of the tree is in a box."""
     return any(is_box(x) for x in jax.tree.leaves(tree, is_leaf=is_box))
+
+
+def _check_shapes(before: Any, after: Any) -> None:
+    """Raises for a parameter whose shape has changed: optimizers broadcast."""
+    others = jax.tree.leaves(after)
+    for (path, x), y in zip(jax.tree.leaves_with_path(before), others, strict=True):
+        if jnp.shape(x) != jnp.shape(y):
+            where = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise GradientShapeError(where, jnp.shape(x), jnp.shape(y))
 
 
 def separate(params: Any) -> tuple[Any, Any]:

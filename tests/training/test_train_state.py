@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from shardflax.core.boxes import AxisMetadata, unbox
+from shardflax.core.errors import FlaxError
 from shardflax.core.frozen_dict import freeze
 from shardflax.partitioning import Partitioned, get_partition_spec
 from shardflax.training import train_state as ours
@@ -145,3 +146,11 @@ def test_under_jit_with_donation_it_is_traced_once() -> None:
     for _ in range(3):
         state = step(state, params_of())
     assert int(state.step) == 3 and len(traces) == 1
+
+
+def test_gradients_of_another_shape_are_refused() -> None:
+    """Optimizers broadcast: the parameter would have had replicas from then on."""
+    state = ours.TrainState.create(apply_fn=None, params=params_of(), tx=optax.sgd(0.1))
+    mapped = jax.tree.map(lambda x: jnp.ones((2, *x.shape)), state.params)
+    with pytest.raises(FlaxError, match=r"'bias' would make its shape \(3,\) into \(2, 3\)"):
+        jax.eval_shape(lambda s: s.apply_gradients(grads=mapped), state)
