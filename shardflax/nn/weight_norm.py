@@ -69,10 +69,10 @@ class _PowerIteration:
         matrix = jnp.reshape(weights, (-1, weights.shape[-1]))
         v = jnp.zeros((1, matrix.shape[0]), u.dtype)
         for _ in range(self.steps):
-            v = _unit(jnp.matmul(u, matrix.T), self.epsilon)
+            v = _unit(jnp.matmul(u, jnp.conj(matrix.T)), self.epsilon)
             u = _unit(jnp.matmul(v, matrix), self.epsilon)
         u, v = lax.stop_gradient(u), lax.stop_gradient(v)
-        sigma = jnp.matmul(jnp.matmul(v, matrix), u.T)[0, 0]
+        sigma = jnp.matmul(jnp.matmul(v, matrix), jnp.conj(u.T))[0, 0]
         y = matrix / jnp.where(sigma != 0, sigma, 1)
         return jnp.reshape(y, weights.shape), sigma, u
 

@@ -263,6 +263,18 @@ def test_the_largest_singular_value_becomes_one() -> None:
     assert float(np.linalg.norm(kernel, 2)) == pytest.approx(1.0, abs=1e-3)
 
 
+def test_complex_weights_are_taken_by_their_absolute_values() -> None:
+    kernel = floats(6, 4) + 1j * floats(6, 4, seed=1)
+    dense = nn.Dense(4, use_bias=False, param_dtype=jnp.complex64)
+    params = {"layer_instance": {"kernel": kernel}}
+    spectral, columns = nn.SpectralNorm(dense, n_steps=60), nn.WeightNorm(dense, use_scale=False)
+    run = partial(spectral.apply, update_stats=True, mutable=True, rngs=KEY)
+    found, _ = jax.jit(run)({"params": params}, jnp.eye(6))
+    close(found, kernel / np.linalg.norm(kernel, 2), tolerance=1e-3)
+    found = jax.jit(columns.apply)({"params": params}, jnp.eye(6))
+    close(np.linalg.norm(found, axis=0), np.ones(4), tolerance=1e-5)
+
+
 # --- nothing besides, and errors
 
 
