@@ -40,7 +40,8 @@ class Rounds:
     def spread(self, name: str, over: str) -> tuple[float, float]:
         """The quartiles of the ratio: how far to trust its median."""
         pairs = zip(self.seconds[name], self.seconds[over], strict=True)
-        low, _, high = statistics.quantiles([a / b for a, b in pairs], n=4)
+        ratios = [a / b for a, b in pairs]
+        low, _, high = statistics.quantiles(ratios if len(ratios) > 1 else ratios * 2, n=4)
         return low, high
 
     def median(self, name: str) -> float:
