@@ -18,6 +18,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ __all__ = [
 _COORDINATOR = "SHARDFLAX_COORDINATOR"
 _NUM_PROCESSES = "SHARDFLAX_NUM_PROCESSES"
 _PROCESS_ID = "SHARDFLAX_PROCESS_ID"
+_LATER = 1.0  # seconds by which a failure may be the answer to another one
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,8 @@ def leaving_on_failure() -> Iterator[None]:
     """One of several processes that fails leaves at once, and so lets the others be stopped.
 
     An ordinary exit would first wait for the others in the shutdown barrier of `jax.distributed`,
-    which they never reach.  A process that runs alone exits as usual.
+    which they never reach.  After an exception it waits a moment: that may be the loss of another
+    process, which shall be found dead first.  A process that runs alone exits as usual.
 
     >>> with leaving_on_failure():
     ...     print("work")
@@ -186,6 +189,8 @@ def leaving_on_failure() -> Iterator[None]:
         if isinstance(error, KeyboardInterrupt):
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
+        if not isinstance(error, SystemExit):
+            time.sleep(_LATER)
         os._exit(status)
 
 

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO
 
 from launch.console import Console, Stream
@@ -25,6 +26,8 @@ from launch.guard import Guard
 __all__ = ["Started", "Supervisor", "cause", "exit_status"]
 
 _LOST_GRACE = 3.0  # seconds for the others to stop by themselves once one has failed
+_TAKEN_APART = 10.0  # seconds for the kernel to take a process apart
+_PF_EXITING = 4  # of the flags in /proc/PID/stat; <linux/sched.h>
 _DRAIN = 2.0  # seconds for output to arrive that outlives all processes
 _FORWARDED = {
     signal.SIGINT: signal.SIGINT,
@@ -91,6 +94,23 @@ class Started:
 
     process: subprocess.Popen[bytes]
     pipes: Mapping[Stream, IO[bytes]]
+
+
+def _is_ending(pid: int) -> bool:
+    """True for a process that the kernel has begun to take apart (on Linux)."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return False
+    return bool(int(fields[6]) & _PF_EXITING)
+
+
+def _end_of(process: subprocess.Popen[bytes]) -> int | None:
+    """How such a process ended; None if the kernel does not get done with it."""
+    end = time.monotonic() + _TAKEN_APART
+    while (code := process.poll()) is None and time.monotonic() < end:
+        time.sleep(0.01)
+    return code
 
 
 class Supervisor:
@@ -212,11 +232,17 @@ class Supervisor:
 
     def _reap(self, order: Sequence[int] = ()) -> None:
         """Takes notice of the processes that have ended; of some, the order is known."""
-        ended = [(i, p.poll()) for i, p in self._running.items()]
+        ended = {i: p.poll() for i, p in self._running.items()}
+        place = {index: number for number, index in enumerate(order)}
+        if any(code is not None for code in ended.values()):
+            # Who is still being taken apart may have closed its connections before: whoever died
+            # of that was the quicker one.
+            for index, process in self._running.items():
+                if ended[index] is None and _is_ending(process.pid):
+                    ended[index], place[index] = _end_of(process), -1
         # Of several found dead at once, one that aborted most likely did so because of another:
         # that is how JAX answers the loss of a peer.
-        gone = [(i, code) for i, code in ended if code is not None]
-        place = {index: number for number, index in enumerate(order)}
+        gone = [(i, code) for i, code in ended.items() if code is not None]
         last = len(place)
         for index, code in sorted(
             gone, key=lambda x: (x[1] == -signal.SIGABRT, place.get(x[0], last), x[0])

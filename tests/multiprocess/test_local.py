@@ -196,6 +196,49 @@ def test_a_dead_peer_ends_the_stubborn_too(start_local, tmp_path: Path) -> None:
     assert wait_until_gone(pids) == []
 
 
+ENDING = """
+import ctypes, os, platform, sys, threading, time
+from pathlib import Path
+
+def ended(index):
+    stat = Path("/proc", Path(f"{sys.argv[1]}/{index}").read_text(), "stat")
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+def end_after(other, status):
+    while not ended(other):
+        time.sleep(0.01)
+    os._exit(status)
+
+me = int(os.environ["SHARDFLAX_PROCESS_ID"])
+for index in (me, 1 - me):
+    part = Path(sys.argv[1], f"{index}.part")
+    if index == me:
+        part.write_text(str(os.getpid()))
+        part.rename(part.with_suffix(""))
+    while not part.with_suffix("").exists():
+        time.sleep(0.01)
+if me == 0:
+    end_after(1, 1)
+threading.Thread(target=end_after, args=(0, 7)).start()
+ctypes.CDLL(None).syscall({"x86_64": 60, "aarch64": 93}[platform.machine()], 0)  # this thread ends
+"""
+
+
+def test_who_is_still_being_taken_apart_died_first(run_quick, tmp_path: Path) -> None:
+    """As a process with much memory is, whose connections are closed already."""
+    done = run_quick(2, 1, script(tmp_path, ENDING), tmp_path)
+    said = [line for line in done.stderr.splitlines() if line.startswith("launch: ")]
+    assert said == [
+        "launch: process 1 exited with status 7",
+        "launch: stopping process 0",
+        "launch: process 0 exited with status 1",
+    ]
+    assert done.returncode == 7
+
+
 def test_who_died_first_is_known_though_nobody_looked(start_local, tmp_path: Path) -> None:
     """The launcher is held meanwhile: it finds both dead at once."""
     launcher = start_local(2, 1, script(tmp_path, LINGER), "stubborn")
