@@ -84,6 +84,11 @@ def alive(pid: int) -> bool:
         return False
 
 
+def notices(err: str) -> list[str]:
+    """What the launcher itself said."""
+    return [line for line in err.splitlines() if line.startswith("launch: ")]
+
+
 def wait_until_gone(pids: list[int]) -> list[int]:
     end = time.monotonic() + HANG
     while any(alive(p) for p in pids) and time.monotonic() < end:
@@ -142,7 +147,7 @@ def test_one_that_fails_stops_all(
     run = request.getfixturevalue(start)
     done = run(2, 1, script(tmp_path, FAIL), how, str(who))
     assert done.returncode == status, done.stderr
-    said = [line for line in done.stderr.splitlines() if line.startswith("launch: ")]
+    said = notices(done.stderr)
     assert said[:2] == [f"launch: process {who} {words}", f"launch: stopping process {1 - who}"]
     if how == "raise":
         assert f"[{who}] ValueError: broken on purpose" in done.stderr
@@ -230,7 +235,7 @@ ctypes.CDLL(None).syscall({"x86_64": 60, "aarch64": 93}[platform.machine()], 0) 
 def test_who_is_still_being_taken_apart_died_first(run_quick, tmp_path: Path) -> None:
     """As a process with much memory is, whose connections are closed already."""
     done = run_quick(2, 1, script(tmp_path, ENDING), tmp_path)
-    said = [line for line in done.stderr.splitlines() if line.startswith("launch: ")]
+    said = notices(done.stderr)
     assert said == [
         "launch: process 1 exited with status 7",
         "launch: stopping process 0",
@@ -249,7 +254,7 @@ def test_who_died_first_is_known_though_nobody_looked(start_local, tmp_path: Pat
         assert wait_until_gone([pid]) == []
     launcher.send_signal(signal.SIGCONT)
     _, err = launcher.communicate(timeout=HANG)
-    said = [line for line in err.splitlines() if line.startswith("launch: ")]
+    said = notices(err)
     assert said == [
         "launch: process 1 was killed by SIGKILL",
         "launch: stopping process 0",
